@@ -1,0 +1,70 @@
+"""Collectives that are the identity in a single process. Gathers keep rank order."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def active() -> bool:
+    """True inside a process group of more than one rank."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    return dist.get_rank() if active() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if active() else 1
+
+
+def gather(tensor: Tensor, grad: bool = False) -> Tensor:
+    """[n, ...] of every rank -> [world * n, ...] in rank order; all ranks must hold the same n.
+
+    With `grad` the gradients of all ranks flow back to the rank that owns the rows (they are summed).
+    """
+    if not active():
+        return tensor if grad else tensor.detach()
+    if grad:
+        from torch.distributed.nn.functional import all_gather
+
+        return torch.cat(all_gather(tensor.contiguous()))
+    tensor = tensor.detach().contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor)
+    return torch.cat(parts)
+
+
+def gather_uneven(tensor: Tensor) -> Tensor:
+    """As `gather` without gradient, for ranks that hold different numbers of rows."""
+    if not active():
+        return tensor.detach()
+    count = torch.tensor([tensor.shape[0]], device=tensor.device)
+    counts = gather(count).tolist()
+    padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+    padded[: tensor.shape[0]] = tensor.detach()
+    rows = gather(padded).split(max(counts)) if max(counts) else [padded] * len(counts)
+    return torch.cat([part[:n] for part, n in zip(rows, counts, strict=True)])
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum over ranks, without gradient."""
+    tensor = tensor.detach().clone()
+    if active():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast(tensor: Tensor, source: int = 0) -> Tensor:
+    """The tensor of rank `source` on every rank (same shape and type everywhere)."""
+    tensor = tensor.detach().clone().contiguous()
+    if active():
+        dist.broadcast(tensor, source)
+    return tensor
+
+
+def own_slice(tensor: Tensor) -> Tensor:
+    """The rows of this rank out of a tensor whose rows are a global batch (contiguous slices in rank order)."""
+    if not active():
+        return tensor
+    return tensor.chunk(world_size())[rank()]

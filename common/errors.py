@@ -1,0 +1,38 @@
+"""Errors that are the user's to mend: one clear line each, exit code 2, no traceback.
+
+The line names the key or the file, the value that was found, the rule, and what to do.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class LabelfreeError(ValueError):
+    """Base of all errors that `run.py` prints as one line and ends with exit code 2."""
+
+
+class ConfigError(LabelfreeError):
+    """A key, a word or a combination of settings that cannot be run."""
+
+
+class DataError(LabelfreeError):
+    """A folder, a picture or a label that breaks a rule of the data format."""
+
+
+class WeightsError(LabelfreeError):
+    """Backbone weights that are missing, or that belong to another network."""
+
+
+class CheckpointError(LabelfreeError):
+    """A checkpoint that is missing, cut off, or of another method or config."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint that ends an error line: the nearest valid names, or all of them where none is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    if not near:  # `lr` should find `optim.head.lr`
+        near = [name for name in known if name.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]][:3]
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"known: {', '.join(known)}" if len(known) <= 30 else f"{len(known)} names are known"

@@ -1,0 +1,67 @@
+"""Facts that data, methods and evaluation tell each other. Plain data, no behaviour.
+
+Glossary of shapes, used in every docstring: B pictures, C feature channels, D code dimension, H W pixels, h w patches,
+N = B*h*w patches of a batch, K clusters, M entries of a bank, S segments, T tokens.
+"""
+
+from dataclasses import dataclass
+
+IGNORE = 255
+"""The label of pixels that no score counts."""
+
+
+@dataclass(frozen=True)
+class ClassMeta:
+    """Class names and colours of a data set. `names` is empty where there are no labels."""
+
+    names: tuple[str, ...] = ()
+    palette: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.names)
+
+    @property
+    def has_labels(self) -> bool:
+        return bool(self.names)
+
+
+@dataclass(frozen=True)
+class Photometric:
+    """Colour changes of a view; one draw a picture. Strengths as in torchvision's ColorJitter."""
+
+    brightness: float = 0.3
+    contrast: float = 0.3
+    saturation: float = 0.3
+    hue: float = 0.1
+    jitter_p: float = 1.0
+    gray_p: float = 0.2
+    blur_p: float = 0.5
+    blur_kernel: int = 5
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    faithful: bool = False
+    """As released by HP: the jitter acts on ImageNet-normalised floats and clamps them to 0..1."""
+
+
+@dataclass(frozen=True)
+class Geometric:
+    """Random resized crop and flip of a view; one draw a picture."""
+
+    size: int | None = None
+    """Side of the square result in pixels; None keeps the size of the source view."""
+    scale: tuple[float, float] = (0.8, 1.0)
+    """Share of the source's area that the crop covers."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip_p: float = 0.5
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """A view of the batch that a method asks for: `{"augmented": ViewSpec(photometric=Photometric())}`.
+
+    Geometry comes first, colour second, both on the device, from keyed parameters.
+    """
+
+    photometric: Photometric | None = None
+    geometric: Geometric | None = None
+    source: str = "image"

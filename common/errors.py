@@ -31,8 +31,16 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint that ends an error line: the nearest valid names, or all of them where none is near."""
     known = sorted(known)
     near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    if near:  # others only where they are about as near as the first
+        first = similarity(word, near[0])
+        near = [name for name in near if similarity(word, name) > first - 0.08]
     if not near:  # `lr` should find `optim.head.lr`
         near = [name for name in known if name.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]][:3]
     if near:
         return f"did you mean {' or '.join(near)}?"
     return f"known: {', '.join(known)}" if len(known) <= 30 else f"{len(known)} names are known"
+
+
+def similarity(one: str, two: str) -> float:
+    """How alike two names are, 0..1."""
+    return difflib.SequenceMatcher(None, one, two).ratio()

@@ -1,0 +1,98 @@
+# Every target makes its own environment first: with uv where it is there, else with python3 -m venv and pip.
+# An environment of one's own: `make test PY=python` installs nothing.
+SHELL := bash
+METHOD ?= kmeans_baseline
+DATA ?=
+BACKBONE ?=
+TRAINER ?=
+EXPERIMENT ?=
+ARGS ?=
+DIR ?=
+CKPT ?=
+INPUT ?=
+OUTPUT ?=
+VENV ?= .venv
+ifeq ($(origin PY), undefined)
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+else
+READY :=
+endif
+PYTHON3 ?= python3
+WORDS = $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(if $(or $(filter-out file undefined,$(origin METHOD)),$(if $(EXPERIMENT),,1)),method=$(METHOD)) \
+	$(if $(DATA),data=$(DATA)) $(if $(BACKBONE),backbone=$(BACKBONE)) $(if $(TRAINER),trainer=$(TRAINER)) $(ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train eval predict list show-config doctor test test-fast test-ddp test-slow test-realdata test-gpu \
+	reference bench lint lock clean
+
+help: ## this page
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@echo "  Example: make train METHOD=hidden_positives DATA=folder ARGS=\"data.root=pictures seed=3\""
+
+$(VENV)/.ready: requirements.lock pyproject.toml
+	@if command -v uv >/dev/null 2>&1; then \
+		echo "setting up $(VENV) with uv"; \
+		{ [ -x $(VENV)/bin/python ] || uv venv -q --python $(PYTHON3) $(VENV); } && \
+		uv pip install -q --python $(VENV)/bin/python -r requirements.lock && \
+		uv pip install -q --python $(VENV)/bin/python --no-deps -e .; \
+	else \
+		echo "setting up $(VENV) with pip"; \
+		{ [ -x $(VENV)/bin/python ] || $(PYTHON3) -m venv $(VENV); } && \
+		$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r requirements.lock && \
+		$(VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .; \
+	fi
+	@touch $@
+
+setup: $(READY) ## the environment with everything, from requirements.lock
+
+train: $(READY) ## train METHOD=… [DATA=scenes] [BACKBONE=tiny] [TRAINER=auto] [EXPERIMENT=…] [ARGS="key=value …"]
+	@$(PY) run.py train $(WORDS)
+
+eval: $(READY) ## CKPT=runs/x/checkpoints/last.ckpt [ARGS=…]: the scores of a checkpoint
+	@$(PY) run.py eval ckpt=$(CKPT) $(ARGS)
+
+predict: $(READY) ## CKPT=… INPUT=folder OUTPUT=folder [ARGS=…]: cluster maps and overlays of any pictures
+	@$(PY) run.py predict ckpt=$(CKPT) input=$(INPUT) output=$(OUTPUT) $(ARGS)
+
+list: $(READY) ## methods, data sets, backbones, trainers, experiments
+	@$(PY) run.py list
+
+show-config: $(READY) ## the merged configuration of METHOD=… DATA=… …
+	@$(PY) run.py show-config $(WORDS)
+
+doctor: $(READY) ## versions, CUDA, faiss, disk, W&B: ok, or what to do
+	@$(PY) run.py doctor
+
+test: $(READY) ## all tests but slow, gpu and realdata ones (each has a target of its own)
+	$(PY) -m pytest -q -m "not slow and not gpu and not realdata"
+
+test-fast: $(READY) ## unit tests only: no training runs, no second process
+	$(PY) -m pytest -q -m "not slow and not gpu and not realdata and not ddp and not train"
+
+test-ddp: $(READY) ## tests with two real processes
+	$(PY) -m pytest -q -m "ddp and not gpu"
+
+test-slow: $(READY) ## the long ones
+	$(PY) -m pytest -q -m "slow and not gpu and not realdata"
+
+test-realdata: $(READY) ## tests on real pictures; LABELFREE_REALDATA names the folder that holds camvid/ (default ../shared/data)
+	$(PY) -m pytest -q -m realdata
+
+test-gpu: $(READY) ## tests that need a GPU
+	$(PY) -m pytest -q -m gpu
+
+reference: $(READY) ## DIR=folder: replay the authors' numbers
+	@$(PY) -m tests.reference $(DIR) $(ARGS)
+
+bench: $(READY) ## time and memory beside the plain formulation
+	@$(PY) -m benchmarks.hidden_positives $(ARGS)
+
+lint: $(READY) ## ruff
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+lock: ## requirements.lock from pyproject.toml (needs uv)
+	uv pip compile pyproject.toml --extra dev --universal --no-emit-index-url --no-header --no-annotate -q -o requirements.lock
+
+clean: ## caches (never runs/)
+	rm -rf .pytest_cache .ruff_cache build *.egg-info; find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

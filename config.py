@@ -1,0 +1,301 @@
+"""The configuration: default <- backbone <- data <- method <- trainer <- experiment <- command line.
+
+Groups are chosen by bare words (`method=stego data=folder`), values by dotted keys (`optim.head.lr=1e-4`). Keys are
+strict: only what the layers define exists, a wrong key or type ends in one line with the nearest valid name.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from common.errors import ConfigError, did_you_mean
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+GROUPS = ("backbone", "data", "method")
+WORDS = ("experiment", "method", "data", "backbone", "trainer")
+DEFAULT_WORDS = {"method": "kmeans_baseline", "data": "scenes", "backbone": "tiny", "trainer": "auto"}
+
+NULLABLE = {
+    "run.name": str,
+    "wandb.entity": str,
+    "trainer.max_steps": int,
+    "trainer.max_epochs": int,
+    "trainer.threads": int,
+    "trainer.devices": (int, str),
+    "predict.size": int,
+    "data.root": str,
+    "data.train_size": (int, list),
+    "data.eval_size": (int, list),
+    "backbone.weights": str,
+    "backbone.mean": list,
+    "backbone.std": list,
+    "backbone.levels": list,
+    "backbone.output_stride": int,
+    "backbone.pad_type": str,
+    "backbone.licence": str,
+    "method.num_clusters": int,
+}
+"""Types of keys whose default does not tell them: null, or one of several types."""
+
+NEVER_NULL = ("data.train_size", "data.eval_size", "trainer.devices")
+
+CHOICES = {
+    "logger": ("csv", "wandb"),
+    "trainer.accelerator": ("auto", "cpu", "gpu"),
+    "trainer.strategy": ("auto", "ddp"),
+    "trainer.precision": ("32-true", "bf16-mixed", "16-mixed"),
+    "trainer.progress": ("auto", "bar", "lines", "none"),
+    "evaluation.matching": ("hungarian", "hungarian_iou", "many_to_one", "many_to_one_iou"),
+    "evaluation.extra": ("drop", "background", "merge", "stego_compat"),
+    "evaluation.absent": ("skip", "zero"),
+    "evaluation.cluster_init": ("normal", "first_batch"),
+    "evaluation.kmeans.init": ("k-means++", "random"),
+    "predict.probe": ("auto", "cluster", "kmeans"),
+    "search.backend": ("auto", "faiss_gpu", "faiss_cpu", "torch"),
+    "data.train_crop": ("center", "random", "five", "none", "keep"),
+    "data.eval_crop": ("center", "none", "keep"),
+    "data.interpolation": ("nearest", "bilinear"),
+    "backbone.pos_interp": ("dino", "timm"),
+    "backbone.precision": ("float32", "bf16", "fp16"),
+}
+GROUP_CHOICES = {"optimizer": ("adam", "adamw", "sgd"), "schedule": ("constant", "cosine", "linear")}
+POSITIVE = (
+    "trainer.max_steps", "trainer.max_epochs", "trainer.val_every", "trainer.checkpoint_every", "trainer.log_every",
+    "trainer.num_nodes", "trainer.threads", "data.batch_size", "data.eval_batch_size", "method.num_clusters",
+    "evaluation.kmeans.restarts", "evaluation.kmeans.iterations", "evaluation.kmeans.points", "predict.size",
+)  # fmt: skip
+
+
+def names(group: str) -> list[str]:
+    """The names a group word can take: the yaml files of configs/<group>/."""
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def parse_words(tokens: Iterable[str]) -> dict[str, str]:
+    """`key=value` tokens -> raw texts; the last one wins.
+
+    Raises ConfigError for `--x=1`, for a bare word, and for an empty key.
+    """
+    words: dict[str, str] = {}
+    for token in tokens:
+        if token.startswith("-"):
+            raise ConfigError(
+                f"{token}: flags are not used here; write {token.lstrip('-') or 'key=value'} without dashes"
+            )
+        key, equals, value = token.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{token}: expected key=value, as in method=hidden_positives or seed=3")
+        words[key] = value
+    return words
+
+
+def compose(tokens: Iterable[str] = (), defaults: dict[str, str] | None = None) -> DictConfig:
+    """The full, checked configuration of a run from command-line words.
+
+    `defaults` replaces the default group words (tests use it). Raises ConfigError with one clear line.
+    """
+    words = parse_words(tokens)
+    chosen = {**DEFAULT_WORDS, **(defaults or {})}
+    recipe: dict[str, Any] = {}
+    if "experiment" in words:
+        recipe = load_group("experiment", words["experiment"])
+        chosen |= recipe.pop("words", {})
+    chosen |= {word: words[word] for word in DEFAULT_WORDS if word in words}
+    dotted = {key: raw for key, raw in words.items() if key not in WORDS}
+
+    tree = read_yaml(CONFIGS / "default.yaml")
+    for group in GROUPS[:2]:
+        tree[group] = load_group(group, chosen[group])
+    method = load_group("method", chosen["method"])
+    tree["method"] = method.pop("method")
+    tree["optim"] |= method.pop("optim", {})
+    base = OmegaConf.create(tree)
+    layers = [("configs/method/" + chosen["method"] + ".yaml", method)]
+    layers.append(
+        ("configs/trainer/" + chosen["trainer"] + ".yaml", {"trainer": load_group("trainer", chosen["trainer"])})
+    )
+    if recipe:
+        layers.append(("configs/experiment/" + words["experiment"] + ".yaml", recipe))
+    known = flatten(base)
+    for source, layer in layers:
+        for key, value in flatten(layer).items():
+            OmegaConf.update(base, key, checked(key, value, known, f"{source}: "))
+    for key, raw in dotted.items():
+        expect_known(key, known)
+        OmegaConf.update(base, key, checked(key, parse_value(key, raw, known), known))
+    try:
+        cfg = OmegaConf.create(OmegaConf.to_container(base, resolve=True))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"the configuration cannot be resolved: {str(error).splitlines()[0]}") from None
+    check(cfg)
+    return freeze(cfg)
+
+
+def load_group(group: str, name: str) -> dict[str, Any]:
+    """The yaml of one group member as a plain dict. Raises ConfigError for an unknown name."""
+    path = CONFIGS / group / f"{name}.yaml"
+    if not path.is_file() or "/" in name:
+        raise ConfigError(f"{group}={name}: no such {group}; {did_you_mean(name, names(group))}")
+    return read_yaml(path)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    return OmegaConf.to_container(OmegaConf.load(path)) or {}
+
+
+def flatten(tree: DictConfig | dict, prefix: str = "") -> dict[str, Any]:
+    """Nested mapping -> {dotted key: leaf}; lists are leaves, an empty mapping is a leaf."""
+    if isinstance(tree, DictConfig):
+        tree = OmegaConf.to_container(tree)
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def expect_known(key: str, known: dict[str, Any]) -> None:
+    if key in known:
+        return
+    inside = [name for name in known if name.startswith(key + ".")]
+    if inside:
+        raise ConfigError(
+            f"{key}: is a group of keys; set one of {', '.join(inside[:6])}{', …' if len(inside) > 6 else ''}"
+        )
+    near = [name for name in known if key.startswith(name + ".") and known[name] == {}]
+    if not near:
+        raise ConfigError(f"{key}: no such key; {did_you_mean(key, known)}")
+
+
+def parse_value(key: str, raw: str, known: dict[str, Any]) -> Any:
+    """The text of a command-line value as the type that its key wants."""
+    if raw == "None":
+        raise ConfigError(f"{key}=None: write {key}=null for no value")
+    if expected_type(key, known) == (str,) and raw != "null":
+        return raw[1:-1] if len(raw) > 1 and raw[0] == raw[-1] and raw[0] in "\"'" else raw
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]))["value"]
+    except (OmegaConfBaseException, yaml.YAMLError):
+        raise ConfigError(f"{key}={raw}: cannot be read as a value; quote texts that hold brackets or colons") from None
+
+
+def expected_type(key: str, known: dict[str, Any]) -> tuple[type, ...]:
+    """The types a key takes; empty where any value goes (free-form mappings and null defaults of methods)."""
+    if key in NULLABLE:
+        types = NULLABLE[key]
+        return types if isinstance(types, tuple) else (types,)
+    value = known.get(key)
+    return () if value is None or isinstance(value, dict) else (type(value),)
+
+
+def checked(key: str, value: Any, known: dict[str, Any], source: str = "") -> Any:
+    """The value, whole floats turned to int and ints to float where the key wants it. Raises ConfigError."""
+    expect_known(key, known)
+    types = expected_type(key, known)
+    if value is None:
+        if (types and key not in NULLABLE) or key in NEVER_NULL:
+            raise ConfigError(f"{source}{key}=null: this key needs a value ({type_names(types)})")
+        return None
+    if not types or (isinstance(value, types) and not (isinstance(value, bool) and bool not in types)):
+        return value
+    if float in types and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if int in types and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if str in types and isinstance(value, int | float) and not isinstance(value, bool) and types == (str,):
+        return str(value)
+    raise ConfigError(f"{source}{key}={value}: expected {type_names(types)}, got {type_names((type(value),))}")
+
+
+def type_names(types: tuple[type, ...]) -> str:
+    readable = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        list: "a list like [1,2]",
+        dict: "a mapping",
+    }
+    return " or ".join(readable.get(item, item.__name__) for item in types)
+
+
+def check(cfg: DictConfig) -> None:
+    """Rules that one key, or several together, must keep. Raises ConfigError."""
+    flat = flatten(cfg)
+    for key, choices in CHOICES.items():
+        if key in flat and flat[key] is not None and flat[key] not in choices:
+            raise ConfigError(
+                f"{key}={flat[key]}: not one of {', '.join(choices)}; {did_you_mean(str(flat[key]), choices)}"
+            )
+    for key, value in flat.items():
+        choices = GROUP_CHOICES.get(key.rsplit(".", 1)[-1]) if key.startswith("optim.") else None
+        if choices and value not in choices:
+            raise ConfigError(f"{key}={value}: not one of {', '.join(choices)}")
+        if key.startswith("optim.") and key.endswith((".lr", ".weight_decay", ".warmup")) and value < 0:
+            raise ConfigError(f"{key}={value}: must not be negative")
+    for key in POSITIVE:
+        if flat.get(key) is not None and flat[key] < 1:
+            raise ConfigError(f"{key}={flat[key]}: must be at least 1")
+    if cfg.trainer.max_steps is None and cfg.trainer.max_epochs is None:
+        raise ConfigError(
+            "trainer.max_steps=null: set trainer.max_steps or trainer.max_epochs, one of them ends the run"
+        )
+    if cfg.evaluation.select != "auto" and not cfg.evaluation.select.startswith("val/"):
+        raise ConfigError(f"evaluation.select={cfg.evaluation.select}: expected auto or a key such as val/cluster/miou")
+    if not 0 <= cfg.predict.overlay_alpha <= 1:
+        raise ConfigError(f"predict.overlay_alpha={cfg.predict.overlay_alpha}: expected a number from 0 to 1")
+    if cfg.seed < 0:
+        raise ConfigError(f"seed={cfg.seed}: must not be negative")
+
+
+def freeze(cfg: DictConfig) -> DictConfig:
+    OmegaConf.set_struct(cfg, True)
+    OmegaConf.set_readonly(cfg, True)
+    return cfg
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as a plain dict: what checkpoints hold (they load without running code)."""
+    return OmegaConf.to_container(cfg, resolve=True)
+
+
+def restore(tree: dict[str, Any], tokens: Iterable[str] = ()) -> DictConfig:
+    """A configuration out of a checkpoint, with command-line values on top; group words cannot be changed."""
+    base = OmegaConf.create(tree)
+    known = flatten(base)
+    for key, raw in parse_words(tokens).items():
+        if key in WORDS:
+            raise ConfigError(
+                f"{key}={raw}: a checkpoint keeps its {key}; only values such as data.root can be changed"
+            )
+        expect_known(key, known)
+        OmegaConf.update(base, key, checked(key, parse_value(key, raw, known), known))
+    check(base)
+    return freeze(base)
+
+
+def changed(cfg: DictConfig, values: dict[str, Any]) -> DictConfig:
+    """A copy with some values replaced (by our own code: values that become known late)."""
+    tree = OmegaConf.create(plain(cfg))
+    for key, value in values.items():
+        OmegaConf.update(tree, key, value)
+    return freeze(tree)
+
+
+def save(cfg: DictConfig, path: Path) -> None:
+    path.write_text(OmegaConf.to_yaml(cfg))
+
+
+def first_difference(old: dict[str, Any], new: dict[str, Any], ignore: tuple[str, ...] = ()) -> str | None:
+    """The first key (in the order of `new`) whose value differs, as `key (old -> new)`; None if all agree."""
+    before, after = flatten(old), flatten(new)
+    for key in [*after, *(k for k in before if k not in after)]:
+        if not key.startswith(ignore) and before.get(key) != after.get(key):
+            return f"{key} ({before.get(key)} -> {after.get(key)})"
+    return None

@@ -1,0 +1,1 @@
+"""Runs: folders, callbacks, and the functions behind the commands of run.py."""

@@ -1,0 +1,211 @@
+"""What happens beside training: checkpoints, the history, the choice of the best, panels, lines of progress."""
+
+import logging
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+from torch import Tensor
+
+from common.chance import key
+from engine.run_folder import History, RunFolder
+
+log = logging.getLogger(__name__)
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes to a temporary neighbour first: a kill leaves the old checkpoint or the new one, never half of one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        with temporary.open("wb") as handle:
+            torch.save(checkpoint, handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+
+
+class RunKeeper(Callback):
+    """Writes metrics.csv and checkpoints/{last,best}.ckpt, and remembers the best scores.
+
+    A step that is validated is saved after its validation, so a resumed run has all of it or none of it.
+    """
+
+    def __init__(self, folder: RunFolder, cfg: Any, select: str) -> None:
+        self.folder = folder
+        self.settings = cfg.trainer
+        self.seed = cfg.seed
+        self.select = select
+        self.history = History(folder.path / "metrics.csv")
+        self.best: dict[str, float] = {}
+        self.best_step = 0
+        self.seconds = 0.0
+        self.timed_steps = 0
+        self._mark: float | None = None
+
+    # -------------------------------------------------- state that a checkpoint carries
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {
+            "best": self.best,
+            "best_step": self.best_step,
+            "seconds": self.seconds,
+            "timed_steps": self.timed_steps,
+        }
+        state["torch_rng"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            state["cuda_rng"] = torch.cuda.get_rng_state()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.best_step = state["best"], state["best_step"]
+        self.seconds, self.timed_steps = state["seconds"], state["timed_steps"]
+        self._rng = state
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.history.restore(trainer.global_step)
+        saved = getattr(self, "_rng", None)
+        if trainer.global_rank > 0:  # libraries that draw by themselves: a stream of its own for every further rank
+            torch.manual_seed(key(self.seed, "library", trainer.global_step, trainer.global_rank))
+        elif saved is None:
+            torch.manual_seed(key(self.seed, "library"))
+        else:
+            torch.set_rng_state(saved["torch_rng"].cpu())
+            if torch.cuda.is_available() and "cuda_rng" in saved:
+                torch.cuda.set_rng_state(saved["cuda_rng"].cpu())
+        self._mark = time.perf_counter()
+
+    # -------------------------------------------------- training
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        now = time.perf_counter()
+        if self._mark is not None:
+            self.seconds += now - self._mark
+            self.timed_steps += 1
+        if trainer.is_global_zero and step % self.settings.log_every == 0:
+            self.history.add(step, numbers(trainer.callback_metrics, "train/"))
+        validated = step % self.settings.val_every == 0 and step < pl_module.total_steps
+        if not validated and (step % self.settings.checkpoint_every == 0 or step >= pl_module.total_steps):
+            trainer.save_checkpoint(self.folder.last, weights_only=False)
+        self._mark = None if validated else time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.state.fn == "fit":
+            return
+        values = numbers(trainer.callback_metrics, "val/")
+        if trainer.is_global_zero:
+            self.history.add(trainer.global_step, values)
+        if self.offer(trainer.global_step, values):
+            trainer.save_checkpoint(self.folder.best, weights_only=False)
+        trainer.save_checkpoint(self.folder.last, weights_only=False)
+        self._mark = time.perf_counter()
+
+    def offer(self, step: int, values: dict[str, float]) -> bool:
+        """Take these scores as the best if they are (a tie goes to the later step); True if so."""
+        new, old = values.get(self.select), self.best.get(self.select)
+        if new is None or (old is not None and new < old):
+            return False
+        self.best, self.best_step = dict(values), step
+        return True
+
+    def images_per_second(self, batch_size: int) -> float | None:
+        """Training pictures per second over all devices, waiting for data included, evaluation and writing excluded."""
+        return batch_size * self.timed_steps / self.seconds if self.seconds else None
+
+
+def numbers(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
+    """The logged values under a prefix as plain finite numbers."""
+    values = {key: float(value) for key, value in metrics.items() if key.startswith(prefix)}
+    return {key: value for key, value in values.items() if math.isfinite(value)}
+
+
+class PanelKeeper(Callback):
+    """Keeps picture, truth and predictions of a few fixed validation pictures of the evaluation that runs."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.kept: dict[int, dict[str, Any]] = {}
+        self._wanted: set[int] = set()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        own = range(trainer.global_rank, len(trainer.datamodule.source("val")), trainer.world_size)
+        step = max(1, len(own) // max(1, self.count))
+        self._wanted = set(list(own[step // 2 :: step])[: self.count]) if trainer.is_global_zero else set()
+        self.kept = {}
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: dict[str, Tensor], batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:  # fmt: skip
+        if not self._wanted:
+            return
+        for row, index in enumerate(batch["index"].tolist()):
+            if index not in self._wanted:
+                continue
+            valid = batch["valid"][row]
+            rows, columns = int(valid.any(1).sum()), int(valid.any(0).sum())
+            label = batch["label"][row, :rows, :columns].cpu().numpy() if "label" in batch else None
+            self.kept[index] = {
+                "id": batch["id"][row],
+                "image": (batch["image"][row, :, :rows, :columns] * 255).round().byte().permute(1, 2, 0).cpu().numpy(),
+                "label": label,
+                "maps": {probe: values[row, :rows, :columns].cpu().numpy() for probe, values in outputs.items()},
+            }
+
+
+class ProgressLines(Callback):
+    """A line now and then, for logs and machines without a terminal."""
+
+    def __init__(self, lines: int = 20) -> None:
+        self.lines = lines
+        self._started = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._started, self._first = time.perf_counter(), trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step, total = trainer.global_step, pl_module.total_steps
+        if trainer.is_global_zero and (step % max(1, total // self.lines) == 0 or step == total):
+            speed = (time.perf_counter() - self._started) / max(1, step - self._first)
+            log.info(
+                "step %d/%d  loss %.4f  %.2f s/step  about %s left",
+                step, total, float(trainer.callback_metrics.get("loss", math.nan)), speed, clock(speed * (total - step)),
+            )  # fmt: skip
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            values = numbers(trainer.callback_metrics, "val/")
+            shown = [
+                f"{name[4:]} {value:.1f}" for name, value in values.items() if name.endswith(("acc", "miou", "entropy"))
+            ]
+            log.info("validation at step %d: %s", trainer.global_step, "  ".join(shown))
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 1:02:03 or 4:05."""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+def progress(mode: str) -> list[Callback]:
+    """The callbacks of `trainer.progress`."""
+    if mode == "auto":
+        mode = "bar" if sys.stderr.isatty() and sys.stdout.isatty() else "lines"
+    if mode == "bar":
+        return [RichProgressBar(theme=RichProgressBarTheme(metrics_format=".3f"), leave=False)]
+    return [ProgressLines()] if mode == "lines" else []

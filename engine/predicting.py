@@ -1,0 +1,150 @@
+"""`run.py predict`: cluster maps of any folder of pictures, at their own size and under their own names; no labels needed."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+import config
+from common.errors import CheckpointError, ConfigError, DataError
+from common.palette import default_palette
+from common.spec import ClassMeta
+from datamodules.base import SegmentationDataModule
+from datamodules.reading import ENDINGS, is_picture, read_picture
+from datamodules.transforms import Geometry
+from engine import setup
+from evaluation import panels, readout, report
+from lightning_modules.base import UnsupervisedSegmenter
+
+log = logging.getLogger(__name__)
+
+
+class Pictures:
+    """The pictures below a folder, in the order of their names; a `datamodules.base.Source` without labels."""
+
+    def __init__(self, root: Path) -> None:
+        if not root.is_dir():
+            raise DataError(f"input={root}: no such folder; name a folder of pictures")
+        self.root = root
+        walk = sorted(os.walk(root, followlinks=True))
+        self.files = [Path(folder) / name for folder, _, names in walk for name in sorted(names) if is_picture(name)]
+        if not self.files:
+            raise DataError(f"input={root}: no picture below it; looked for {', '.join(ENDINGS)}")
+        stems = [str(path.relative_to(root).with_suffix("")) for path in self.files]
+        twice = {stem for stem in stems if stems.count(stem) > 1} if len(set(stems)) < len(stems) else set()
+        self.names = [  # a.jpg beside a.png keep their endings, so that neither result is lost
+            str(path.relative_to(root)) if stem in twice else stem for path, stem in zip(self.files, stems, strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def id(self, index: int) -> str:
+        return self.names[index]
+
+    def read(self, index: int) -> tuple[np.ndarray, None]:
+        return read_picture(self.files[index]), None
+
+
+def predict(checkpoint_path: Path, source: Path, output: Path, tokens: list[str]) -> dict[str, Any]:
+    """Write `index/<name>.png` (cluster ids), `overlay/<name>.png`, legend.png and clusters.json into `output`.
+
+    Ids are those of the probe (`predict.probe`), the same for every picture and every call. A picture that cannot be
+    read is named and left out. Returns what clusters.json holds.
+    """
+    setup.quiet()
+    checkpoint = setup.read_checkpoint(checkpoint_path)
+    cfg = config.restore(checkpoint["labelfree"]["config"], tokens)
+    pictures = Pictures(source)
+    if output.resolve() == source.resolve():
+        raise ConfigError(f"output={output}: is the input folder; name another folder for the results")
+    model = setup.restore_model(checkpoint, cfg)
+    probe = choose_probe(cfg, model)
+    device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
+    model.to(device)
+    names, colours = legend(cfg, checkpoint["labelfree"].get("clusters", {}).get(probe), setup.stored_meta(checkpoint))
+    size = cfg.predict.size or cfg.data.eval_size
+    geometry = Geometry(
+        size=size if isinstance(size, int) else min(size), crop="keep", interpolation=cfg.data.interpolation
+    )
+    reader = SegmentationDataModule(cfg)
+    reader.pad_multiple = model.backbone.patch_multiple
+    loader = reader.loader(pictures, geometry=geometry, batch_size=1)
+    done = 0
+    for batch in loader:
+        ids = cluster_ids(model, batch, probe, device)
+        write(output, batch["id"][0], pictures.files[int(batch["index"][0])], ids, colours, cfg.predict.overlay_alpha)
+        done += 1
+        if done % max(1, len(pictures) // 10) == 0:
+            log.info("%d of %d pictures", done, len(pictures))
+    missed = len(pictures) - done
+    if not done:
+        raise DataError(
+            f"input={source}: none of its {len(pictures)} pictures could be read; first: {next(iter(loader.account.files))}"
+        )
+    content = {
+        "probe": probe,
+        "checkpoint": checkpoint_path.name,
+        "names_from_labels": any(":" in name for name in names),
+        "clusters": [
+            {"id": i, "name": name, "colour": list(colour)}
+            for i, (name, colour) in enumerate(zip(names, colours, strict=True))
+        ],
+        "pictures": done,
+        "unreadable": sorted(loader.account.files),
+    }
+    panels.legend_png(output / "legend.png", names, colours)
+    report.write_json(output / "clusters.json", content)
+    log.info("%d pictures in %s%s", done, output, f", {missed} could not be read" if missed else "")
+    return content
+
+
+def choose_probe(cfg: DictConfig, model: UnsupervisedSegmenter) -> str:
+    """`predict.probe`, with `auto` resolved. Raises CheckpointError for k-means before its centroids were fitted."""
+    fitted = bool(model.kmeans_probe.fitted)
+    if cfg.predict.probe == "auto":
+        return "kmeans" if fitted else "cluster"
+    if cfg.predict.probe == "kmeans" and not fitted:
+        raise CheckpointError(
+            "predict.probe=kmeans: the centroids are fitted when a run ends, and this checkpoint was written before; "
+            "use last.ckpt of a finished run, or predict.probe=cluster"
+        )
+    return cfg.predict.probe
+
+
+def legend(cfg: DictConfig, mapping: list[int] | None, meta: ClassMeta) -> tuple[list[str], list[tuple[int, int, int]]]:
+    """Names and colours of the clusters: those of the matched classes where the run had labels (`3: road`)."""
+    clusters = cfg.method.num_clusters
+    if mapping is None or not meta.has_labels:
+        return [f"cluster {i}" for i in range(clusters)], [tuple(colour) for colour in default_palette(clusters)]
+    colours = panels.cluster_colours(meta, mapping, clusters)
+    names = [f"{i}: {meta.names[target]}" if target >= 0 else f"cluster {i}" for i, target in enumerate(mapping)]
+    return names, [tuple(int(part) for part in colour) for colour in colours]
+
+
+@torch.inference_mode()
+def cluster_ids(model: UnsupervisedSegmenter, batch: dict[str, Any], probe: str, device: torch.device) -> np.ndarray:
+    """Ids [H,W] at the size of the picture file."""
+    image = batch["image"].to(device)
+    _, scores = model.read(image)
+    valid = batch["valid"][0]
+    rows, columns = int(valid.any(1).sum()), int(valid.any(0).sum())
+    height, width = batch["size"][0].tolist()
+    # The padded frame, scaled so that the picture in its corner has its own size again.
+    frame = (round(image.shape[2] * height / rows), round(image.shape[3] * width / columns))
+    return readout.predict(scores[probe], frame)[0, :height, :width].cpu().numpy()
+
+
+def write(
+    output: Path, name: str, file: Path, ids: np.ndarray, colours: list[tuple[int, int, int]], alpha: float
+) -> None:
+    """The index map and the overlay of one picture."""
+    index, over = output / "index" / f"{name}.png", output / "overlay" / f"{name}.png"
+    for path in (index, over):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    panels.index_png(index, ids, colours)
+    panels.Image.fromarray(panels.overlay(read_picture(file), ids, colours, alpha)).save(over)

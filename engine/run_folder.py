@@ -1,0 +1,164 @@
+"""The folder of one run: its name, whether it goes on, and files that are written whole or not at all."""
+
+import csv
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig
+
+import config
+from common.errors import CheckpointError, ConfigError
+
+SAME_RUN = ("run.", "wandb.", "logger", "trainer.progress", "trainer.threads", "data.workers")
+"""Keys that may differ between the parts of one run."""
+
+NAME_VARIABLE = "LABELFREE_RUN_NAME"
+"""Carries a name made from the time to the processes that Lightning starts for further devices."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run, and what is there already."""
+
+    path: Path
+    state: str
+    """new | resume | finished"""
+    checkpoint: Path | None = None
+    """Where training goes on from."""
+
+    @property
+    def last(self) -> Path:
+        return self.path / "checkpoints" / "last.ckpt"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "checkpoints" / "best.ckpt"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.json"
+
+
+def run_name(cfg: DictConfig) -> str:
+    """`run.name`, or one made from method, data, backbone and time (the SLURM job id where there is one)."""
+    if cfg.run.name is not None:
+        return cfg.run.name
+    if NAME_VARIABLE not in os.environ:
+        stamp = os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
+        os.environ[NAME_VARIABLE] = f"{cfg.method.name}-{cfg.data.name}-{cfg.backbone.name}-{stamp}"
+    return os.environ[NAME_VARIABLE]
+
+
+def open_run(cfg: DictConfig) -> RunFolder:
+    """Decide what becomes of the run folder, and make it. Files are changed on rank zero only.
+
+    Raises ConfigError where a folder of that name holds another run, CheckpointError where `run.resume` names no file.
+    """
+    name = run_name(cfg)
+    path = Path(cfg.run.dir) / name
+    if cfg.run.name is not None and (not name or "/" in name or name.startswith(".")):
+        raise ConfigError(f"run.name={name}: expected a plain folder name; the parent folder is run.dir")
+    if cfg.run.overwrite:
+        _empty(path)
+    explicit = None
+    if cfg.run.resume not in ("auto", "never"):
+        explicit = Path(cfg.run.resume)
+        if not explicit.is_file():
+            raise CheckpointError(
+                f"run.resume={cfg.run.resume}: no such file; expected auto, never or a checkpoint file"
+            )
+    stored = path / "config.yaml"
+    state, checkpoint = "new", explicit
+    if stored.is_file() and explicit is None:
+        if cfg.run.resume == "never" and rank_zero_only.rank == 0:
+            raise ConfigError(
+                f"run.name={name}: {path} already holds a run; choose another name, run.resume=auto to go on, "
+                "or run.overwrite=true to empty it"
+            )
+        difference = config.first_difference(yaml.safe_load(stored.read_text()), config.plain(cfg), ignore=SAME_RUN)
+        if difference is not None:
+            raise ConfigError(
+                f"run.name={name}: {path} holds a run with another configuration, first difference {difference}; "
+                "choose another name, or run.overwrite=true to empty it"
+            )
+        last = path / "checkpoints" / "last.ckpt"
+        if (path / "metrics.json").is_file():
+            state = "finished"
+        elif last.is_file():
+            state, checkpoint = "resume", last
+    folder = RunFolder(path, state, checkpoint)
+    if state != "finished":
+        _create(folder, cfg)
+    return folder
+
+
+@rank_zero_only
+def _empty(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+
+
+@rank_zero_only
+def _create(folder: RunFolder, cfg: DictConfig) -> None:
+    (folder.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (folder.path / "panels").mkdir(exist_ok=True)
+    config.save(cfg, folder.path / "config.yaml")
+    latest = folder.path.parent / "latest"
+    if latest.is_symlink() or not latest.exists():
+        temporary = folder.path.parent / f".latest-{os.getpid()}"
+        temporary.symlink_to(folder.path.name, target_is_directory=True)
+        temporary.replace(latest)
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy a file so that `target` is never seen half written."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.copyfile(source, temporary)
+    temporary.replace(target)
+
+
+class History:
+    """metrics.csv: a row per logged step, columns as they come up. Rows after the step of a resume are dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        self.columns: list[str] = ["step"]
+
+    def restore(self, step: int) -> None:
+        """Keep what is on disk up to `step` (0: start anew)."""
+        if step and self.path.is_file():
+            with self.path.open(newline="") as handle:
+                self.rows = [row for row in csv.DictReader(handle) if int(row["step"]) <= step]
+        self.columns = list(dict.fromkeys(["step", *(key for row in self.rows for key in row)]))
+        self._write()
+
+    def add(self, step: int, values: dict[str, Any]) -> None:
+        """Append a row; the file is written anew only when a column is new."""
+        row = {"step": step, **{key: _cell(value) for key, value in values.items()}}
+        self.rows.append(row)
+        fresh = [key for key in row if key not in self.columns]
+        if fresh:
+            self.columns += fresh
+            self._write()
+            return
+        with self.path.open("a", newline="") as handle:
+            csv.DictWriter(handle, self.columns).writerow(row)
+
+    def _write(self) -> None:
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        with temporary.open("w", newline="") as handle:
+            writer = csv.DictWriter(handle, self.columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        temporary.replace(self.path)
+
+
+def _cell(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value

@@ -1,0 +1,173 @@
+"""From a configuration to a DataModule, a method and a Trainer."""
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import WandbLogger
+from omegaconf import DictConfig
+
+import config
+from common.errors import CheckpointError, ConfigError
+from common.spec import ClassMeta
+from datamodules.base import SegmentationDataModule, load_datamodule
+from engine.callbacks import WholeCheckpointIO
+from lightning_modules import registry
+from lightning_modules.base import FORMAT, UnsupervisedSegmenter
+from retrieval import search
+
+log = logging.getLogger(__name__)
+
+UNLABELLED_CLUSTERS = 27
+"""K where the data has no classes and method.num_clusters is null."""
+
+NOISE = (
+    ".*does not have many workers.*",
+    ".*`self.trainer` is not attached.*",
+    ".*found .* module.* in eval mode.*",
+    ".*already configured with model summary.*",
+    ".*is not resumable.*",
+    ".*val_check_interval.*",
+    ".*Checkpoint directory.*exists and is not empty.*",
+    ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
+    ".*It is recommended to use `self.log.*sync_dist=True.*",
+)
+"""Library warnings about things that are so on purpose here."""
+
+
+def quiet() -> None:
+    """Hide library messages that tell a user nothing."""
+    for pattern in NOISE:
+        warnings.filterwarnings("ignore", pattern)
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def build_data(cfg: DictConfig) -> tuple[DictConfig, SegmentationDataModule]:
+    """The DataModule, set up, and the configuration with what only the data could tell (method.num_clusters)."""
+    data = load_datamodule(cfg.data.name)(cfg)
+    data.setup()
+    if cfg.method.num_clusters is None:
+        cfg = config.changed(cfg, {"method.num_clusters": data.meta.num_classes or UNLABELLED_CLUSTERS})
+    return cfg, data
+
+
+def build_model(cfg: DictConfig, meta: ClassMeta) -> UnsupervisedSegmenter:
+    """The method of the configuration for data with these classes."""
+    search.configure(cfg.search.backend)
+    if cfg.trainer.threads is not None:
+        torch.set_num_threads(cfg.trainer.threads)
+    return registry.method_class(cfg.method.name)(cfg, meta)
+
+
+def connect(model: UnsupervisedSegmenter, data: SegmentationDataModule) -> None:
+    """Tell the data what the method wants to see, and the method how long the run is."""
+    data.views = model.view_specs()
+    data.pad_multiple = model.backbone.patch_multiple
+    cfg = model.cfg
+    for key in ("train_size", "eval_size"):
+        model.backbone.check_size(cfg.data[key], f"data.{key}")
+    if cfg.trainer.max_steps is None:
+        model.total_steps = cfg.trainer.max_epochs * data.steps_per_epoch
+
+
+def build_trainer(
+    cfg: DictConfig, total_steps: int, callbacks: list[Callback], loggers: list[Any], root: Path
+) -> L.Trainer:
+    """The Trainer of a run; every key of `trainer.*` ends here."""
+    settings = cfg.trainer
+    if settings.accelerator == "gpu" and not torch.cuda.is_available():
+        raise ConfigError(
+            "trainer.accelerator=gpu: no CUDA device is visible; use trainer=auto, or see `run.py doctor`"
+        )
+    return L.Trainer(
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
+        strategy=settings.strategy,
+        precision=settings.precision,
+        max_steps=total_steps,
+        max_epochs=-1,
+        val_check_interval=settings.val_every,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        logger=loggers or False,
+        log_every_n_steps=settings.log_every,
+        callbacks=callbacks,
+        plugins=[WholeCheckpointIO()],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=any(type(item).__name__ == "RichProgressBar" for item in callbacks),
+        default_root_dir=root,
+    )
+
+
+def wandb_logger(cfg: DictConfig, folder: Path) -> WandbLogger:
+    """W&B; offline where no key is known, so that nothing asks and nothing hangs. A resumed run keeps its id."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    offline = os.environ.get("WANDB_MODE") in (None, "offline") and not has_wandb_key()
+    if offline:
+        os.environ["WANDB_MODE"] = "offline"
+        log.info("W&B: no key found, logging offline into %s (upload later with `wandb sync`)", folder / "wandb")
+    stored = folder / "wandb_id"
+    logger = WandbLogger(
+        name=folder.name,
+        save_dir=folder,
+        project=cfg.wandb.project,
+        entity=cfg.wandb.entity,
+        tags=list(cfg.wandb.tags),
+        id=stored.read_text().strip() if stored.is_file() else None,
+        resume="allow",
+        offline=offline,
+        config=config.plain(cfg),
+    )
+    if L.pytorch.utilities.rank_zero_only.rank == 0:
+        stored.write_text(logger.experiment.id)
+    return logger
+
+
+def has_wandb_key() -> bool:
+    """True where W&B would not have to ask: a key in the environment or in the netrc file."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    return netrc.is_file() and "wandb" in netrc.read_text(errors="ignore")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of ours, on the CPU; nothing of it is executed. Raises CheckpointError with one line."""
+    if not path.is_file():
+        raise CheckpointError(
+            f"ckpt={path}: no such file; a run keeps its own under checkpoints/last.ckpt and best.ckpt"
+        )
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises several kinds for cut and foreign files
+        raise CheckpointError(
+            f"ckpt={path}: cannot be read as a checkpoint ({str(error).splitlines()[0][:120]})"
+        ) from None
+    if not isinstance(checkpoint, dict) or "labelfree" not in checkpoint:
+        raise CheckpointError(f"ckpt={path}: is not a Labelfree checkpoint (it has no `labelfree` entry)")
+    if checkpoint["labelfree"]["format"] != FORMAT:
+        raise CheckpointError(f"ckpt={path}: format {checkpoint['labelfree']['format']}, this version reads {FORMAT}")
+    return checkpoint
+
+
+def stored_meta(checkpoint: dict[str, Any]) -> ClassMeta:
+    """The classes that a checkpoint was trained with."""
+    facts = checkpoint["labelfree"]
+    return ClassMeta(tuple(facts["classes"]), tuple(tuple(colour) for colour in facts["palette"]))
+
+
+def restore_model(checkpoint: dict[str, Any], cfg: DictConfig) -> UnsupervisedSegmenter:
+    """The trained method, in evaluation mode, on the CPU."""
+    model = build_model(cfg, stored_meta(checkpoint))
+    model.on_load_checkpoint(checkpoint)
+    model.load_state_dict(checkpoint["state_dict"])
+    return model.eval()

@@ -1,0 +1,218 @@
+"""`run.py train`: from a configuration to a finished run folder."""
+
+import json
+import logging
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from omegaconf import DictConfig
+from torch.nn import functional as F
+
+from common import chance, distributed
+from datamodules.base import SegmentationDataModule
+from engine import environment, setup
+from engine.callbacks import PanelKeeper, RunKeeper, WholeCheckpointIO, numbers, progress
+from engine.run_folder import RunFolder, copy_whole, open_run
+from evaluation import panels, report
+from lightning_modules.base import UnsupervisedSegmenter
+from retrieval import kmeans
+
+log = logging.getLogger(__name__)
+
+
+def train(cfg: DictConfig) -> dict[str, Any]:
+    """Train, evaluate, write the run folder; returns the content of metrics.json.
+
+    A finished run of the same name and configuration is not trained again: its metrics are returned. Raises
+    LabelfreeError with one line for whatever a user has to mend.
+    """
+    started = time.perf_counter()
+    setup.quiet()
+    cfg, data = setup.build_data(cfg)
+    folder = open_run(cfg)
+    if folder.state == "finished":
+        log.info("%s is finished; nothing to do (run.overwrite=true trains it again)", folder.path)
+        return json.loads(folder.metrics.read_text())
+    model = setup.build_model(cfg, data.meta)
+    setup.connect(model, data)
+    keeper = RunKeeper(folder, cfg, selection_key(cfg, data.meta.has_labels))
+    pictures = PanelKeeper(cfg.evaluation.panels)
+    loggers = [setup.wandb_logger(cfg, folder.path)] if cfg.logger == "wandb" else []
+    callbacks = [keeper, pictures, *progress(cfg.trainer.progress)]
+    trainer = setup.build_trainer(cfg, model.total_steps, callbacks, loggers, folder.path)
+    introduce(cfg, data, model, folder, trainer)
+    if folder.checkpoint is not None:
+        setup.read_checkpoint(folder.checkpoint)  # a cut or foreign file ends here, in one line
+    trainer.fit(model, data, ckpt_path=folder.checkpoint, weights_only=True)
+    if trainer.global_step < model.total_steps:  # Ctrl-C: Lightning returns; last.ckpt is where it goes on from
+        log.info("stopped at step %d of %d; the same command goes on", trainer.global_step, model.total_steps)
+        raise KeyboardInterrupt
+    metrics = close(cfg, data, model, trainer, keeper, folder)
+    if trainer.is_global_zero:
+        write_files(model, pictures, folder, loggers)
+        report.write_json(
+            folder.path / "environment.json",
+            environment.describe(
+                cfg.seed, model.device, time.perf_counter() - started, metrics["train_images_per_second"]
+            ),
+        )
+        report.write_json(folder.metrics, metrics)
+    return metrics
+
+
+def selection_key(cfg: DictConfig, has_labels: bool) -> str:
+    """The score that chooses best.ckpt; without labels none does, and the last checkpoint is the best."""
+    if cfg.evaluation.select != "auto":
+        return cfg.evaluation.select
+    return "val/cluster/miou" if has_labels else ""
+
+
+def introduce(
+    cfg: DictConfig, data: SegmentationDataModule, model: UnsupervisedSegmenter, folder: RunFolder, trainer: L.Trainer
+) -> None:
+    """Say what is about to run."""
+    if not trainer.is_global_zero:
+        return
+    log.info("run folder %s", folder.path)
+    log.info(
+        "%s on %s (%d training, %d validation pictures, %s) with %s: %d steps of %d pictures",
+        cfg.method.name, cfg.data.name, len(data.source("train")), len(data.source("val")),
+        f"{data.meta.num_classes} classes" if data.meta.has_labels else "no labels",
+        cfg.backbone.name, model.total_steps, cfg.data.batch_size,
+    )  # fmt: skip
+    if model.uses_labels:
+        log.info("this variant trains WITH labels; every table says so")
+    if folder.state == "resume":
+        log.info("going on from %s", folder.checkpoint)
+
+
+def close(
+    cfg: DictConfig,
+    data: SegmentationDataModule,
+    model: UnsupervisedSegmenter,
+    trainer: L.Trainer,
+    keeper: RunKeeper,
+    folder: RunFolder,
+) -> dict[str, Any]:
+    """The closing evaluation: fit the k-means probe, validate, put its centroids into last.ckpt, choose the best."""
+    fit = KMeansFit(cfg, data)
+    trainer.callbacks.append(fit)
+    trainer.validate(model, data, verbose=False)
+    final = numbers(trainer.callback_metrics, "val/")
+    improved = keeper.offer(model.total_steps, final)
+    if trainer.is_global_zero:
+        checkpoint = setup.read_checkpoint(folder.last)
+        for name, value in model.kmeans_probe.state_dict(prefix="kmeans_probe.").items():
+            checkpoint["state_dict"][name] = value.cpu()
+        mapped = {probe: scores.mapping.tolist() for probe, scores in model.validated.items() if probe != "linear"}
+        checkpoint["labelfree"]["clusters"] = mapped  # cluster -> class by the labels; `predict` colours with it
+        WholeCheckpointIO().save_checkpoint(checkpoint, folder.last)
+        if improved or not folder.best.is_file():
+            copy_whole(folder.last, folder.best)
+        keeper.history.add(model.total_steps, final)
+    trainer.strategy.barrier()
+    return collect_metrics(cfg, data, model, keeper, final)
+
+
+def collect_metrics(
+    cfg: DictConfig,
+    data: SegmentationDataModule,
+    model: UnsupervisedSegmenter,
+    keeper: RunKeeper,
+    final: dict[str, float],
+) -> dict[str, Any]:
+    """The flat content of metrics.json. Scores in percent; null where there is none."""
+    probes = [probe for probe in ("cluster", "kmeans", "own", "linear") if probe in model.validated]
+    metrics: dict[str, Any] = {
+        f"val/{probe}/{name}": final.get(f"val/{probe}/{name}") for probe in probes for name in ("acc", "miou")
+    }
+    metrics |= {f"val/cluster/{name}": final.get(f"val/cluster/{name}") for name in ("entropy", "confidence")}
+    metrics |= {f"best/{key.removeprefix('val/')}": value for key, value in keeper.best.items()}
+    labels = bool(keeper.select) and keeper.select.rsplit("/", 1)[-1] in ("acc", "miou")
+    metrics |= {
+        "best/step": keeper.best_step,
+        "selection/rule": f"highest {keeper.select}" if keeper.select else "last step",
+        "selection/uses_labels": labels,
+        "protocol/crop": cfg.data.eval_crop,
+        "protocol/resolution": str(cfg.data.eval_size),
+        "protocol/interpolation": cfg.data.interpolation,
+        "protocol/crf": False,
+        "protocol/flip": False,
+        "protocol/matching": f"{cfg.evaluation.matching}, extra {cfg.evaluation.extra}, absent {cfg.evaluation.absent}",
+        "protocol/list": f"val: {len(data.source('val'))} pictures",
+        "method": cfg.method.name,
+        "uses_labels": model.uses_labels,
+        "data": cfg.data.name,
+        "backbone": cfg.backbone.name,
+        "seed": cfg.seed,
+        "steps": model.total_steps,
+        "train_images_per_second": keeper.images_per_second(cfg.data.batch_size),
+    }
+    return report.plain(metrics)
+
+
+class KMeansFit(L.Callback):
+    """Fits the k-means probe on codes of the training pictures, on the device, before an evaluation that needs it."""
+
+    def __init__(self, cfg: DictConfig, data: SegmentationDataModule) -> None:
+        self.cfg = cfg
+        self.data = data
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: UnsupervisedSegmenter) -> None:
+        if pl_module.kmeans_probe.fitted:
+            return
+        settings = self.cfg.evaluation.kmeans
+        codes = self.training_codes(trainer, pl_module, settings.points)
+        result = kmeans.fit_distributed(
+            codes,
+            self.cfg.method.num_clusters,
+            spherical=True,
+            seed=self.cfg.seed,
+            iterations=settings.iterations,
+            restarts=settings.restarts,
+            init=settings.init,
+        )
+        pl_module.kmeans_probe.set(result.centroids)
+
+    @torch.no_grad()
+    def training_codes(self, trainer: L.Trainer, pl_module: UnsupervisedSegmenter, points: int) -> torch.Tensor:
+        """Unit codes of this rank's part of the training pictures, [n,D]: all patches, or evenly many a picture, drawn by key."""
+        rows = []
+        total = len(self.data.source("train"))
+        for batch in self.data.loader("train", geometry="eval", purpose="kmeans"):
+            images = batch["image"].to(pl_module.device)
+            with trainer.precision_plugin.forward_context():
+                codes = pl_module.embed(pl_module.features(images)).float()
+            patches = F.normalize(codes.flatten(2), dim=1).transpose(1, 2)
+            inside = F.adaptive_avg_pool2d(batch["valid"][:, None].float(), codes.shape[-2:]).flatten(1) >= 0.5
+            share = max(1, points // total)
+            for index, picture, valid in zip(batch["index"].tolist(), patches, inside, strict=True):
+                picture = picture[valid.to(picture.device)]
+                if len(picture) > share:
+                    order = torch.randperm(
+                        len(picture), generator=chance.generator(self.cfg.seed, "kmeans.points", index)
+                    )
+                    picture = picture[order[:share].to(picture.device)]
+                rows.append(picture)
+        return torch.cat(rows) if rows else torch.empty(0, pl_module.code_dim, device=pl_module.device)
+
+
+def write_files(model: UnsupervisedSegmenter, pictures: PanelKeeper, folder: RunFolder, loggers: list[Any]) -> None:
+    """Panels, per-class table, clusters and the confusion figure of the closing evaluation."""
+    results = model.validated
+    if results:
+        report.write_scores(folder.path, results, model.meta, main="cluster" if model.trains else "kmeans")
+    mappings = {probe: scores.mapping for probe, scores in results.items() if probe != "linear"}
+    for kept in pictures.kept.values():
+        row = panels.Row(kept["image"], kept["maps"], kept["label"], kept["id"])
+        name = kept["id"].replace("/", "_") + ".png"
+        panels.save(folder.path / "panels" / name, [row], model.meta, mappings)
+    if pictures.kept:
+        rows = [panels.Row(kept["image"], kept["maps"], kept["label"], kept["id"]) for kept in pictures.kept.values()]
+        panels.save(folder.path / "panels" / "sheet.png", rows, model.meta, mappings)
+        for logger in loggers:
+            logger.log_image("panels", [str(folder.path / "panels" / "sheet.png")])
+    if distributed.rank() == 0:
+        log.info("panels, tables and checkpoints are in %s", folder.path)

@@ -1,0 +1,1 @@
+"""One file a method; base.py is the house they share."""

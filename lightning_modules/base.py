@@ -1,0 +1,258 @@
+"""UnsupervisedSegmenter: what every method shares. A method writes `build`, `embed` and `loss`, and little else.
+
+The base owns the backbone, the probes on detached codes, the optimiser with clipping and schedules, validation,
+prediction, and the rule that labels never reach a method.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+import config
+from common import distributed
+from common.chance import library_draws
+from common.errors import CheckpointError
+from common.spec import ClassMeta, ViewSpec
+from evaluation import readout, report
+from evaluation.matching import Scores
+from evaluation.metrics import ClusterUsage, SegmentationScore
+from evaluation.probes import ClusterProbe, KMeansProbe, LinearProbe
+from lightning_modules.optim import CompositeOptimizer, schedule_factor
+from models.backbone import Backbone, Features
+
+FORMAT = 1
+"""Version of what we add to a Lightning checkpoint under the key `labelfree`."""
+
+
+@dataclass
+class Loss:
+    """What a method's `loss` returns."""
+
+    total: Tensor
+    """Scalar that is differentiated."""
+    parts: dict[str, Tensor | float] = field(default_factory=dict)
+    """Values to log, without graph; shown as train/<name>."""
+    skip: bool | Tensor = False
+    """True on any rank: no rank updates the method in this step (the probes still learn)."""
+    codes: Tensor | None = None
+    """Codes [B,D,h,w] of this step, where the method has computed them anyway: the probes learn on them, detached."""
+
+
+class UnsupervisedSegmenter(L.LightningModule):
+    """Base of all methods.
+
+    Class facts: `uses_labels` (supervised variants only, shown in every table), `trains` (False: no method loss, the
+    probes still learn), `wants_attention` (ask the backbone for the attention logits of its last block).
+    """
+
+    uses_labels = False
+    trains = True
+    wants_attention = False
+
+    def __init__(self, cfg: DictConfig, meta: ClassMeta) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.meta = meta
+        self.strict_loading = True
+        self.backbone = Backbone(cfg.backbone, cfg.seed)
+        with library_draws(cfg.seed, "init"):
+            self.build()
+        clusters = cfg.method.num_clusters
+        self.cluster_probe = ClusterProbe(self.code_dim, clusters, cfg.seed, init=cfg.evaluation.cluster_init)
+        self.kmeans_probe = KMeansProbe(self.code_dim, clusters)
+        self.linear_probe = LinearProbe(self.code_dim, meta.num_classes, cfg.seed) if meta.has_labels else None
+        self.has_own_scores = type(self).scores is not UnsupervisedSegmenter.scores
+        self.confusion = nn.ModuleDict(
+            {probe: self._confusion(probe) for probe in self.probe_names()} if meta.has_labels else {}
+        )
+        self.usage = ClusterUsage(clusters)
+        self.total_steps = cfg.trainer.max_steps or 1
+        self.validated: dict[str, Scores] = {}
+
+    # ------------------------------------------------------------------ what a method writes
+
+    code_dim: int
+    """D of the codes; `build` sets it."""
+
+    def build(self) -> None:
+        """Make heads and banks from `self.cfg.method`, and set `self.code_dim`."""
+        raise TypeError(f"{type(self).__name__} has to define build()")
+
+    def embed(self, features: Features) -> Tensor:
+        """Frozen or trained features -> codes [B,D,h,w] that every probe reads."""
+        raise TypeError(f"{type(self).__name__} has to define embed()")
+
+    def loss(self, views: dict[str, Any], features: Features) -> Loss:
+        """The method's objective on one batch. `views` is the batch without any label."""
+        raise TypeError(f"{type(self).__name__} has to define loss(), or declare trains = False")
+
+    def view_specs(self) -> dict[str, ViewSpec]:
+        """Views that the batch must carry beside `image`, by name."""
+        return {}
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """`{name, params}` of each group; its settings are `optim.<name>.*`."""
+        return []
+
+    def scores(self, features: Features) -> Tensor:
+        """A method's own classifier: [B,K,h,w]; scored as val/own/* where a method defines it."""
+        raise TypeError(f"{type(self).__name__} has no classifier of its own")
+
+    def prepare(self, loader: Callable[..., Any]) -> None:
+        """Once before the first step of a new run (not after a resume); `loader` is the DataModule's `loader`."""
+
+    def on_epoch(self, loader: Callable[..., Any]) -> None:
+        """At the start of every pass over the training pictures."""
+
+    def after_step(self) -> None:
+        """After the optimiser's step: banks and momentum copies."""
+
+    # ------------------------------------------------------------------ training
+
+    def features(self, images: Tensor) -> Features:
+        """Backbone features of pictures [B,3,H,W] in 0..1; no graph where the backbone is frozen."""
+        return self.backbone.features(images, grad=not self.backbone.frozen, attention=self.wants_attention)
+
+    def on_train_start(self) -> None:
+        if self.global_step == 0:  # a resumed run has its step back by now
+            self.prepare(self.trainer.datamodule.loader)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        views, label = split_labels(batch)
+        features = self.features(batch["image"])
+        if self.trains:
+            loss = self.loss(batch if self.uses_labels else views, features)
+            codes = self._codes(features) if loss.codes is None else loss.codes.detach()
+        else:
+            loss, codes = Loss(features.map.new_zeros(())), self._codes(features)
+        skip = self._skipped_anywhere(loss.skip)
+        self.optimizers().optimizer.skip_method = skip
+        parts = {"cluster_probe": self.cluster_probe.loss(codes)}
+        if self.linear_probe is not None and label is not None:
+            parts["linear_probe"] = self.linear_probe.loss(codes, label, batch["valid"])
+        total = sum(parts.values()) + (loss.total * 0 if skip else loss.total)
+        logged = {"loss": loss.total, **loss.parts, **parts} if self.trains else parts
+        self.log_dict({f"train/{name}": value for name, value in logged.items()}, batch_size=len(batch["image"]))
+        self.log("loss", total.detach(), prog_bar=True, logger=False, batch_size=len(batch["image"]))
+        return total
+
+    @torch.no_grad()
+    def _codes(self, features: Features) -> Tensor:
+        return self.embed(features).detach()
+
+    def _skipped_anywhere(self, skip: bool | Tensor) -> bool:
+        if not self.trains or (skip is False and not distributed.active()):
+            return False
+        return bool(distributed.total(torch.as_tensor(skip, device=self.device, dtype=torch.float32)) > 0)
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        if self.global_step % max(1, self.trainer.datamodule.steps_per_epoch) == 0:
+            self.on_epoch(self.trainer.datamodule.loader)
+        for group in self.optimizers().optimizer.param_groups:
+            factor = schedule_factor(group["schedule"], self.global_step, self.total_steps, group["warmup"])
+            group["lr"] = group["base_lr"] * factor
+
+    def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        self.after_step()
+        if self.global_step >= self.total_steps:
+            self.trainer.val_check_batch = self.total_steps + 1  # the closing evaluation follows at once
+
+    def configure_optimizers(self) -> CompositeOptimizer:
+        groups = [{**group, "owner": "method"} for group in (self.param_groups() if self.trains else [])]
+        groups.append({"name": "cluster_probe", "params": self.cluster_probe.parameters(), "owner": "probe"})
+        if self.linear_probe is not None:
+            groups.append({"name": "linear_probe", "params": self.linear_probe.parameters(), "owner": "probe"})
+        return CompositeOptimizer([{**config.plain(self.cfg.optim[group["name"]]), **group} for group in groups])
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        for group in optimizer.param_groups:
+            if group["clip_norm"] is not None:
+                nn.utils.clip_grad_norm_(group["params"], group["clip_norm"])
+
+    # ------------------------------------------------------------------ evaluation
+
+    def probe_names(self) -> list[str]:
+        """Read-outs that exist, in the order of tables."""
+        own = ["own"] if type(self).scores is not UnsupervisedSegmenter.scores else []
+        return ["cluster", "kmeans", *own, *(["linear"] if self.linear_probe is not None else [])]
+
+    def _confusion(self, probe: str) -> SegmentationScore:
+        rows = self.meta.num_classes if probe == "linear" else self.cfg.method.num_clusters
+        rules = self.cfg.evaluation
+        matching = "identity" if probe == "linear" else rules.matching
+        return SegmentationScore(rows, self.meta.num_classes, matching=matching, extra=rules.extra, absent=rules.absent)
+
+    def read(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Codes [B,D,h,w], and score maps [B,K,h,w] of every read-out that is ready, for pictures [B,3,H,W] in 0..1."""
+        features = self.features(images)
+        codes = self.embed(features)
+        scores = {"cluster": self.cluster_probe.scores(codes)}
+        if self.kmeans_probe.fitted:
+            scores["kmeans"] = self.kmeans_probe.scores(codes)
+        if self.has_own_scores:
+            scores["own"] = self.scores(features)
+        if self.linear_probe is not None:
+            scores["linear"] = self.linear_probe(codes)
+        return codes, scores
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        codes, scores = self.read(batch["image"])
+        maps = {probe: readout.predict(values, batch["image"].shape[-2:]) for probe, values in scores.items()}
+        self.usage.update(scores["cluster"], codes, batch["valid"])
+        if "label" in batch:
+            for probe in maps:
+                self.confusion[probe].update(maps[probe], batch["label"])
+        return maps
+
+    def on_validation_epoch_start(self) -> None:
+        for metric in (*self.confusion.values(), self.usage):
+            metric.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        self.trainer.datamodule.sync_broken()
+        ready = [probe for probe in self.confusion if probe != "kmeans" or self.kmeans_probe.fitted]
+        self.validated = {probe: self.confusion[probe].compute() for probe in ready}
+        values = report.flatten("val", "cluster", self.usage.compute())
+        for probe, scores in self.validated.items():
+            values |= report.flatten("val", probe, scores)
+        known = {name: value for name, value in values.items() if value is not None}
+        self.log_dict(known, rank_zero_only=True)
+        if "val/cluster/miou" in known:
+            self.log("miou", known["val/cluster/miou"], prog_bar=True, logger=False, rank_zero_only=True)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        if self.backbone.frozen:  # it is made again from the config; the fingerprint proves that it is the same
+            checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith("backbone.")}
+        checkpoint["labelfree"] = {
+            "format": FORMAT,
+            "config": config.plain(self.cfg),
+            "classes": list(self.meta.names),
+            "palette": [list(colour) for colour in self.meta.palette],
+            "backbone": self.backbone.fingerprint,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        found, own = checkpoint["labelfree"]["backbone"], self.backbone.fingerprint
+        if self.backbone.frozen and found != own:
+            raise CheckpointError(
+                f"backbone.weights: the checkpoint was trained on {found}, the configured backbone is {own}; "
+                "point backbone.weights at the file it was trained with"
+            )
+        if self.backbone.frozen:
+            checkpoint["state_dict"] |= {f"backbone.{key}": value for key, value in self.backbone.state_dict().items()}
+
+
+def split_labels(batch: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
+    """A batch -> (the same without `label` and every `<view>.label`, the label map or None)."""
+    views = {key: value for key, value in batch.items() if key != "label" and not key.endswith(".label")}
+    return views, batch.get("label")

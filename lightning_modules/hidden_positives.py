@@ -1,0 +1,231 @@
+"""Hidden Positives (Seong et al., "Leveraging Hidden Positives for Unsupervised Semantic Segmentation", CVPR 2023).
+
+A light head on frozen features is trained by a contrastive loss over patches. The positives of a patch are other patches
+of the batch that are more similar to it than every entry of a reference pool: task-agnostic ones by the frozen features,
+task-specific ones by a momentum copy of the head, whose weight lambda grows from 0 to 1. The same loss on codes mixed
+with their attentive neighbours sends gradient to neighbours (local hidden positives).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from common import distributed
+from common.errors import ConfigError
+from common.spec import Photometric, ViewSpec
+from lightning_modules.base import Loss, UnsupervisedSegmenter
+from losses.consistency import consistency
+from losses.contrastive import ghp_contrastive, lambda_schedule, random_candidates, thresholds
+from losses.local_positives import affinity_weights, attention_weights, neighbour_mix
+from models.backbone import Features
+from models.heads import ProjectionHead, SegmentationHead, channel_masks, drop_channels, patch_rows
+from models.momentum import Momentum
+from retrieval.memory import ReferencePool, collect, random_positions
+
+
+VERSIONS = {"1": 1, "2": 2, "2-fixed": "2-fixed"}
+"""Values of method.loss_version and what the loss calls them."""
+
+
+class HiddenPositives(UnsupervisedSegmenter):
+    """Codes s = head(features); probes read s. Only the head and the projection are trained."""
+
+    def build(self) -> None:
+        settings = self.cfg.method
+        check_settings(settings, self.backbone)
+        self.code_dim = settings.dim
+        self.head = SegmentationHead(self.backbone.dim, settings.dim)
+        self.momentum_head = Momentum(self.head)
+        self.projection = ProjectionHead(settings.dim)
+        self.pool = ReferencePool(settings.pool.size, self.backbone.dim, settings.dim)
+        attention = settings.lhp.attention
+        self.wants_attention = settings.lhp.enabled and (
+            attention == "backbone" or (attention == "auto" and self.backbone.has_attention)
+        )
+
+    def view_specs(self) -> dict[str, ViewSpec]:
+        augment = self.cfg.method.augment
+        return {"augmented": ViewSpec(photometric=Photometric(**augment))} if self.cfg.method.alpha > 0 else {}
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [
+            {"name": "head", "params": self.head.parameters()},
+            {"name": "projection", "params": self.projection.parameters()},
+        ]
+
+    def embed(self, features: Features) -> Tensor:
+        return self.head(features.concat())
+
+    # ------------------------------------------------------------------ one step
+
+    def loss(self, views: dict[str, Any], features: Features) -> Loss:
+        """Method document sections 2 to 6. Codes of the step go to the probes as they are, with the head's dropout."""
+        settings, step = self.cfg.method, self.global_step
+        frozen = features.concat()
+        codes = self.head(frozen, self._head_masks("head", frozen))
+        momentum_codes = self.momentum_head(frozen, self._head_masks("momentum", frozen))
+        self.momentum_head.update(settings.ema)
+        self.pool.observe(frozen, self._positions("hp.ring", step, frozen))
+        self._renew_pool(step)
+
+        lam = lambda_schedule(step, settings.lambda_warmup, self.total_steps)
+        z = self.projection(codes)
+        parts: dict[str, Any] = {"lambda": lam}
+        total = parts["contrastive"] = self._contrastive(features, frozen, codes, momentum_codes, z, lam)
+        if settings.alpha > 0:
+            augmented = self.backbone.features(views["augmented"]).concat()
+            z_augmented = self.projection(self.head(augmented, self._head_masks("augmented", augmented)))
+            parts["consistency"] = consistency(z, z_augmented)
+            total = total + settings.alpha * parts["consistency"]
+        return Loss(total, {name: torch.as_tensor(value).detach() for name, value in parts.items()}, codes=codes)
+
+    def _contrastive(
+        self, features: Features, frozen: Tensor, codes: Tensor, momentum_codes: Tensor, z: Tensor, lam: float
+    ) -> Tensor:
+        settings = self.cfg.method
+        unit_features = unit_rows(self._dropped("features", frozen))
+        unit_momentum = unit_rows(self._dropped("momentum_out", momentum_codes))
+        z_mix = None
+        if settings.lhp.enabled:
+            mixed = neighbour_mix(codes, self._neighbour_weights(features, frozen))
+            z_mix = distributed.gather(self.projection(self._dropped("mixed_out", mixed)), grad=True)
+        limits = {"threshold_ag": None, "threshold_sp": None}
+        if settings.positives.agnostic:
+            limits["threshold_ag"] = distributed.gather(thresholds(unit_features, self.pool.agnostic_rows()))
+        if settings.positives.specific:
+            limits["threshold_sp"] = distributed.gather(thresholds(unit_momentum, self.pool.specific_rows()))
+        if not settings.positives.agnostic and not settings.positives.specific:
+            return z.sum() * 0  # both kinds off: nothing is a positive, only the consistency term trains
+        pictures, cells = frozen.shape[0], frozen.shape[2] * frozen.shape[3]
+        z = distributed.gather(z, grad=True)
+        return ghp_contrastive(
+            z,
+            z_mix,
+            distributed.gather(unit_features) if settings.positives.agnostic else None,
+            distributed.gather(unit_momentum) if settings.positives.specific else None,
+            **limits,
+            cells=cells,
+            temperature=settings.temperature,
+            lam=lam,
+            candidates=random_candidates(self.cfg.seed, self.global_step, cells, len(z), settings.rho, z.device),
+            reweighting=settings.reweighting,
+            version=VERSIONS[settings.loss_version],
+            symmetric=settings.positives.symmetric,
+            pictures=(distributed.rank() * pictures, pictures),
+            guarded=settings.guarded,
+        )
+
+    def _neighbour_weights(self, features: Features, frozen: Tensor) -> Tensor:
+        sigma = self.cfg.method.lhp.sigma
+        if self.wants_attention:
+            return attention_weights(features.attention, features.prefix, tuple(frozen.shape[-2:]), sigma)
+        return affinity_weights(frozen, sigma)
+
+    # ------------------------------------------------------------------ channel dropout
+
+    def _mask(self, purpose: str, maps: Tensor) -> Tensor | None:
+        """This rank's rows of the channel mask that (seed, purpose, step) draws for the global batch; None without dropout."""
+        p = self.cfg.method.dropout.p
+        if p == 0:
+            return None
+        pictures, channels = maps.shape[0] * distributed.world_size(), maps.shape[1]
+        masks = channel_masks(
+            self.cfg.seed, f"hp.dropout.{purpose}", self.global_step, pictures, channels, p, maps.device
+        )
+        return distributed.own_slice(masks)
+
+    def _head_masks(self, purpose: str, maps: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        return self._mask(f"{purpose}.linear", maps), self._mask(f"{purpose}.nonlinear", maps)
+
+    def _dropped(self, purpose: str, maps: Tensor) -> Tensor:
+        return drop_channels(maps, self._mask(purpose, maps) if self.cfg.method.dropout.outputs else None)
+
+    # ------------------------------------------------------------------ reference pools
+
+    def _positions(self, purpose: str, step: int, maps: Tensor) -> Tensor:
+        """One patch position a picture [B], drawn for the global batch."""
+        count = maps.shape[0] * distributed.world_size()
+        cells = maps.shape[2] * maps.shape[3]
+        return distributed.own_slice(random_positions(self.cfg.seed, purpose, step, count, cells)).to(maps.device)
+
+    def prepare(self, loader: Callable[..., Any]) -> None:
+        """Fill both pools before the first step: M pictures, one random patch each, independent draws for the two."""
+        agnostic, kept = self._random_patches(loader, "hp.pool", 0, ("agnostic", "specific"))
+        self.pool.fill_agnostic(distributed.gather_uneven(agnostic))
+        self._replace_kept(kept)
+        self.pool.refill(self.momentum_head)
+
+    def _renew_pool(self, step: int) -> None:
+        """Refill the task-specific pool when its time has come.
+
+        `kept` counts steps of the run; `release` counts steps of the epoch, as the released loop does.
+        """
+        pool = self.cfg.method.pool
+        data = self.trainer.datamodule
+        count = step if pool.refill == "kept" else step % data.steps_per_epoch
+        if count == 0 or count % pool.renew_every:
+            return
+        if pool.refill == "release":
+            self._replace_kept(*self._random_patches(data.loader, "hp.pool.renewal", step, ("specific",)))
+        self.pool.refill(self.momentum_head)
+
+    def _replace_kept(self, rows: Tensor) -> None:
+        """Put this rank's rows (gathered over ranks) in place of all kept features."""
+        self.pool.kept.reset()
+        self.pool.kept.enqueue(rows)
+
+    @torch.no_grad()
+    def _random_patches(self, loader: Callable[..., Any], purpose: str, step: int, draws: tuple[str, ...]) -> list[Tensor]:
+        """Frozen features of random patches of training pictures: this rank's rows [m,C] for every draw.
+
+        One patch of each of M pictures; of fewer pictures, as many of each as make up M (the release fails there).
+        """
+        settings = self.cfg.method
+        dropped = settings.dropout.outputs and settings.dropout.p > 0
+        batches = loader("train", "train", order="shuffled", limit=settings.pool.size, purpose=f"{purpose}.{step}")
+        pictures = min(settings.pool.size, len(batches.dataset))
+        patches = -(-settings.pool.size // pictures)
+        # The position in the whole pass keys the draws of a picture; ranks read contiguous parts of it.
+        place = pictures * distributed.rank() // distributed.world_size()
+        rows: list[list[Tensor]] = [[] for _ in draws]
+        for batch in batches:
+            maps = self.backbone.features(batch["image"].to(self.device)).concat()
+            places = range(place, place := place + len(maps))
+            if dropped:
+                key = (self.cfg.seed, f"{purpose}.{step}.dropout")
+                masks = [channel_masks(*key, at, 1, maps.shape[1], settings.dropout.p, maps.device) for at in places]
+                maps = drop_channels(maps, torch.cat(masks))
+            cells = maps.shape[2] * maps.shape[3]
+            for draw, collected in zip(draws, rows, strict=True):
+                key = (self.cfg.seed, f"{purpose}.{step}.{draw}")
+                positions = torch.stack([random_positions(*key, at, patches, cells) for at in places])
+                chosen = [collect(maps, column) for column in positions.to(maps.device).unbind(1)]
+                collected.append(torch.stack(chosen, dim=1).flatten(0, 1))
+        return [torch.cat(collected) if collected else self.pool.agnostic[:0] for collected in rows]
+
+
+def unit_rows(maps: Tensor) -> Tensor:
+    """[B,C,h,w] -> L2-normalised float32 rows [N,C], without gradient."""
+    return F.normalize(patch_rows(maps.detach().float()), dim=1)
+
+
+def check_settings(settings: Any, backbone: Any) -> None:
+    """Raises ConfigError for values that the method cannot run with."""
+    if settings.lhp.attention not in ("auto", "backbone", "affinity"):
+        raise ConfigError(f"method.lhp.attention={settings.lhp.attention}: not one of auto, backbone, affinity")
+    if settings.lhp.enabled and settings.lhp.attention == "backbone" and not backbone.has_attention:
+        raise ConfigError(
+            "method.lhp.attention=backbone: this backbone has no attention; use affinity or auto, or a ViT backbone"
+        )
+    if settings.pool.refill not in ("kept", "release"):
+        raise ConfigError(f"method.pool.refill={settings.pool.refill}: not one of kept, release")
+    if settings.loss_version not in VERSIONS:
+        raise ConfigError(f"method.loss_version={settings.loss_version}: not one of {', '.join(VERSIONS)}")
+    if settings.temperature <= 0:
+        raise ConfigError(f"method.temperature={settings.temperature}: must be above 0")
+    for name in ("rho", "ema"):
+        if not 0 <= settings[name] <= 1:
+            raise ConfigError(f"method.{name}={settings[name]}: expected a number from 0 to 1")

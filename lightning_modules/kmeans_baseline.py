@@ -1,0 +1,30 @@
+"""The baseline of every table: k-means on the features themselves. Its score is val/kmeans/*.
+
+Nothing is trained but the two online probes. `method.features: colour` clusters mean patch colours instead, the floor
+that any feature has to beat.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_modules.base import UnsupervisedSegmenter
+from models.backbone import Features
+
+
+class KMeansBaseline(UnsupervisedSegmenter):
+    """Codes = L2-normalised backbone features (all of `backbone.levels`), or patch colours."""
+
+    trains = False
+
+    def build(self) -> None:
+        self.colour = self.cfg.method.features == "colour"
+        self.code_dim = 3 if self.colour else self.backbone.dim
+
+    def features(self, images: Tensor) -> Features:
+        if not self.colour:
+            return super().features(images)
+        colours = F.avg_pool2d(images, self.backbone.stride)
+        return Features(levels=[colours - 0.5], cls=None, attention=None, qkv=None, prefix=0)
+
+    def embed(self, features: Features) -> Tensor:
+        return F.normalize(features.concat(), dim=1)

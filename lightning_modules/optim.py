@@ -1,0 +1,103 @@
+"""One optimiser object for parameter groups of different algorithms, and schedules without state.
+
+Lightning's automatic optimisation takes one optimiser, and `global_step` then counts batches. Methods need AdamW here
+and Adam there, so `CompositeOptimizer` steps several torch optimisers as one.
+"""
+
+import math
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+ALGORITHMS = {"adam": Adam, "adamw": AdamW, "sgd": SGD}
+
+
+class CompositeOptimizer(Optimizer):
+    """Adam, AdamW and SGD groups behind one optimiser.
+
+    A group is `{name, params, optimizer, lr, weight_decay, schedule, warmup, clip_norm, owner}`; `owner` is `method` or
+    `probe`. With `skip_method` set, the next step leaves parameters and state of the method's groups as they are.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        groups = [{**group, "params": list(group["params"])} for group in groups]
+        super().__init__([{"params": group["params"]} for group in groups], {})
+        self.skip_method = False
+        self.children: list[Optimizer] = []
+        for name, algorithm in ALGORITHMS.items():
+            own = [self._group(group) for group in groups if group["optimizer"] == name]
+            if own:
+                self.children.append(algorithm(own, lr=own[0]["lr"]))
+        self._link()
+
+    @staticmethod
+    def _group(group: dict[str, Any]) -> dict[str, Any]:
+        kept = {key: value for key, value in group.items() if key != "optimizer"}
+        return {**kept, "base_lr": group["lr"]}
+
+    def _link(self) -> None:
+        """Show the groups and states of the children as our own (Lightning and GradScaler look at them)."""
+        self.param_groups = [group for child in self.children for group in child.param_groups]
+        self.state = JoinedState(self.children)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.skip_method:  # torch's optimisers pass over parameters without gradient, state included
+            for group in self.param_groups:
+                if group["owner"] == "method":
+                    for parameter in group["params"]:
+                        parameter.grad = None
+        for child in self.children:
+            child.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"children": [child.state_dict() for child in self.children]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for child, state in zip(self.children, state_dict["children"], strict=True):
+            child.load_state_dict(state)
+        self._link()
+
+
+class JoinedState(MutableMapping):
+    """The per-parameter states of several optimisers as one mapping; writes reach the optimiser that owns the parameter."""
+
+    def __init__(self, children: list[Optimizer]) -> None:
+        self.children = children
+        self.owner = {p: child for child in children for group in child.param_groups for p in group["params"]}
+
+    def __getitem__(self, parameter: Tensor) -> Any:
+        return self.owner[parameter].state[parameter]
+
+    def __setitem__(self, parameter: Tensor, value: Any) -> None:
+        self.owner[parameter].state[parameter] = value
+
+    def __delitem__(self, parameter: Tensor) -> None:
+        del self.owner[parameter].state[parameter]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (parameter for child in self.children for parameter in child.state)
+
+    def __len__(self) -> int:
+        return sum(len(child.state) for child in self.children)
+
+
+def schedule_factor(schedule: str, step: int, total: int, warmup: int = 0) -> float:
+    """What the learning rate is multiplied by at `step` (0-based) of `total` steps.
+
+    Linear warm-up from 1/warmup to 1 comes first; then `constant`, or `cosine` / `linear` down to zero at `total`.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "constant":
+        return 1.0
+    share = min(1.0, (step - warmup) / max(1, total - warmup))
+    return 0.5 * (1 + math.cos(math.pi * share)) if schedule == "cosine" else 1 - share

@@ -1,0 +1,32 @@
+"""Finds methods by their files: `lightning_modules/<name>.py` beside `configs/method/<name>.yaml`. No list is kept by hand."""
+
+import importlib
+
+import config
+from common.errors import ConfigError, did_you_mean
+from lightning_modules.base import UnsupervisedSegmenter
+
+
+def names() -> list[str]:
+    """All methods, in alphabetical order."""
+    return config.names("method")
+
+
+def method_class(name: str) -> type[UnsupervisedSegmenter]:
+    """The one UnsupervisedSegmenter that the method's file defines.
+
+    Raises ConfigError for an unknown name, and where the file defines none or several.
+    """
+    if name not in names():
+        raise ConfigError(f"method={name}: no such method; {did_you_mean(name, names())}")
+    module = importlib.import_module(f"lightning_modules.{name}")
+    found = [
+        item
+        for item in vars(module).values()
+        if isinstance(item, type) and issubclass(item, UnsupervisedSegmenter) and item.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise ConfigError(
+            f"method={name}: lightning_modules/{name}.py must define exactly one UnsupervisedSegmenter, found {len(found)}"
+        )
+    return found[0]

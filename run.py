@@ -1,0 +1,156 @@
+"""The one entry: `run.py <command> key=value …`. See `run.py` alone, or the README, for the commands."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from common.errors import ConfigError, LabelfreeError, did_you_mean
+
+log = logging.getLogger("labelfree")
+
+
+def take(words: list[str], *names: str) -> tuple[dict[str, str], list[str]]:
+    """Split `names` off a list of key=value words; raises ConfigError where one of them is missing."""
+    import config
+
+    config.parse_words(words)
+    found = {word.partition("=")[0]: word.partition("=")[2] for word in words}
+    for name in names:
+        if not found.get(name):
+            raise ConfigError(f"{name}: is needed; write {name}=…")
+    rest = [word for word in words if word.partition("=")[0] not in names]
+    return {name: found[name] for name in names}, rest
+
+
+def train(words: list[str]) -> None:
+    """train method=… data=… backbone=… trainer=… [experiment=…] [key=value …]: train, evaluate, fill a run folder"""
+    import config
+    from engine.training import train as run
+
+    cfg = config.compose(words)
+    show(run(cfg))
+
+
+def evaluate(words: list[str]) -> None:
+    """eval ckpt=… [key=value …]: the scores of a checkpoint"""
+    from engine.evaluating import evaluate as run
+
+    named, rest = take(words, "ckpt")
+    show(run(Path(named["ckpt"]), rest))
+
+
+def predict(words: list[str]) -> None:
+    """predict ckpt=… input=folder output=folder [key=value …]: cluster maps, overlays and a legend of any pictures"""
+    from engine.predicting import predict as run
+
+    named, rest = take(words, "ckpt", "input", "output")
+    run(Path(named["ckpt"]), Path(named["input"]), Path(named["output"]), rest)
+
+
+def list_names(words: list[str]) -> None:
+    """list: methods, data sets, backbones, trainers, experiments"""
+    import config
+    from lightning_modules import registry
+
+    if words:
+        raise ConfigError(f"{words[0]}: list takes no words")
+    for group in ("method", "data", "backbone", "trainer", "experiment"):
+        members = config.names(group)
+        if group == "method":
+            classes = {name: registry.method_class(name) for name in members}
+            members = [f"{name} (uses labels)" if item.uses_labels else name for name, item in classes.items()]
+        print(f"{group:<11} {', '.join(members) or '-'}")
+
+
+def show_config(words: list[str]) -> None:
+    """show-config method=… data=… …: the merged configuration"""
+    from omegaconf import OmegaConf
+
+    import config
+
+    print(OmegaConf.to_yaml(config.compose(words)), end="")
+
+
+def doctor(words: list[str]) -> None:
+    """doctor: versions, CUDA, faiss, disk, run folder, W&B; one line each"""
+    from engine.doctor import examine
+
+    _, rest = take(words)
+    if not examine(rest):
+        raise SystemExit(1)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train,
+    "eval": evaluate,
+    "predict": predict,
+    "list": list_names,
+    "show-config": show_config,
+    "doctor": doctor,
+}
+
+
+def show(metrics: dict) -> None:
+    """Print the closing table on rank zero."""
+    from lightning.pytorch.utilities import rank_zero_only
+    from rich.console import Console
+
+    from evaluation import report
+
+    if rank_zero_only.rank != 0:
+        return
+    title = f"{metrics['method']} on {metrics['data']} with {metrics['backbone']}, seed {metrics['seed']}, step {metrics['steps']}"
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    console.print(report.final_table(metrics, title))
+    rule = metrics.get("selection/rule")
+    if rule:
+        chosen = "chosen with labels" if metrics["selection/uses_labels"] else "chosen without labels"
+        console.print(
+            f"best: {rule} (step {metrics['best/step']}, {chosen}); matching: {metrics['protocol/matching']}",
+            highlight=False,
+        )
+
+
+def usage() -> str:
+    lines = [f"  run.py {function.__doc__.strip()}" for function in COMMANDS.values()]
+    return "Commands (always key=value, never --flags):\n" + "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; 0: done, 1: interrupted or unhealthy, 2: something for the user to mend (one line on stderr)."""
+    argv = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for room in (
+        "labelfree",
+        "engine",
+        "datamodules",
+        "models",
+        "evaluation",
+        "retrieval",
+        "lightning_modules",
+        "losses",
+    ):
+        logging.getLogger(room).setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    if not argv or argv[0] in ("help", "-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    command, words = argv[0], argv[1:]
+    try:
+        if command not in COMMANDS:
+            raise ConfigError(f"{command}: no such command; {did_you_mean(command, COMMANDS)}")
+        COMMANDS[command](words)
+    except LabelfreeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Shared pieces of the tests: small runs in process, trained once a session where several tests look at the result."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import config
+from engine import setup, training
+from engine.run_folder import NAME_VARIABLE
+from lightning_modules import registry
+
+METHODS = registry.names()
+
+SMALL = [
+    "data=scenes", "data.train_count=22", "data.val_count=5", "data.train_size=48", "data.eval_size=48",
+    "data.batch_size=4", "data.eval_batch_size=4", "data.workers=0",
+    "trainer=cpu", "trainer.max_steps=8", "trainer.val_every=4", "trainer.checkpoint_every=3", "trainer.log_every=1",
+    "trainer.progress=none", "evaluation.panels=2", "evaluation.kmeans.restarts=1", "evaluation.kmeans.iterations=10",
+]  # fmt: skip
+"""A run of seconds that still has epochs (5 steps each), validations and checkpoints that fall on different steps."""
+
+SMALL_OF = {"method.pool.size": "32", "method.pool.renew_every": "3", "method.lambda_warmup": "2", "method.dim": "16"}
+"""Method keys made small where a method has them."""
+
+
+def small_words(method: str, *more: str) -> list[str]:
+    """The words of a small run of a method."""
+    words = ["backbone=tiny", *SMALL, f"method={method}"]
+    known = config.flatten(config.compose([f"method={method}"]))
+    return [*words, *(f"{key}={value}" for key, value in SMALL_OF.items() if key in known), *more]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, its metrics.json, and its last checkpoint."""
+
+    folder: Path
+    metrics: dict[str, Any]
+
+    @property
+    def checkpoint(self) -> dict[str, Any]:
+        return setup.read_checkpoint(self.folder / "checkpoints" / "last.ckpt")
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return self.checkpoint["state_dict"]
+
+
+def run_small(method: str, parent: Path, name: str, *more: str) -> Run:
+    """Train a small run in process."""
+    words = small_words(method, f"run.dir={parent}", f"run.name={name}", *more)
+    metrics = training.train(config.compose(words))
+    return Run(parent / name, metrics)
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+    """The plain small run of a method, trained once a session."""
+    done: dict[str, Run] = {}
+
+    def get(method: str) -> Run:
+        if method not in done:
+            done[method] = run_small(method, tmp_path_factory.mktemp("runs"), method)
+        return done[method]
+
+    return get
+
+
+@pytest.fixture(autouse=True)
+def own_run_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name made from the time belongs to one process; tests run several trainings in one."""
+    monkeypatch.delenv(NAME_VARIABLE, raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+
+@pytest.fixture(scope="session")
+def pictures() -> Path:
+    """The folder that holds camvid/, coco200/ and so on; named by LABELFREE_REALDATA."""
+    path = Path(os.environ.get("LABELFREE_REALDATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not (path / "camvid").is_dir():
+        pytest.skip(f"no camvid/ in {path}; LABELFREE_REALDATA names the folder of the pictures")
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())

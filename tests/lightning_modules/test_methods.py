@@ -1,0 +1,205 @@
+"""What every registered method must keep: labels stay out, a resume changes nothing, files are complete."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import config
+from common.errors import CheckpointError, ConfigError
+from datamodules.scenes import ScenesDataModule
+from engine import evaluating, setup, training
+from engine.callbacks import RunKeeper
+from lightning_modules import base, registry
+from tests.conftest import METHODS, Run, read_json, run_small, small_words
+
+pytestmark = pytest.mark.train
+
+
+class Stop(Exception):
+    """Stands for a kill."""
+
+
+def same_weights(one: Run, two: Run, outside: str = "") -> None:
+    first, second = one.weights, two.weights
+    assert first.keys() == second.keys()
+    for name in first:
+        if not outside or not name.startswith(outside):
+            assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_folder_is_complete(method, small_run):
+    run = small_run(method)
+    for name in (
+        "config.yaml", "metrics.json", "metrics.csv", "clusters.csv", "classes.csv", "confusion.png",
+        "environment.json", "checkpoints/last.ckpt", "checkpoints/best.ckpt", "panels/sheet.png",
+    ):  # fmt: skip
+        assert (run.folder / name).is_file(), name
+    assert (run.folder.parent / "latest").resolve().is_dir()
+    metrics = read_json(run.folder / "metrics.json")
+    for key in ("val/cluster/miou", "val/kmeans/miou", "val/linear/acc", "best/cluster/miou"):
+        assert 0 <= metrics[key] <= 100
+    assert metrics["steps"] == 8
+    assert metrics["selection/uses_labels"] is True
+    assert metrics["train_images_per_second"] > 0
+    with (run.folder / "metrics.csv").open() as handle:
+        rows = list(csv.DictReader(handle))
+    assert [int(row["step"]) for row in rows if row["train/cluster_probe"]] == list(range(1, 9))
+    assert len([row for row in rows if row["val/cluster/miou"]]) == 2  # step 4, and the closing evaluation
+    environment = read_json(run.folder / "environment.json")
+    assert torch.__version__.startswith(environment["versions"]["torch"])
+    panel = np.asarray(Image.open(run.folder / "panels" / "sheet.png"))
+    assert panel.std() > 10
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_labels_never_reach_the_method(method, small_run, tmp_path, monkeypatch):
+    """Train a second time with the labels shuffled: everything outside linear_probe. is bit-identical."""
+    if registry.method_class(method).uses_labels:
+        pytest.skip("declares that it trains with labels")
+    plain = small_run(method)
+    build = ScenesDataModule.build_source
+
+    def shuffled(self, split):
+        source = build(self, split)
+        read = source.read
+
+        def read_shuffled(index):
+            image, label = read(index)
+            rng = np.random.default_rng(index)
+            return image, rng.permutation(label.ravel()).reshape(label.shape)
+
+        source.read = read_shuffled
+        return source
+
+    monkeypatch.setattr(ScenesDataModule, "build_source", shuffled)
+    other = run_small(method, tmp_path, "shuffled")
+    same_weights(plain, other, outside="linear_probe.")
+    changed = [name for name in plain.weights if name.startswith("linear_probe.")]
+    assert any(not torch.equal(plain.weights[name], other.weights[name]) for name in changed)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_goes_on_to_the_same_numbers(method, small_run, tmp_path, monkeypatch):
+    """Killed at step 7, inside the second epoch; the checkpoint it goes on from is that of step 6."""
+    plain = small_run(method)
+    end = RunKeeper.on_train_batch_end
+
+    def dies(self, trainer, *rest):
+        if trainer.global_step == 7:
+            raise Stop
+        end(self, trainer, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunKeeper, "on_train_batch_end", dies)
+        with pytest.raises(Stop):
+            run_small(method, tmp_path, "killed")
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    saved = setup.read_checkpoint(tmp_path / "killed" / "checkpoints" / "last.ckpt")
+    assert saved["global_step"] == 6
+    resumed = run_small(method, tmp_path, "killed")
+    same_weights(plain, resumed)
+    for key, value in plain.metrics.items():
+        if key != "train_images_per_second":
+            assert resumed.metrics[key] == value, key
+    one, two = ((run.folder / "metrics.csv").read_text() for run in (plain, resumed))
+    assert one == two
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_eval_reproduces_the_run_to_the_digit(method, small_run):
+    run = small_run(method)
+    metrics = evaluating.evaluate(run.folder / "checkpoints" / "last.ckpt", [])
+    for key, value in run.metrics.items():
+        if key.startswith("val/"):
+            assert metrics[key] == value, key
+    assert (run.folder / "eval" / "last" / "metrics.json").is_file()
+
+
+def test_a_finished_run_is_not_trained_again(small_run, monkeypatch):
+    run = small_run("kmeans_baseline")
+    monkeypatch.setattr(setup, "build_model", lambda *_: pytest.fail("built a model"))
+    again = run_small("kmeans_baseline", run.folder.parent, run.folder.name)
+    assert again.metrics == read_json(run.folder / "metrics.json")
+
+
+def test_another_configuration_under_the_same_name_is_refused(small_run):
+    run = small_run("kmeans_baseline")
+    with pytest.raises(ConfigError) as caught:
+        run_small("kmeans_baseline", run.folder.parent, run.folder.name, "optim.cluster_probe.lr=0.5")
+    assert str(caught.value) == (
+        f"run.name={run.folder.name}: {run.folder} holds a run with another configuration, first difference "
+        "optim.cluster_probe.lr (0.005 -> 0.5); choose another name, or run.overwrite=true to empty it"
+    )
+
+
+def test_overwrite_empties_the_folder(tmp_path):
+    folder = tmp_path / "x"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("seed: 99\n")
+    run = run_small("kmeans_baseline", tmp_path, "x", "run.overwrite=true", "trainer.max_steps=1")
+    assert run.metrics["steps"] == 1
+
+
+def test_checkpoints_hold_no_frozen_backbone_and_load_without_code(small_run):
+    run = small_run("hidden_positives")
+    path = run.folder / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    assert not [name for name in checkpoint["state_dict"] if name.startswith("backbone.")]
+    assert bool(checkpoint["state_dict"]["kmeans_probe.fitted"])
+    facts = checkpoint["labelfree"]
+    assert isinstance(facts["config"], dict)
+    assert len(facts["clusters"]["cluster"]) == len(facts["classes"])
+
+
+def test_a_cut_checkpoint_ends_in_one_line(small_run, tmp_path):
+    run = small_run("kmeans_baseline")
+    whole = (run.folder / "checkpoints" / "last.ckpt").read_bytes()
+    cut = tmp_path / "cut.ckpt"
+    cut.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint") as caught:
+        evaluating.evaluate(cut, [])
+    assert "\n" not in str(caught.value)
+    with pytest.raises(CheckpointError, match="no such file"):
+        evaluating.evaluate(tmp_path / "none.ckpt", [])
+
+
+def test_another_backbone_is_refused(small_run, tmp_path):
+    run = small_run("kmeans_baseline")
+    checkpoint = run.checkpoint
+    checkpoint["labelfree"]["backbone"] = "something else"
+    torch.save(checkpoint, tmp_path / "x.ckpt")
+    with pytest.raises(CheckpointError, match=r"^backbone\.weights: the checkpoint was trained on something else"):
+        evaluating.evaluate(tmp_path / "x.ckpt", [])
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(small_run, tmp_path):
+    plain = small_run("hidden_positives")
+    same_weights(plain, run_small("hidden_positives", tmp_path, "again"))
+    other = run_small("hidden_positives", tmp_path, "other", "seed=1")
+    assert not torch.equal(plain.weights["head.linear.weight"], other.weights["head.linear.weight"])
+
+
+def test_every_method_file_has_a_yaml_and_one_class():
+    for name in METHODS:
+        cls = registry.method_class(name)
+        assert issubclass(cls, base.UnsupervisedSegmenter)
+        assert cls.__doc__
+        assert cls.embed is not base.UnsupervisedSegmenter.embed
+        if cls.trains:
+            assert cls.loss is not base.UnsupervisedSegmenter.loss
+
+
+def test_views_given_to_a_method_hold_no_label():
+    batch = {"image": 1, "label": 2, "augmented": 3, "augmented.label": 4, "id": ["a"]}
+    views, label = base.split_labels(batch)
+    assert label == 2
+    assert set(views) == {"image", "augmented", "id"}
+
+
+def test_epochs_end_a_run_too(tmp_path):
+    words = small_words("kmeans_baseline", f"run.dir={tmp_path}", "run.name=e", "trainer.max_steps=null", "trainer.max_epochs=2")
+    assert training.train(config.compose(words))["steps"] == 10  # 22 pictures, batches of 4: 5 steps an epoch

@@ -1,0 +1,146 @@
+"""Layers, strictness, types and the traps of the dot-list: exact error texts."""
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+import config
+from common.errors import ConfigError
+
+
+def message(*words: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        config.compose(words)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_command_line_wins_over_every_layer():
+    cfg = config.compose(["method=hidden_positives", "optim.head.lr=1e-4", "trainer.max_steps=1e3", "seed=7"])
+    assert cfg.optim.head.lr == 1e-4
+    assert cfg.trainer.max_steps == 1000
+    assert isinstance(cfg.trainer.max_steps, int)
+    assert cfg.seed == 7
+    assert cfg.method.name == "hidden_positives"
+    assert cfg.optim.cluster_probe.lr == 5e-3  # the default layer shines through
+
+
+def test_a_trainer_preset_wins_over_the_default_and_loses_to_the_command_line():
+    assert config.compose(["trainer=debug"]).trainer.max_steps == 6
+    assert config.compose(["trainer=debug", "trainer.max_steps=9"]).trainer.max_steps == 9
+
+
+@pytest.mark.parametrize("group", ["method", "data", "backbone", "trainer"])
+def test_every_member_of_every_group_composes(group):
+    for name in config.names(group):
+        words = [f"{group}={name}"]
+        cfg = config.compose(words)
+        if group != "trainer":
+            assert cfg[group].name == name
+
+
+def test_unknown_key_names_the_nearest():
+    assert message("optim.head.lrr=1", "method=hidden_positives") == (
+        "optim.head.lrr: no such key; did you mean optim.head.lr?"
+    )
+
+
+def test_last_part_of_a_key_is_found_too():
+    assert message("max_steps=3") == "max_steps: no such key; did you mean trainer.max_steps?"
+
+
+def test_unknown_members_name_the_nearest():
+    assert message("method=hidden_positive") == "method=hidden_positive: no such method; did you mean hidden_positives?"
+    assert message("data=scene") == "data=scene: no such data; did you mean scenes?"
+    assert message("backbone=resnet5").startswith("backbone=resnet5: no such backbone; did you mean resnet50")
+
+
+def test_flags_and_bare_words_are_refused():
+    assert message("--seed=1") == "--seed=1: flags are not used here; write seed=1 without dashes"
+    assert message("hidden_positives") == (
+        "hidden_positives: expected key=value, as in method=hidden_positives or seed=3"
+    )
+
+
+def test_none_is_not_null():
+    assert message("run.name=None") == "run.name=None: write run.name=null for no value"
+    assert config.compose(["run.name=null"]).run.name is None
+
+
+def test_wrong_types():
+    assert message("trainer.max_steps=abc") == "trainer.max_steps=abc: expected a whole number, got a text"
+    assert message("trainer.max_steps=1.5") == "trainer.max_steps=1.5: expected a whole number, got a number"
+    assert message("seed=true") == "seed=True: expected a whole number, got true or false"
+    assert message("run.overwrite=1") == "run.overwrite=1: expected true or false, got a whole number"
+    assert message("seed=null") == "seed=null: this key needs a value (a whole number)"
+
+
+def test_a_group_of_keys_cannot_be_set_as_a_whole():
+    assert message("trainer=debug", "optim.linear_probe=3").startswith(
+        "optim.linear_probe: is a group of keys; set one of "
+    )
+
+
+def test_texts_stay_texts():
+    cfg = config.compose(["run.name=0042", "data=folder", "data.root=/a:b/[c]"])
+    assert cfg.run.name == "0042"
+    assert cfg.data.root == "/a:b/[c]"
+
+
+def test_choices_and_cross_field_rules():
+    assert message("logger=wand") == "logger=wand: not one of csv, wandb; did you mean wandb?"
+    assert message("trainer.max_steps=null") == (
+        "trainer.max_steps=null: set trainer.max_steps or trainer.max_epochs, one of them ends the run"
+    )
+    assert message("data.batch_size=0") == "data.batch_size=0: must be at least 1"
+    assert (
+        message("optim.linear_probe.optimizer=adma") == "optim.linear_probe.optimizer=adma: not one of adam, adamw, sgd"
+    )
+    assert message("optim.linear_probe.lr=-1") == "optim.linear_probe.lr=-1.0: must not be negative"
+
+
+def test_the_result_cannot_be_changed_by_accident():
+    cfg = config.compose([])
+    with pytest.raises(Exception, match="read-only"):
+        cfg.seed = 3
+
+
+def test_saved_config_is_plain_yaml_and_restores(tmp_path):
+    cfg = config.compose(["seed=5"])
+    config.save(cfg, tmp_path / "config.yaml")
+    tree = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert tree == config.plain(cfg)
+    assert config.restore(tree, ["seed=6"]).seed == 6
+    with pytest.raises(ConfigError, match="^method=stego: a checkpoint keeps its method; only values"):
+        config.restore(tree, ["method=stego"])
+
+
+def test_first_difference_names_the_key():
+    old, new = (
+        config.plain(config.compose([])),
+        config.plain(config.compose(["optim.linear_probe.lr=0.5", "run.name=x"])),
+    )
+    assert config.first_difference(old, new, ignore=("run.",)) == "optim.linear_probe.lr (0.001 -> 0.5)"
+    assert config.first_difference(old, old) is None
+
+
+def test_every_key_of_every_yaml_is_commented():
+    """A yaml is the manual: a line that sets a value explains it, in itself or in a sibling group above."""
+    for path in sorted(config.CONFIGS.rglob("*.yaml")):
+        if path.parent.name in ("trainer", "experiment"):
+            continue  # these set keys that default.yaml explains
+        lines = path.read_text().splitlines()
+        explained = {line.split(":")[0].strip() for line in lines if "#" in line and ":" in line.split("#")[0]}
+        for line in lines:
+            body = line.split("#")[0].rstrip()
+            if not body or body.endswith(":") or body.lstrip().startswith("-"):
+                continue
+            key = body.split(":")[0].strip()
+            assert "#" in line or key in explained or key == "name", f"{path.name}: {key} has no comment"
+
+
+def test_every_method_yaml_holds_only_what_it_may():
+    for name in config.names("method"):
+        tree = OmegaConf.to_container(OmegaConf.load(config.CONFIGS / "method" / f"{name}.yaml"))
+        assert tree["method"]["name"] == name
+        assert "num_clusters" in tree["method"]

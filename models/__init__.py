@@ -1,0 +1,1 @@
+"""Networks only: backbones from timm, heads, momentum copies."""

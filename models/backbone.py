@@ -1,0 +1,416 @@
+"""Backbones: any timm network, frozen or trained, as one function from pictures to patch features.
+
+A vision transformer gives the maps of any of its blocks, the class token, and the queries, keys, values and attention
+logits of any block; a convolutional network gives the maps of its levels. This is the only file that imports timm.
+"""
+
+import importlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
+from timm.layers import Attention, AttentionRope
+from timm.models import VisionTransformer
+from timm.models.eva import EvaAttention
+from torch import Tensor, nn
+
+from common import chance
+from common.errors import ConfigError, did_you_mean
+from models import attention as layers
+from models import positions, weights
+
+LOG = logging.getLogger(__name__)
+PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+OWN_KEYS = ("num_classes", "features_only", "out_indices", "output_stride", "pad_type", "dynamic_img_size")
+"""timm arguments that this file sets by itself, so `backbone.create` may not."""
+
+BEHIND = ("fc_norm", "attn_pool", "head", "head_dist", "mask_token")
+"""Parts of a transformer that no patch feature depends on."""
+
+
+@dataclass
+class Features:
+    """What a backbone gives for a batch of pictures. All tensors are float32."""
+
+    levels: list[Tensor]
+    """Maps [B,C,h,w] in the order of `backbone.levels`."""
+    cls: Tensor | None = None
+    """Class token [B,C] of the block behind `map`; None without one."""
+    attention: Tensor | None = None
+    """Logits q k^T / sqrt(d) [B,heads,T,T] after query and key norms and rotation, before the softmax."""
+    qkv: Tensor | None = None
+    """Queries, keys, values [3,B,heads,T,d] as projected: before query and key norms and before rotation."""
+    prefix: int = 0
+    """Tokens of T that belong to no patch (class token, registers); they come first."""
+
+    @property
+    def map(self) -> Tensor:
+        """The last entry of `levels`."""
+        return self.levels[-1]
+
+    def concat(self) -> Tensor:
+        """All levels on the finest grid: [B, sum C, h, w]; coarser ones by bilinear interpolation."""
+        size = max((level.shape[-2:] for level in self.levels), key=lambda hw: hw[0] * hw[1])
+        maps = [
+            level if level.shape[-2:] == size else F.interpolate(level, size=size, mode="bilinear", align_corners=False)
+            for level in self.levels
+        ]
+        return maps[0] if len(maps) == 1 else torch.cat(maps, dim=1)
+
+
+class DinoPositions(VisionTransformer):
+    """A VisionTransformer that interpolates its position embedding by the rule of the DINO release.
+
+    The class of a finished network is exchanged for this one, which keeps copies and pickles of it right.
+    """
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        grid = tuple(x.shape[1:3])
+        rows = 0 if self.no_embed_class else self.num_prefix_tokens
+        embedding = positions.resample(self.pos_embed, self.patch_embed.grid_size, grid, rows, "dino")
+        tokens = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        patches = x.flatten(1, 2)
+        if self.no_embed_class:
+            return self.pos_drop(torch.cat([*tokens, patches + embedding], dim=1))
+        return self.pos_drop(torch.cat([*tokens, patches], dim=1) + embedding)
+
+
+class Backbone(nn.Module):
+    """A timm network under the keys of `configs/backbone/*.yaml`.
+
+    Attributes:
+        channels: C of each level; `dim` is their sum (the width of `Features.concat()`).
+        strides: pixels per patch of each level; `stride` is that of `Features.map`.
+        patch_multiple: H and W of pictures must be multiples of it (1 for convolutional networks).
+        prefix: tokens in front of the patches (0 for convolutional networks).
+        heads: attention heads of a block (0 without attention).
+        has_attention: whether `features(attention=True)` and `qkv=True` can be had.
+        frozen: no gradients, evaluation mode whatever `train()` says.
+        licence: of the loaded weights; "none (random weights)" for `weights: none`.
+        fingerprint: network, its arguments and sha256 of the loaded weights.
+        features_key: the fingerprint and every further setting that changes the features; keys caches of features.
+
+    Raises:
+        ConfigError: unknown timm name (with near ones), a level that does not exist, settings that the network does not
+            have, or a restricted licence that was not acknowledged.
+        WeightsError: weights that are missing or belong to another network. Never replaced by random ones.
+    """
+
+    def __init__(self, cfg: DictConfig, seed: int = 0):
+        super().__init__()
+        self.name: str = cfg.name
+        self.network: str = cfg.timm
+        self.frozen: bool = cfg.frozen
+        self.precision: str = cfg.precision
+        create = _plain(cfg.create) or {}
+        self._check_settings(cfg, create)
+        with chance.library_draws(seed, "backbone/init"):
+            with torch.device("meta"):  # the shape of the full network: which family it is, which keys its files have
+                whole = _create(self.network, **create)
+            self.transformer = all(hasattr(whole, part) for part in ("blocks", "patch_embed", "num_prefix_tokens"))
+            published = dict(whole.pretrained_cfg)
+            source = self._locate(cfg, published)
+            options = self._options(cfg, whole)
+            self.order = self._levels(_plain(cfg.levels), whole)
+            if not self.transformer:
+                options |= {"features_only": True, "out_indices": tuple(sorted(self.order))}
+            self.net = _create(self.network, **create, **options)
+        if self.transformer:
+            self._describe_transformer(cfg)
+        else:
+            self._describe_maps()
+        mean, std = _plain(cfg.mean) or published["mean"], _plain(cfg.std) or published["std"]
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ConfigError(f"backbone.mean={mean}, backbone.std={std}: expected three numbers each, std above 0")
+        self.register_buffer("mean", torch.tensor(mean).reshape(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).reshape(1, 3, 1, 1), persistent=False)
+        self._load(cfg, source, seed, whole, published)
+        arguments = {**create, **{key: options[key] for key in ("pad_type", "output_stride") if key in options}}
+        settings = [list(self.order), cfg.level_norm, cfg.pos_interp, list(mean), list(std), self.precision]
+        values = weights.identity(self.net.state_dict())
+        self.fingerprint = f"{self.network} {json.dumps(arguments, sort_keys=True)} {values}"
+        self.features_key = f"{self.fingerprint} {json.dumps(settings)}"
+        self._set_gradients()
+        self.train()
+
+    # ---- what is asked of the configuration -----------------------------------------------------------------------
+
+    def _check_settings(self, cfg: DictConfig, create: dict[str, Any]) -> None:
+        known = [*timm.list_models(), *timm.list_models(pretrained=True)]
+        if self.network not in known:
+            hint = did_you_mean(self.network, known)
+            raise ConfigError(f"backbone.timm={self.network}: timm has no such network; {hint}")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"backbone.precision={self.precision}: not one of {', '.join(PRECISIONS)}")
+        if not self.frozen and self.precision != "float32":
+            raise ConfigError(
+                f"backbone.precision={self.precision}: is for frozen backbones; with backbone.frozen=false set "
+                "trainer.precision instead and leave backbone.precision=float32"
+            )
+        if cfg.pos_interp not in positions.RULES:
+            raise ConfigError(f"backbone.pos_interp={cfg.pos_interp}: not one of {', '.join(positions.RULES)}")
+        for key in OWN_KEYS:
+            if key in create:
+                raise ConfigError(f"backbone.create.{key}: cannot be set here; it follows from the other backbone keys")
+
+    def _options(self, cfg: DictConfig, whole: nn.Module) -> dict[str, Any]:
+        given = {key: cfg[key] for key in ("pad_type", "output_stride") if cfg[key] is not None}
+        if not self.transformer:
+            return given
+        for key, value in given.items():
+            raise ConfigError(f"backbone.{key}={value}: {self.network} is a transformer and has none; set it to null")
+        return {"num_classes": 0} | ({"dynamic_img_size": True} if hasattr(whole, "dynamic_img_size") else {})
+
+    def _levels(self, wanted: int | list[int] | None, whole: nn.Module) -> list[int]:
+        """`backbone.levels` as non-negative indices in the order given."""
+        count = len(whole.blocks) if self.transformer else len(getattr(whole, "feature_info", None) or ())
+        if not count:
+            raise ConfigError(f"backbone.timm={self.network}: timm gives no feature maps of it; choose another network")
+        wanted = [-1] if wanted is None else [wanted] if isinstance(wanted, int) else wanted
+        order = [level + count if level < 0 else level for level in wanted]
+        if not order or not all(0 <= level < count for level in order) or len(set(order)) < len(order):
+            raise ConfigError(
+                f"backbone.levels={wanted}: expected different numbers from {-count} to {count - 1} "
+                f"({self.network} has {count} {'blocks' if self.transformer else 'levels'}), or null for the last"
+            )
+        return order
+
+    # ---- what the network is --------------------------------------------------------------------------------------
+
+    def _describe_transformer(self, cfg: DictConfig) -> None:
+        net = self.net
+        self.stride = self.patch_multiple = int(net.feature_info[-1]["reduction"])
+        self.channels, self.strides = [net.embed_dim] * len(self.order), [self.stride] * len(self.order)
+        self.prefix = net.num_prefix_tokens
+        attentions = [getattr(block, "attn", None) for block in net.blocks]
+        self.has_attention = all(isinstance(a, Attention | AttentionRope | EvaAttention) for a in attentions)
+        self.heads = attentions[0].num_heads if self.has_attention else 0
+        self.level_norm = cfg.level_norm
+        if self.level_norm and isinstance(net.norm, nn.Identity):
+            raise ConfigError(f"backbone.level_norm=true: {self.network} has no final norm; set it to false")
+        if cfg.pos_interp == "dino":
+            if type(net) is not VisionTransformer or net.pos_embed is None:
+                raise ConfigError(
+                    f"backbone.pos_interp=dino: {self.network} has no position embedding of DINO's kind; "
+                    "set backbone.pos_interp=timm"
+                )
+            net.__class__ = DinoPositions
+
+    def _describe_maps(self) -> None:
+        info = {
+            level: (channels, stride)
+            for level, channels, stride in zip(
+                sorted(self.order), self.net.feature_info.channels(), self.net.feature_info.reduction(), strict=True
+            )
+        }
+        self.channels, self.strides = [info[i][0] for i in self.order], [int(info[i][1]) for i in self.order]
+        self.stride, self.patch_multiple, self.prefix, self.heads = self.strides[-1], 1, 0, 0
+        self.has_attention = False
+        if stages := getattr(self.net, "_stage_out_idx", None):  # only this family is not cut behind its last level
+            self.net.blocks = self.net.blocks[: max(stages)]
+        self.turned = str(getattr(self.net, "output_fmt", "")).endswith("NHWC")
+        self.net.to(memory_format=torch.channels_last)  # convolutions run up to a fifth faster, equal to rounding
+
+    @property
+    def dim(self) -> int:
+        return sum(self.channels)
+
+    # ---- weights --------------------------------------------------------------------------------------------------
+
+    def _locate(self, cfg: DictConfig, published: dict[str, Any]) -> str | Path:
+        """Where the weights come from, and their licence; refuses what cannot or must not be loaded before any work."""
+        card = published.get("license") if cfg.weights == "hub" else None
+        self.licence: str = "none (random weights)" if cfg.weights == "none" else cfg.licence or card or "unknown"
+        if cfg.weights != "none":
+            weights.expect_acknowledged((cfg.licence, card), self.network, cfg.acknowledge_licence)
+        return weights.locate(cfg.weights, self.name, cfg.get("published_file"))
+
+    def _load(
+        self, cfg: DictConfig, source: str | Path, seed: int, whole: nn.Module, published: dict[str, Any]
+    ) -> None:
+        """Put the weights into the network; all of them, or none where `backbone.weights=none` asks for random ones."""
+        if source == "none":
+            _log_once(logging.WARNING, f"backbone {self.name}: random weights ({self.network}, seed {seed})")
+            return
+        content = weights.download(self.network, published) if source == "hub" else weights.read(source)
+        own = {_flat(key): key for key in self.net.state_dict()}
+        shapes = {key: tensor.shape for key, tensor in self.net.state_dict().items()}
+        named = {key: own[_flat(key)] for key in whole.state_dict() if _flat(key) in own}  # the file's name -> ours
+        entry = importlib.import_module(timm.models.model_entrypoint(self.network.partition(".")[0]).__module__)
+        translate: Callable | None = getattr(entry, "checkpoint_filter_fn", None)
+        target = self.net if self.transformer else whole
+        absolute = self.transformer and getattr(self.net, "pos_embed", None) is not None
+        fitted = weights.fit(
+            content,
+            {key: shapes[name] for key, name in named.items()},
+            source=f"backbone.weights={cfg.weights}",
+            network=self.network,
+            unused=frozenset(whole.state_dict()) - named.keys(),
+            convert=(lambda state: translate(state, target)) if translate else None,
+            grid=tuple(self.net.patch_embed.grid_size) if absolute else None,
+            prefix_rows=0 if getattr(self.net, "no_embed_class", False) else self.prefix,
+            rule=cfg.pos_interp,
+        )
+        self.net.load_state_dict({named[key]: tensor for key, tensor in fitted.state.items()}, strict=True)
+        without = f", {fitted.dropped} tensors of the file unused" if fitted.dropped else ""
+        below = f" under {fitted.prefix}" if fitted.prefix else ""
+        _log_once(
+            logging.INFO,
+            f"backbone {self.name}: {self.network}, weights {cfg.weights}{below}{without}; "
+            f"pre-training: {cfg.get('pretraining') or 'not stated'}; licence: {self.licence}",
+        )
+
+    def _set_gradients(self) -> None:
+        """Gradients for what the chosen levels depend on, none where frozen (DDP wants no parameter left over)."""
+        self.net.requires_grad_(not self.frozen)
+        if self.frozen or not self.transformer:
+            return
+        behind = [self.net.blocks[max(self.order) + 1 :], *(getattr(self.net, part, None) for part in BEHIND)]
+        for part in behind if self.level_norm else [*behind, self.net.norm]:
+            if isinstance(part, nn.Module | nn.Parameter):
+                part.requires_grad_(False)
+
+    @property
+    def unmodified_weights(self) -> bool:
+        """True while the config alone gives these weights again (from their file, or from the seed)."""
+        return self.frozen
+
+    def state_to_save(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold of this backbone: nothing where the config gives it again, else all of it."""
+        return {} if self.unmodified_weights else self.state_dict()
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """As usual, but a frozen backbone stays in evaluation mode (its batch norms keep their statistics)."""
+        return super().train(mode and not self.frozen)
+
+    # ---- picture sizes --------------------------------------------------------------------------------------------
+
+    def fit_size(self, height: int, width: int) -> tuple[int, int]:
+        """The next size upwards that the backbone takes, in pixels."""
+        step = self.patch_multiple
+        return -(-height // step) * step, -(-width // step) * step
+
+    def check_size(self, size: int | Sequence[int] | None, key: str = "data.train_size or data.eval_size") -> None:
+        """Hold a picture size (px, a number or [H,W]; None: not fixed) against the patch size.
+
+        Raises:
+            ConfigError: not a multiple of the patch; names `key` and the nearest valid sizes.
+        """
+        if size is None:
+            return
+        height, width = (size, size) if isinstance(size, int) else size
+        if (height, width) == self.fit_size(height, width) and min(height, width) > 0:
+            return
+        above, step = self.fit_size(max(height, 1), max(width, 1)), self.patch_multiple
+        below = tuple(max(side // step * step, step) for side in (height, width))
+        raise ConfigError(
+            f"{key}: pictures of {height} x {width} px do not fit {self.network}, whose patches are {step} px: height "
+            f"and width must be multiples of {step}; set {key} to {below[0]} x {below[1]} or {above[0]} x {above[1]}"
+        )
+
+    # ---- features -------------------------------------------------------------------------------------------------
+
+    def features(
+        self, images: Tensor, grad: bool = False, attention: bool = False, qkv: bool = False, block: int = -1
+    ) -> Features:
+        """Features of pictures [B,3,H,W] in 0..1 (normalised here).
+
+        Maps have H / stride rows, for convolutional networks rounded up. Without `grad`, and always for a frozen
+        backbone, there is no graph; the results are ordinary tensors even under `torch.inference_mode`, so that they
+        may be kept and trained on later.
+
+        Args:
+            images: float, H and W multiples of `patch_multiple`.
+            grad: record gradients; has no effect on a frozen backbone.
+            attention: also the attention logits of `block`. All blocks keep their fused attention.
+            qkv: also queries, keys and values of `block`.
+            block: index of the block, negative from the end.
+
+        Raises:
+            ConfigError: a size that does not fit, or attention asked of a network that has none.
+        """
+        if (attention or qkv) and not self.has_attention:
+            raise ConfigError(
+                f"backbone={self.name}: {self.network} has no attention to give; let the method use an affinity of the "
+                "features instead (method.lhp.attention=affinity), or choose a vision transformer"
+            )
+        self.check_size(images.shape[-2:])
+        with ExitStack() as stack:
+            if self.frozen or not grad:
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.no_grad())
+            if self.frozen:
+                dtype = PRECISIONS[self.precision]
+                stack.enter_context(torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None))
+            pictures = (images.float() - self.mean) / self.std
+            try:
+                if not self.transformer:
+                    return Features(self._maps(pictures))
+                return self._tokens(pictures, attention, qkv, block)
+            except AssertionError as error:  # some transformers take one size only
+                size = " x ".join(map(str, images.shape[-2:]))
+                raise ConfigError(f"{self.network} refuses pictures of {size} px: {error}") from None
+
+    forward = features
+
+    def _maps(self, pictures: Tensor) -> list[Tensor]:
+        outputs = self.net(pictures.contiguous(memory_format=torch.channels_last))
+        maps = dict(zip(sorted(self.order), outputs, strict=True))
+        maps = [maps[level].permute(0, 3, 1, 2) if self.turned else maps[level] for level in self.order]
+        return [level.float().contiguous() for level in maps]
+
+    def _tokens(self, pictures: Tensor, attention: bool, qkv: bool, block: int) -> Features:
+        depth = len(self.net.blocks)
+        if not -depth <= block < depth:
+            raise ConfigError(f"block {block}: {self.network} has blocks {-depth} to {depth - 1}")
+        block %= depth
+        attn = self.net.blocks[block].attn if attention or qkv else None
+        indices = sorted({*self.order} if attn is None else {*self.order, block})
+        with nullcontext() if attn is None else layers.watching(attn) as seen:
+            outputs = self.net.forward_intermediates(
+                pictures, indices=indices, norm=self.level_norm, stop_early=True, return_prefix_tokens=self.prefix > 0,
+                output_fmt="NCHW", intermediates_only=True,
+            )  # fmt: skip
+        pairs = outputs if self.prefix else [(level, None) for level in outputs]
+        found = dict(zip(indices, pairs, strict=True))
+        result = Features([found[level][0].float() for level in self.order], prefix=self.prefix)
+        if getattr(self.net, "cls_token", None) is not None:
+            result.cls = found[self.order[-1]][1][:, 0].float()
+        if attn is not None:
+            with torch.autocast(pictures.device.type, enabled=False):
+                projected = layers.project(attn, seen)
+                result.qkv = projected if qkv else None
+                result.attention = layers.logits(attn, projected, seen.get("rope")) if attention else None
+        return result
+
+
+def _create(name: str, **kwargs: Any) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=False, **kwargs)
+    except (TypeError, ValueError, RuntimeError, AssertionError, NotImplementedError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        settings = ", ".join(f"{key}={value}" for key, value in kwargs.items()) or "its defaults"
+        raise ConfigError(f"backbone.timm={name}: timm cannot build it with {settings}: {reason}") from None
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _flat(key: str) -> str:
+    """timm's feature networks may write `stages.0` as `stages_0`."""
+    return key.replace(".", "_")
+
+
+@cache
+def _log_once(level: int, message: str) -> None:
+    LOG.log(level, message)

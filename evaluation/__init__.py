@@ -1,0 +1,1 @@
+"""The shared evaluation: probes, their read-out, matching, scores, pictures and tables."""

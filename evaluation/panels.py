@@ -1,0 +1,275 @@
+"""Pictures of results: panels with a legend, the confusion figure, overlays and index maps."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from common.palette import default_palette
+from common.spec import ClassMeta
+from evaluation.matching import UNMATCHED, Scores
+
+VOID = (24, 24, 28)
+"""Colour of pixels without a label."""
+INK, FAINT, PAPER = (28, 30, 36), (110, 114, 122), (255, 255, 255)
+GAP = 10
+MAX_NAMED = 40
+"""Longest legend; longer lists show only what occurs in the picture."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture of a panel: float [3,H,W] in 0..1 or uint8 [H,W,3], its truth [H,W] or None, and id maps [H,W].
+
+    `maps` goes from column name to ids: classes, or clusters where `save` is given a mapping for that column.
+    Arrays or tensors, on any device.
+    """
+
+    image: object
+    maps: Mapping[str, object]
+    truth: object = None
+    title: str = ""
+
+
+@dataclass
+class _Legend:
+    """Entries of the legend in order of first use: key -> (colour, text)."""
+
+    entries: dict[tuple, tuple[tuple[int, int, int], str]] = field(default_factory=dict)
+
+    def add(self, key: tuple, colour, text: str) -> None:
+        self.entries.setdefault(key, (tuple(int(c) for c in colour), text))
+
+    def ordered(self) -> list[tuple[tuple[int, int, int], str]]:
+        return [self.entries[key] for key in sorted(self.entries)]
+
+
+def save(
+    path: str | Path,
+    rows: Sequence[Row],
+    meta: ClassMeta,
+    mappings: Mapping[str, np.ndarray] | None = None,
+    title: str = "",
+    cell: int = 320,
+) -> None:
+    """Write one png: a row a picture, columns picture, truth (where there is one) and every map, a legend below.
+
+    mappings: column -> [K] class of each cluster, -1 unmatched (`Scores.mapping`). Its clusters take the colour of
+    their class, unmatched ones greyish hues. A column without a mapping shows class ids; where the data has no classes,
+    every column shows cluster ids in fixed colours. cell: width of a picture in pixels.
+    """
+    mappings = mappings or {}
+    names = list(dict.fromkeys(name for row in rows for name in row.maps))
+    with_truth = any(row.truth is not None for row in rows) and meta.has_labels
+    legend = _Legend()
+    if meta.has_labels and meta.num_classes <= MAX_NAMED:
+        for i, colour in enumerate(class_colours(meta)):
+            legend.add((0, i), colour, meta.names[i])
+    grid = []
+    for row in rows:
+        cells = [_fit(Image.fromarray(as_picture(row.image)), cell, Image.Resampling.BICUBIC)]
+        if with_truth:
+            cells.append(None if row.truth is None else _paint(as_ids(row.truth), meta, None, legend, cell))
+        for name in names:
+            ids = row.maps.get(name)
+            cells.append(None if ids is None else _paint(as_ids(ids), meta, mappings.get(name), legend, cell))
+        grid.append((cells, row.title))
+    columns = ["picture", *(["truth"] if with_truth else []), *names]
+    _compose(grid, columns, legend, title, cell).save(path)
+
+
+def class_colours(meta: ClassMeta) -> np.ndarray:
+    """uint8 [C,3]: the data set's palette, or the default one where it has none for every class."""
+    palette = meta.palette if len(meta.palette) >= meta.num_classes else default_palette(meta.num_classes)
+    return np.array(palette[: meta.num_classes], dtype=np.uint8).reshape(-1, 3)
+
+
+def cluster_colours(meta: ClassMeta, mapping, k: int) -> np.ndarray:
+    """uint8 [K,3]: the colour of the matched class, a greyish hue where unmatched, fixed colours without classes.
+
+    A mapping of None means that ids are classes, or clusters where `meta` has none.
+    """
+    if not meta.has_labels:
+        return np.array(default_palette(k), dtype=np.uint8).reshape(-1, 3)
+    classes = class_colours(meta)
+    mapping = np.arange(k) if mapping is None else np.asarray(mapping)
+    known = (mapping >= 0) & (mapping < len(classes))
+    return np.where(known[:, None], classes[np.where(known, mapping, 0)], greyish(len(mapping)))
+
+
+def greyish(n: int) -> np.ndarray:
+    """uint8 [n,3]: pale mixtures of grey and the default palette, for clusters without a class."""
+    light = 120 + 100 * (np.arange(n) * 0.618 % 1)[:, None]
+    return np.clip(0.88 * light + 0.12 * np.array(default_palette(n)).reshape(-1, 3), 0, 255).astype(np.uint8)
+
+
+def as_picture(image) -> np.ndarray:
+    """A picture as uint8 [H,W,3]: from floats [3,H,W] in 0..1 or from uint8 [H,W,3]; tensors or arrays."""
+    array = _numpy(image)
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
+    return np.ascontiguousarray((array.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
+
+
+def as_ids(ids) -> np.ndarray:
+    """An id map [H,W] as int64."""
+    return _numpy(ids).astype(np.int64)
+
+
+def overlay(image, index_map, palette, alpha: float = 0.55) -> np.ndarray:
+    """Colours of an index map [H,W] laid over a picture of the same size, with outlines: uint8 [H,W,3].
+
+    alpha: opacity of the colours, 0..1. Ids outside the palette stay uncoloured.
+    """
+    picture, ids = as_picture(image).astype(np.float32), as_ids(index_map)
+    palette = np.asarray(palette, dtype=np.float32).reshape(-1, 3)
+    known = (ids >= 0) & (ids < len(palette))
+    colours = palette[np.where(known, ids, 0)]
+    opacity = np.where(known, alpha, 0.0)
+    edge = np.zeros_like(known)
+    edge[:, 1:] |= ids[:, 1:] != ids[:, :-1]
+    edge[1:] |= ids[1:] != ids[:-1]
+    opacity[edge & known] = max(alpha, min(1.0, alpha + 0.35))
+    mixed = picture + opacity[..., None] * (colours - picture)
+    return mixed.round().astype(np.uint8)
+
+
+def index_png(path: str | Path, index_map, palette=None) -> None:
+    """Write ids [H,W] as png whose pixel values are the ids: 8 bit with a palette, 16 bit grey beyond 255.
+
+    Raises ValueError for ids below 0 or above 65535.
+    """
+    ids = as_ids(index_map)
+    low, high = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
+    if low < 0 or high > 65535:
+        raise ValueError(f"{path}: ids must lie in 0..65535 for a png, got {low}..{high}")
+    if high > 255:
+        Image.fromarray(ids.astype(np.uint16)).save(path)
+        return
+    image = Image.fromarray(ids.astype(np.uint8))
+    colours = np.asarray(default_palette(high + 1) if palette is None else palette, dtype=np.uint8).reshape(-1, 3)
+    image.putpalette(colours[:256].flatten().tolist())
+    image.save(path)
+
+
+def legend_png(path: str | Path, names: Sequence[str], palette) -> None:
+    """Write a picture of colour swatches and names."""
+    legend = _Legend()
+    for i, (name, colour) in enumerate(zip(names, np.asarray(palette).reshape(-1, 3), strict=False)):
+        legend.add((0, i), colour, name)
+    _compose([], [], legend, "", 900).save(path)
+
+
+def confusion(path: str | Path, scores: Scores, meta: ClassMeta, title: str = "") -> None:
+    """Write the confusion figure: true classes down, predicted classes across, each row in percent of its true pixels.
+
+    Numbers stand in the cells up to 30 classes. A last column holds unmatched clusters where there are any.
+    """
+    classes = scores.histogram.shape[1]
+    table = scores.histogram.T.astype(np.float64)
+    names = list(meta.names) if meta.num_classes == classes else [str(i) for i in range(classes)]
+    across = [*names, "unmatched"]
+    if not table[:, classes].any():
+        table, across = table[:, :classes], names
+    pixels = table.sum(1, keepdims=True)
+    share = np.divide(100 * table, pixels, out=np.full_like(table, np.nan), where=pixels > 0)
+    side = max(4.5, 0.42 * classes + 2.2)
+    figure = Figure(figsize=(side + 0.8, side), dpi=110)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    colours = matplotlib.colormaps["Blues"].with_extremes(bad="#f0f0f0")
+    drawn = axes.imshow(share, cmap=colours, vmin=0, vmax=100)
+    size = 8 if classes <= 30 else 6
+    axes.set_xticks(range(len(across)), across, rotation=60, ha="right", rotation_mode="anchor", fontsize=size)
+    axes.set_yticks(range(classes), names, fontsize=size)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    axes.set_title(title or f"acc {scores.acc:.1f}  mIoU {scores.miou:.1f}", fontsize=10, loc="left")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if classes <= 30:
+        for (y, x), value in np.ndenumerate(share):
+            if value >= 0.5:
+                ink = "white" if value > 55 else "#1c1e24"
+                axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=7, color=ink)
+    bar = figure.colorbar(drawn, ax=axes, fraction=0.04, pad=0.02)
+    bar.set_label("% of the true class", fontsize=8)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=7, length=0)
+    figure.savefig(path, bbox_inches="tight")
+
+
+def _numpy(value) -> np.ndarray:
+    return value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
+
+
+def _paint(ids: np.ndarray, meta: ClassMeta, mapping, legend: _Legend, cell: int) -> Image.Image:
+    """An id map in its colours, fitted to a cell; what occurs is entered into the legend."""
+    present = np.unique(ids)
+    count = len(mapping) if mapping is not None else meta.num_classes or int(present.max()) + 1
+    colours = cluster_colours(meta, mapping, max(1, count))
+    inside = (ids >= 0) & (ids < len(colours))
+    painted = np.where(inside[..., None], colours[np.where(inside, ids, 0)], np.array(VOID, dtype=np.uint8))
+    for i in present.tolist():
+        if not 0 <= i < len(colours):
+            legend.add((2, 0), VOID, "not labelled")
+        elif not meta.has_labels:
+            legend.add((0, i), colours[i], f"cluster {i}")
+        elif (target := i if mapping is None else int(mapping[i])) == UNMATCHED:
+            legend.add((1, 0), greyish(1)[0], "unmatched cluster")
+        else:
+            legend.add((0, target), colours[i], meta.names[target])
+    return _fit(Image.fromarray(painted), cell, Image.Resampling.NEAREST)
+
+
+def _fit(image: Image.Image, width: int, how: Image.Resampling) -> Image.Image:
+    height = max(1, round(image.height * width / image.width))
+    return image if image.width == width else image.resize((width, height), how)
+
+
+@lru_cache
+def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    return ImageFont.truetype(str(folder / ("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf")), size)
+
+
+def _compose(grid, columns: list[str], legend: _Legend, title: str, cell: int) -> Image.Image:
+    """Lay out title, header, rows of cells and legend on white paper."""
+    width = max(len(columns), 1) * (cell + GAP) + GAP
+    entries = legend.ordered()
+    text = _font(13)
+    slot = max([int(text.getlength(name)) for _, name in entries], default=0) + 40
+    per_line = max(1, (width - GAP) // slot)
+    tallest = [max(part.height for part in cells if part is not None) for cells, _ in grid]
+    heights = [tall + (22 if caption else 0) for tall, (_, caption) in zip(tallest, grid, strict=True)]
+    top = (30 if title else 0) + (28 if columns else 0)
+    lines = -(-len(entries) // per_line)
+    height = GAP + top + sum(h + GAP for h in heights) + (lines * 24 + GAP if lines else 0)
+    sheet = Image.new("RGB", (max(width, slot + 2 * GAP), height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    y = GAP
+    if title:
+        draw.text((GAP, y), title, fill=INK, font=_font(16, bold=True))
+        y += 30
+    if columns:
+        for i, name in enumerate(columns):
+            draw.text((GAP + i * (cell + GAP), y + 4), name, fill=INK, font=_font(14, bold=True))
+        y += 28
+    for (cells, caption), h in zip(grid, heights, strict=True):
+        for i, part in enumerate(cells):
+            if part is not None:
+                sheet.paste(part, (GAP + i * (cell + GAP), y))
+        if caption:
+            draw.text((GAP, y + h - 18), caption, fill=FAINT, font=_font(12))
+        y += h + GAP
+    for i, (colour, name) in enumerate(entries):
+        x, line = GAP + (i % per_line) * slot, y + (i // per_line) * 24
+        draw.rectangle((x, line + 2, x + 18, line + 18), fill=colour, outline=(200, 200, 204))
+        draw.text((x + 25, line + 2), name, fill=INK, font=text)
+    return sheet

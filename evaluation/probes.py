@@ -1,0 +1,246 @@
+"""The three read-outs that every method is judged by: linear, online clusters, k-means.
+
+All live at patch resolution and on detached codes; `evaluation/readout.py` takes their K score maps to label size.
+Both trained probes are those of STEGO (Hamilton et al., ICLR 2022, released modules.py and train_segmentation.py; the
+same in HP), with the loss made exact under DDP and the memory of the upsampled logits bounded.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from common import chance, distributed
+from common.errors import CheckpointError, ConfigError
+from evaluation import readout
+
+SEEDING_POINTS = 4096
+"""Patches, over all ranks, that seeding of centroids looks at."""
+
+
+class LinearProbe(nn.Module):
+    """One 1x1 convolution D -> C with bias, trained with labels; the network below never sees its gradient."""
+
+    def __init__(self, dim: int, classes: int, seed: int = 0):
+        super().__init__()
+        with chance.library_draws(seed, "linear_probe"):
+            self.classifier = nn.Conv2d(dim, classes, 1)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Logits at patch resolution: [B,D,h,w] -> [B,C,h,w], float32 whatever autocast says."""
+        layer = self.classifier
+        with torch.autocast(codes.device.type, enabled=False):
+            logits = readout.pointwise(codes.to(layer.weight.dtype), layer.weight.flatten(1))
+            return logits + layer.bias[:, None, None]
+
+    def loss(self, codes: Tensor, label: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Cross-entropy of the upsampled logits, mean over the valid pixels of the global batch.
+
+        codes [B,D,h,w] (detached here); label int64 [B,H,W], pixels outside 0..C-1 are ignored; valid bool [B,H,W].
+        Every rank's sum is divided by the number of valid pixels of all ranks and multiplied by the number of ranks, so
+        that DDP's mean of the gradients is the gradient of one process with the whole batch. 0 with a graph where no
+        pixel is valid. A collective: all ranks must call it.
+        """
+        logits = self(codes.detach())
+        counted = (label >= 0) & (label < logits.shape[1])
+        if valid is not None:
+            counted &= valid
+        pixels = distributed.total(counted.sum())
+        summed = _UpsampledCrossEntropy.apply(logits, torch.where(counted, label, -1))
+        return summed * (distributed.world_size() / pixels.clamp(min=1).to(summed.dtype))
+
+
+class _UpsampledCrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropy over the pixels with a target >= 0, in blocks of pictures.
+
+    The gradient is taken block by block in the forward pass and kept at patch resolution, so neither the upsampled
+    logits nor their log-softmax of a whole batch are ever held.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, target: Tensor) -> Tensor:
+        size = target.shape[-2:]
+        want = ctx.needs_input_grad[0]
+        total, gradients = logits.new_zeros(()), []
+        blocks = readout.picture_blocks(logits.detach(), size)
+        for block, wanted in zip(blocks, target.split([len(part) for part in blocks]), strict=True):
+            with torch.enable_grad():
+                leaf = block.detach().requires_grad_(want)
+                part = F.cross_entropy(readout.upsample(leaf, size), wanted, ignore_index=-1, reduction="sum")
+            total += part.detach()
+            if want:
+                gradients += torch.autograd.grad(part, leaf)
+        if want:
+            ctx.save_for_backward(torch.cat(gradients))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return ctx.saved_tensors[0] * grad, None
+
+
+class ClusterProbe(nn.Module):
+    """K centroids [K,D] trained online by gradient: spherical k-means, one step a batch.
+
+    init: `normal` draws the centroids from a standard normal (as released); `first_batch` seeds them from the codes of
+    the first training batch in the manner of k-means++, so that none starts where no code is.
+    reseed: every that many calls of `loss`, clusters that won no patch since the last time are placed on codes of the
+    current batch; 0 never (as released, where a dead cluster stays dead).
+    All that it remembers is in the state dict.
+    """
+
+    def __init__(self, dim: int, k: int, seed: int = 0, init: str = "normal", reseed: int = 0):
+        super().__init__()
+        if init not in ("normal", "first_batch"):
+            raise ConfigError(f"evaluation.cluster_init={init}: not one of normal, first_batch")
+        if reseed < 0:
+            raise ConfigError(f"evaluation.cluster_reseed={reseed}: expected 0 (never) or a number of steps")
+        self.seed, self.reseed = seed, reseed
+        self.clusters = nn.Parameter(torch.randn(k, dim, generator=chance.generator(seed, "cluster_probe")))
+        self.register_buffer("placed", torch.tensor(init == "normal"))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("wins", torch.zeros(k, dtype=torch.int64))
+        self._waiting = init == "first_batch" or reseed > 0
+
+    def scores(self, codes: Tensor) -> Tensor:
+        """Dot products of the codes as they are with unit centroids: [B,D,h,w] -> [B,K,h,w].
+
+        Their arg max is that of the cosine, also after upsampling.
+        """
+        return readout.dot_products(codes, self.clusters)
+
+    def cosines(self, codes: Tensor) -> Tensor:
+        """Cosines of codes and centroids, -1..1: [B,D,h,w] -> [B,K,h,w]."""
+        scores = self.scores(codes)
+        norm = torch.linalg.vector_norm(codes.to(scores.dtype), dim=1, keepdim=True)
+        return scores / norm.clamp(min=readout.EPS)
+
+    def forward(self, codes: Tensor, alpha: float | None = None, log_probs: bool = False):
+        """The released forward pass on codes [B,D,h,w], which are not detached here.
+
+        Returns (loss, p [B,K,h,w]) with s the cosines, loss = -mean over patches of sum_k p_k s_k, and p the one-hot
+        arg max of s (alpha None; it carries no gradient) or softmax(alpha s). With `log_probs`, log_softmax(alpha s)
+        alone; raises ValueError when alpha is None then.
+        """
+        cosines = self.cosines(codes)
+        if log_probs:
+            if alpha is None:
+                raise ValueError("log_probs needs alpha: the arg max has no log-probabilities")
+            return (alpha * cosines).log_softmax(1)
+        if alpha is None:
+            best = cosines.detach().argmax(1, keepdim=True)
+            return -cosines.gather(1, best).mean(), torch.zeros_like(cosines).scatter_(1, best, 1.0)
+        probs = (alpha * cosines).softmax(1)
+        return -(probs * cosines).sum(1).mean(), probs
+
+    def loss(self, codes: Tensor) -> Tensor:
+        """-mean over patches of the cosine to the winner: [B,D,h,w] -> scalar. Codes are detached.
+
+        Only winning centroids get a gradient. With `init=first_batch` or `reseed`, a collective in training mode.
+        """
+        codes = codes.detach()
+        if self._waiting and self.training:
+            self._place(codes)
+        best = self.cosines(codes).max(1)
+        if self.reseed and self.training:
+            self.wins += distributed.total(best.indices.flatten().bincount(minlength=len(self.wins)))
+        return -best.values.mean()
+
+    def log_probs(self, codes: Tensor, size: tuple[int, int], alpha: float = 2.0) -> Tensor:
+        """Log-probabilities at label resolution, [B,D,h,w] -> [B,K,H,W]; see `readout.cluster_log_probs`."""
+        return readout.cluster_log_probs(codes, self.clusters, size, alpha)
+
+    @torch.no_grad()
+    def initialise(self, codes: Tensor) -> None:
+        """Replace all centroids by k-means++ seeds among the codes [B,D,h,w] of all ranks; keyed, equal everywhere."""
+        points = seeding_points(codes)
+        start = points.new_empty(0, points.shape[1])
+        self._write(torch.arange(len(self.clusters)), plus_plus(points, start, len(self.clusters), self.seed, 0))
+        self.placed.fill_(True)
+
+    @torch.no_grad()
+    def _place(self, codes: Tensor) -> None:
+        """Seed the centroids at the first call; after every `reseed` calls, place the dead ones anew."""
+        if not self.placed:
+            self.initialise(codes)
+        if not self.reseed:
+            self._waiting = False
+            return
+        calls = int(self.calls)
+        if calls and calls % self.reseed == 0:
+            dead = (self.wins == 0).nonzero().flatten().cpu()
+            if len(dead):
+                alive = F.normalize(self.clusters[self.wins > 0].float(), dim=1).cpu()
+                self._write(dead, plus_plus(seeding_points(codes), alive, len(dead), self.seed, calls))
+            self.wins.zero_()
+        self.calls += 1
+
+    def _write(self, rows: Tensor, values: Tensor) -> None:
+        values = distributed.broadcast(values.to(self.clusters))
+        self.clusters[rows.to(self.clusters.device)] = values
+
+
+class KMeansProbe(nn.Module):
+    """Centroids of an offline spherical k-means [K,D], kept with the run once fitted."""
+
+    def __init__(self, dim: int, k: int):
+        super().__init__()
+        self.register_buffer("centroids", torch.zeros(k, dim))
+        self.register_buffer("fitted", torch.tensor(False))
+
+    @torch.no_grad()
+    def set(self, centroids: Tensor) -> None:
+        """Take fitted centroids [K,D]. Raises ValueError for another shape or values that are not finite."""
+        if centroids.shape != self.centroids.shape:
+            raise ValueError(
+                f"k-means probe: expected centroids {tuple(self.centroids.shape)}, got {tuple(centroids.shape)}"
+            )
+        if not torch.isfinite(centroids).all():
+            raise ValueError("k-means probe: the centroids hold values that are not finite")
+        self.centroids.copy_(centroids)
+        self.fitted.fill_(True)
+
+    def scores(self, codes: Tensor) -> Tensor:
+        """Dot products of codes with unit centroids: [B,D,h,w] -> [B,K,h,w]. Raises CheckpointError before `set`."""
+        self._expect_fitted()
+        return readout.dot_products(codes, self.centroids)
+
+    def log_probs(self, codes: Tensor, size: tuple[int, int], alpha: float = 2.0) -> Tensor:
+        """As `ClusterProbe.log_probs`. Raises CheckpointError before `set`."""
+        self._expect_fitted()
+        return readout.cluster_log_probs(codes, self.centroids, size, alpha)
+
+    def _expect_fitted(self) -> None:
+        if not self.fitted:
+            raise CheckpointError(
+                "probe=kmeans: its centroids are fitted when a run ends, and this checkpoint was written before; "
+                "use a finished run or probe=cluster"
+            )
+
+
+def seeding_points(codes: Tensor) -> Tensor:
+    """Unit codes of evenly spaced patches of all ranks' pictures, [n,D] on the CPU, at most about SEEDING_POINTS."""
+    patches = F.normalize(codes.detach().float().flatten(2), dim=1).transpose(1, 2)
+    pictures = patches.shape[0] * distributed.world_size()
+    step = max(1, -(-pictures * patches.shape[1] // SEEDING_POINTS))
+    return distributed.gather_uneven(patches[:, step // 2 :: step].flatten(0, 1)).cpu()
+
+
+def plus_plus(points: Tensor, chosen: Tensor, k: int, seed: int, step: int) -> Tensor:
+    """k further seeds among unit points [n,D], given the unit centroids that stand already [m,D] -> [k,D].
+
+    Each is drawn with probability proportional to 1 - (highest cosine to a centroid so far), k-means++ on the sphere
+    (Arthur and Vassilvitskii 2007). With fewer distinct points than seeds the rest are repeats.
+    """
+    generator = chance.numpy_generator(seed, "cluster_probe.seeding", step)
+    nearest = (points @ chosen.T).amax(1) if len(chosen) else torch.zeros(len(points))
+    seeds = []
+    for _ in range(k):
+        share = (1 - nearest).clamp(min=0).double().cumsum(0)
+        if share[-1] <= 0:
+            share = torch.ones(len(points), dtype=torch.float64).cumsum(0)
+        place = torch.searchsorted(share, float(generator.random()) * share[-1], right=True)
+        seeds.append(points[place.clamp(max=len(points) - 1)])
+        nearest = torch.maximum(nearest, points @ seeds[-1]) if len(seeds) > 1 or len(chosen) else points @ seeds[-1]
+    return torch.stack(seeds)

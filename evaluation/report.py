@@ -1,0 +1,161 @@
+"""Scores as tables and files: the closing table of a run, per-class IoU, clusters.csv, metrics.json."""
+
+import csv
+import json
+import math
+import os
+from collections.abc import Mapping
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from common.spec import ClassMeta
+from evaluation import panels
+from evaluation.matching import UNMATCHED, Scores
+
+PROBES = ("cluster", "kmeans", "own", "regions", "linear", "retrieval")
+"""Order of the rows; further probes follow in the order of the metrics."""
+
+
+def flatten(stage: str, probe: str, scores: Scores | Mapping[str, float]) -> dict[str, float | None]:
+    """The result of a metric's compute() as flat metrics.json entries: `<stage>/<probe>/<metric>`, percent.
+
+    Scores give `acc` and `miou`; a mapping gives its own names. NaN and infinity become None.
+    """
+    values = {"acc": scores.acc, "miou": scores.miou} if isinstance(scores, Scores) else scores
+    return {f"{stage}/{probe}/{name}": plain(value) for name, value in values.items()}
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON takes it: tensors and numpy numbers as Python's, NaN and infinity as None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write JSON atomically: a reader sees the old file or the whole new one. NaN is written as null."""
+    write_text(path, json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically (a temporary file in the same folder, then a rename)."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def final_table(metrics: Mapping[str, Any], title: str = "") -> Table:
+    """The table at the end of a run: a row a probe, columns acc and mIoU, and the same of the best checkpoint.
+
+    Reads `val/<probe>/acc|miou` and `best/<probe>/acc|miou` of the flat metrics; without labels it shows the label-free
+    keys instead. The best columns appear only where there are best keys.
+    """
+    names = ("acc", "miou") if any(key.endswith("/miou") for key in metrics) else ("entropy", "confidence")
+    probes = _probes(metrics, names)
+    best = any(key.startswith("best/") for key in metrics)
+    table = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold")
+    table.add_column("probe")
+    for stage in ("", "best ") if best else ("",):
+        for name in names:
+            table.add_column(stage + {"miou": "mIoU"}.get(name, name), justify="right")
+    for probe in probes:
+        cells = [metrics.get(f"{stage}/{probe}/{name}") for stage in ("val", "best")[: 1 + best] for name in names]
+        table.add_row(probe, *(number(cell) for cell in cells))
+    return table
+
+
+def number(value: float | None) -> str:
+    """A percentage with one digit, or a dash for nothing."""
+    value = plain(value)
+    return "-" if value is None else f"{value:.1f}"
+
+
+def per_class_table(results: Mapping[str, Scores], meta: ClassMeta) -> Table:
+    """IoU of every class under every probe, in percent, with the class's share of the labelled pixels."""
+    table = Table(title="IoU by class, %", title_justify="left", title_style="bold", header_style="bold")
+    table.add_column("class")
+    table.add_column("pixels", justify="right")
+    for probe in results:
+        table.add_column(probe, justify="right")
+    pixels = next(iter(results.values())).counts.sum(0)
+    for i, name in enumerate(meta.names):
+        share = 100 * pixels[i] / max(1, pixels.sum())
+        table.add_row(name, f"{share:.1f}", *(number(float(scores.iou[i])) for scores in results.values()))
+    table.add_section()
+    table.add_row("mean", "", *(number(scores.miou) for scores in results.values()))
+    return table
+
+
+def as_text(table: Table, width: int = 120) -> str:
+    """A table as plain text, for logs and files."""
+    console = Console(file=StringIO(), width=width, no_color=True)
+    console.print(table)
+    return console.file.getvalue()
+
+
+def per_class_csv(path: str | Path, results: Mapping[str, Scores], meta: ClassMeta) -> None:
+    """Columns class_id, class, pixels, then IoU in percent under each probe; empty where a class is skipped."""
+    pixels = next(iter(results.values())).counts.sum(0)
+    rows = [["class_id", "class", "pixels", *results]]
+    for i, name in enumerate(meta.names):
+        rows.append([i, name, int(pixels[i]), *(_digits(scores.iou[i]) for scores in results.values())])
+    write_text(path, _csv(rows))
+
+
+def clusters_csv(path: str | Path, scores: Scores, meta: ClassMeta) -> None:
+    """What each cluster became: cluster, class_id, class, pixels, share.
+
+    class_id -1 and an empty name where unmatched; pixels: labelled pixels it won; share: percent of them that belong to
+    its class, empty for an unmatched or empty cluster.
+    """
+    rows = [["cluster", "class_id", "class", "pixels", "share"]]
+    for cluster, target in enumerate(scores.mapping.tolist()):
+        pixels = int(scores.counts[cluster].sum())
+        matched = target != UNMATCHED
+        share = 100 * scores.counts[cluster, target] / pixels if matched and pixels else math.nan
+        rows.append([cluster, target, meta.names[target] if matched else "", pixels, _digits(share)])
+    write_text(path, _csv(rows))
+
+
+def write_scores(folder: str | Path, results: Mapping[str, Scores], meta: ClassMeta, main: str = "cluster") -> None:
+    """The files of a run folder that need labels: classes.csv; clusters.csv and confusion.png of probe `main`."""
+    folder = Path(folder)
+    per_class_csv(folder / "classes.csv", results, meta)
+    clusters_csv(folder / "clusters.csv", results[main], meta)
+    scores = results[main]
+    title = f"{main} probe ({scores.matching}): acc {number(scores.acc)}, mIoU {number(scores.miou)}"
+    panels.confusion(folder / "confusion.png", scores, meta, title)
+
+
+def _probes(metrics: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
+    keys = [key.split("/") for key in metrics if key.count("/") == 2]
+    found = list(dict.fromkeys(probe for stage, probe, name in keys if stage == "val" and name in names))
+    return sorted(found, key=lambda probe: PROBES.index(probe) if probe in PROBES else len(PROBES))
+
+
+def _digits(value: float) -> str:
+    return "" if np.isnan(value) else f"{float(value):.4f}"
+
+
+def _csv(rows: list[list]) -> str:
+    buffer = StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue()

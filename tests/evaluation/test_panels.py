@@ -1,0 +1,115 @@
+"""Pictures: what stands at which pixel, in which colour."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.palette import default_palette
+from common.spec import ClassMeta
+from evaluation import matching, panels
+
+META = ClassMeta(("sky", "road", "tree"), ((10, 20, 200), (90, 90, 90), (20, 160, 30)))
+
+
+def halves(left, right, height=6, width=8):
+    ids = torch.full((height, width), left)
+    ids[:, width // 2 :] = right
+    return ids
+
+
+def colours_of(path) -> set[tuple[int, int, int]]:
+    return {colour for _, colour in Image.open(path).convert("RGB").getcolors(1 << 24)}
+
+
+def test_clusters_take_the_colour_of_their_class(tmp_path):
+    row = panels.Row(torch.zeros(3, 6, 8), {"cluster": halves(3, 1), "linear": halves(0, 0)}, halves(1, 255), "first")
+    mapping = np.array([0, -1, 1, 2])
+    panels.save(tmp_path / "panel.png", [row], META, {"cluster": mapping}, cell=80)
+    picture = np.array(Image.open(tmp_path / "panel.png"))
+    assert picture.shape[1] == 4 * (80 + panels.GAP) + panels.GAP
+    top = panels.GAP + 28 + 5
+    columns = [panels.GAP + i * (80 + panels.GAP) for i in range(4)]
+    assert picture[top, columns[0] + 40].tolist() == [0, 0, 0]
+    assert picture[top, columns[1] + 5].tolist() == list(META.palette[1])  # truth
+    assert picture[top, columns[1] + 75].tolist() == list(panels.VOID)  # 255: not labelled
+    assert picture[top, columns[2] + 5].tolist() == list(META.palette[2])  # cluster 3 -> tree
+    assert picture[top, columns[2] + 75].tolist() == panels.greyish(4)[1].tolist()  # cluster 1 is unmatched
+    assert picture[top, columns[3] + 5].tolist() == list(META.palette[0])  # class ids as they are
+
+
+def test_panel_without_labels_shows_clusters_in_fixed_colours(tmp_path):
+    image = np.full((6, 8, 3), 7, dtype=np.uint8)
+    rows = [panels.Row(image, {"cluster": halves(0, 4)}, None, f"{i}") for i in range(2)]
+    panels.save(tmp_path / "panel.png", rows, ClassMeta(), {"cluster": None}, cell=64)
+    assert Image.open(tmp_path / "panel.png").width == 2 * (64 + panels.GAP) + panels.GAP  # no column for the truth
+    palette = default_palette(5)
+    assert {palette[0], palette[4], (7, 7, 7)} <= colours_of(tmp_path / "panel.png")
+    assert palette[2] not in colours_of(tmp_path / "panel.png")
+
+
+def test_rows_may_differ_in_size_and_columns(tmp_path):
+    rows = [
+        panels.Row(torch.rand(3, 5, 30), {"cluster": torch.zeros(5, 30)}, torch.zeros(5, 30)),
+        panels.Row(torch.rand(3, 30, 5), {"linear": torch.ones(30, 5)}, None, "no truth"),
+    ]
+    panels.save(tmp_path / "panel.png", rows, META, cell=60, title="a title")
+    height = Image.open(tmp_path / "panel.png").height
+    assert height > 10 + 360 + 20  # both rows with their own height
+
+
+def test_all_ignored_truth_and_long_class_lists(tmp_path):
+    meta = ClassMeta(tuple(f"class {i}" for i in range(60)))
+    row = panels.Row(torch.rand(3, 4, 4), {"cluster": halves(2, 59, 4, 4)}, torch.full((4, 4), 255))
+    panels.save(tmp_path / "panel.png", [row], meta, {"cluster": np.arange(60)}, cell=100)
+    palette = default_palette(60)
+    found = colours_of(tmp_path / "panel.png")
+    assert {palette[2], palette[59]} <= found
+    assert palette[3] not in found  # a long legend names only what occurs
+
+
+def test_index_png_holds_the_ids(tmp_path):
+    ids = torch.arange(256).reshape(16, 16)
+    panels.index_png(tmp_path / "ids.png", ids, default_palette(256))
+    image = Image.open(tmp_path / "ids.png")
+    assert image.mode == "P"
+    assert np.array_equal(np.array(image), ids.numpy())
+    assert tuple(np.array(image.convert("RGB"))[0, 3]) == default_palette(4)[3]
+    panels.index_png(tmp_path / "large.png", ids + 500)
+    assert np.array_equal(np.array(Image.open(tmp_path / "large.png")), ids.numpy() + 500)
+    with pytest.raises(ValueError, match=r"ids must lie in 0\.\.65535 for a png, got -1\.\.254"):
+        panels.index_png(tmp_path / "bad.png", ids - 1)
+
+
+def test_overlay_mixes_colours_and_draws_outlines():
+    picture = np.full((4, 6, 3), 100, dtype=np.uint8)
+    ids = halves(0, 1, 4, 6)
+    mixed = panels.overlay(picture, ids, [(200, 0, 0), (0, 200, 0)], alpha=0.5)
+    assert mixed[0, 0].tolist() == [150, 50, 50]
+    assert mixed[0, 5].tolist() == [50, 150, 50]
+    assert mixed[0, 3].tolist() == [15, 185, 15]  # the border between the two, nearly opaque
+    assert panels.overlay(picture, halves(0, 9, 4, 6), [(200, 0, 0)], 0.5)[0, 5].tolist() == [100, 100, 100]
+
+
+def test_legend_holds_every_colour(tmp_path):
+    panels.legend_png(tmp_path / "legend.png", META.names, META.palette)
+    assert set(META.palette) <= colours_of(tmp_path / "legend.png")
+
+
+@pytest.mark.parametrize("extra", ["drop", "merge"])
+def test_confusion_figure_of_more_clusters_than_classes(tmp_path, extra):
+    counts = np.array([[50, 2, 1], [3, 40, 0], [0, 0, 0], [9, 9, 1]])
+    panels.confusion(tmp_path / "confusion.png", matching.score(counts, extra=extra), META)
+    image = np.array(Image.open(tmp_path / "confusion.png").convert("RGB"))
+    assert image.shape[0] > 300
+    assert (image.std((0, 1)) > 10).all()
+
+
+def test_palette():
+    long = default_palette(300)
+    assert long[:40] == default_palette(40)
+    assert len(set(long)) == 300
+    near = [np.abs(np.subtract(a, b)).sum() for i, a in enumerate(long[:27]) for b in long[:i]]
+    assert min(near) >= 40
+    assert all(max(colour) - min(colour) > 25 for colour in long)  # no greys
+    assert default_palette(0) == ()

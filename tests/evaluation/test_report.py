@@ -1,0 +1,116 @@
+"""Tables and files, to the letter."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from common.spec import ClassMeta
+from evaluation import matching, report
+
+META = ClassMeta(("sky", "road", "tree"), ((10, 20, 200), (90, 90, 90), (20, 160, 30)))
+COUNTS = np.array([[0, 9, 0], [30, 0, 0], [0, 1, 0], [6, 4, 0]])
+
+
+def scores(**policy):
+    return matching.score(COUNTS, **policy)
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_flatten_gives_percent_and_null():
+    flat = report.flatten("val", "cluster", scores(extra="drop"))
+    assert flat == {"val/cluster/acc": 78.0, "val/cluster/miou": pytest.approx((100 * 30 / 36 + 100 * 9 / 14) / 3)}
+    empty = matching.score(np.zeros((2, 2), dtype=int))
+    assert report.flatten("best", "own", empty) == {"best/own/acc": None, "best/own/miou": None}
+    free = {"entropy": float("nan"), "confidence": np.float64(3)}
+    assert report.flatten("val", "cluster", free) == {"val/cluster/entropy": None, "val/cluster/confidence": 3.0}
+
+
+def test_write_json_never_holds_nan_and_leaves_nothing_behind(tmp_path):
+    path = tmp_path / "metrics.json"
+    report.write_json(path, {"a": float("nan"), "b": [torch.tensor(2), float("inf")], "c": {"d": np.int64(4)}})
+    assert path.read_text() == '{\n  "a": null,\n  "b": [\n    2,\n    null\n  ],\n  "c": {\n    "d": 4\n  }\n}\n'
+    report.write_json(path, {"a": 1})
+    assert json.loads(path.read_text()) == {"a": 1}
+    with pytest.raises(TypeError):
+        report.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}  # the old file stays whole
+    assert [item.name for item in tmp_path.iterdir()] == ["metrics.json"]
+
+
+def test_failed_replace_removes_the_temporary_file(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "x").touch()
+    with pytest.raises(OSError):
+        report.write_text(tmp_path / "folder", "text")
+    assert [item.name for item in tmp_path.iterdir()] == ["folder"]
+
+
+def test_clusters_csv(tmp_path):
+    result = scores(extra="drop")
+    report.clusters_csv(tmp_path / "clusters.csv", result, META)
+    assert rows_of(tmp_path / "clusters.csv") == [
+        ["cluster", "class_id", "class", "pixels", "share"],
+        ["0", "1", "road", "9", "100.0000"],
+        ["1", "0", "sky", "30", "100.0000"],
+        *(
+            [str(k), "2", "tree", str(n), "0.0000"] if result.mapping[k] == 2 else [str(k), "-1", "", str(n), ""]
+            for k, n in ((2, 1), (3, 10))
+        ),
+    ]
+    report.clusters_csv(tmp_path / "clusters.csv", scores(matching="many_to_one"), META)
+    assert rows_of(tmp_path / "clusters.csv")[4] == ["3", "0", "sky", "10", "60.0000"]
+
+
+def test_per_class_files(tmp_path):
+    results = {"cluster": scores(matching="many_to_one"), "kmeans": scores(matching="many_to_one", absent="zero")}
+    report.per_class_csv(tmp_path / "classes.csv", results, META)
+    assert rows_of(tmp_path / "classes.csv") == [
+        ["class_id", "class", "pixels", "cluster", "kmeans"],
+        ["0", "sky", "36", "90.0000", "90.0000"],
+        ["1", "road", "14", "71.4286", "71.4286"],
+        ["2", "tree", "0", "", "0.0000"],
+    ]
+    text = report.as_text(report.per_class_table(results, META))
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
+    assert ["tree", "0.0", "-", "0.0"] in lines
+    assert ["mean", "", "80.7", "53.8"] in lines
+
+
+def table_rows(metrics):
+    table = report.final_table(metrics)
+    cells = zip(*[list(column.cells) for column in table.columns], strict=True)
+    return [column.header for column in table.columns], [list(row) for row in cells]
+
+
+def test_final_table_orders_probes_and_shows_the_best():
+    metrics = {
+        "val/linear/acc": 90.04, "val/linear/miou": 60.0, "val/cluster/acc": 50.0, "val/cluster/miou": None,
+        "val/kmeans/acc": 40.0, "val/kmeans/miou": 30.0, "val/cluster/entropy": 99.0, "best/cluster/miou": 45.0,
+        "val/cluster_crf/miou": 46.0, "seed": 3, "protocol/crop/x/miou": 1.0,
+    }  # fmt: skip
+    header, rows = table_rows(metrics)
+    assert header == ["probe", "acc", "mIoU", "best acc", "best mIoU"]
+    assert rows == [
+        ["cluster", "50.0", "-", "-", "45.0"],
+        ["kmeans", "40.0", "30.0", "-", "-"],
+        ["linear", "90.0", "60.0", "-", "-"],
+        ["cluster_crf", "-", "46.0", "-", "-"],
+    ]
+
+
+def test_final_table_without_labels_shows_the_label_free_scores():
+    header, rows = table_rows({"val/cluster/entropy": 97.25, "val/cluster/confidence": 31.0, "method": "x"})
+    assert header == ["probe", "entropy", "confidence"]
+    assert rows == [["cluster", "97.2", "31.0"]]
+
+
+def test_write_scores_fills_the_run_folder(tmp_path):
+    report.write_scores(tmp_path, {"cluster": scores(), "linear": matching.score(COUNTS[:3], "identity")}, META)
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["classes.csv", "clusters.csv", "confusion.png"]

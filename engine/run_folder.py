@@ -44,6 +44,20 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.json"
 
+    @rank_zero_only
+    def create(self, cfg: DictConfig) -> None:
+        """Make the folder (with `run.overwrite` an empty one), store the configuration, and point `latest` at it."""
+        if cfg.run.overwrite and self.path.is_dir():
+            shutil.rmtree(self.path)
+        (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (self.path / "panels").mkdir(exist_ok=True)
+        config.save(cfg, self.path / "config.yaml")
+        latest = self.path.parent / "latest"
+        if latest.is_symlink() or not latest.exists():
+            temporary = self.path.parent / f".latest-{os.getpid()}"
+            temporary.symlink_to(self.path.name, target_is_directory=True)
+            temporary.replace(latest)
+
 
 def run_name(cfg: DictConfig) -> str:
     """`run.name`, or one made from method, data, backbone and time (the SLURM job id where there is one)."""
@@ -56,7 +70,7 @@ def run_name(cfg: DictConfig) -> str:
 
 
 def open_run(cfg: DictConfig) -> RunFolder:
-    """Decide what becomes of the run folder, and make it. Files are changed on rank zero only.
+    """Decide what becomes of the run folder; `RunFolder.create` makes it once all else is known to fit.
 
     Raises ConfigError where a folder of that name holds another run, CheckpointError where `run.resume` names no file.
     """
@@ -64,8 +78,6 @@ def open_run(cfg: DictConfig) -> RunFolder:
     path = Path(cfg.run.dir) / name
     if cfg.run.name is not None and (not name or "/" in name or name.startswith(".")):
         raise ConfigError(f"run.name={name}: expected a plain folder name; the parent folder is run.dir")
-    if cfg.run.overwrite:
-        _empty(path)
     explicit = None
     if cfg.run.resume not in ("auto", "never"):
         explicit = Path(cfg.run.resume)
@@ -75,7 +87,7 @@ def open_run(cfg: DictConfig) -> RunFolder:
             )
     stored = path / "config.yaml"
     state, checkpoint = "new", explicit
-    if stored.is_file() and explicit is None:
+    if stored.is_file() and explicit is None and not cfg.run.overwrite:
         if cfg.run.resume == "never" and rank_zero_only.rank == 0:
             raise ConfigError(
                 f"run.name={name}: {path} already holds a run; choose another name, run.resume=auto to go on, "
@@ -92,28 +104,7 @@ def open_run(cfg: DictConfig) -> RunFolder:
             state = "finished"
         elif last.is_file():
             state, checkpoint = "resume", last
-    folder = RunFolder(path, state, checkpoint)
-    if state != "finished":
-        _create(folder, cfg)
-    return folder
-
-
-@rank_zero_only
-def _empty(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-
-
-@rank_zero_only
-def _create(folder: RunFolder, cfg: DictConfig) -> None:
-    (folder.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (folder.path / "panels").mkdir(exist_ok=True)
-    config.save(cfg, folder.path / "config.yaml")
-    latest = folder.path.parent / "latest"
-    if latest.is_symlink() or not latest.exists():
-        temporary = folder.path.parent / f".latest-{os.getpid()}"
-        temporary.symlink_to(folder.path.name, target_is_directory=True)
-        temporary.replace(latest)
+    return RunFolder(path, state, checkpoint)
 
 
 def copy_whole(source: Path, target: Path) -> None:

@@ -37,6 +37,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         return json.loads(folder.metrics.read_text())
     model = setup.build_model(cfg, data.meta)
     setup.connect(model, data)
+    folder.create(cfg)
     keeper = RunKeeper(folder, cfg, selection_key(cfg, data.meta.has_labels))
     pictures = PanelKeeper(cfg.evaluation.panels)
     loggers = [setup.wandb_logger(cfg, folder.path)] if cfg.logger == "wandb" else []

@@ -203,6 +203,7 @@ class UnsupervisedSegmenter(L.LightningModule):
         return codes, scores
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Update the metrics; returns the id maps [B,H,W] of every read-out."""
         codes, scores = self.read(batch["image"])
         maps = {probe: readout.predict(values, batch["image"].shape[-2:]) for probe, values in scores.items()}
         self.usage.update(scores["cluster"], codes, batch["valid"])

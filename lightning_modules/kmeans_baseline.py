@@ -23,7 +23,7 @@ class KMeansBaseline(UnsupervisedSegmenter):
     def features(self, images: Tensor) -> Features:
         if not self.colour:
             return super().features(images)
-        colours = F.avg_pool2d(images, self.backbone.stride)
+        colours = F.avg_pool2d(images, min(self.backbone.strides))
         return Features(levels=[colours - 0.5], cls=None, attention=None, qkv=None, prefix=0)
 
     def embed(self, features: Features) -> Tensor:

@@ -1,0 +1,216 @@
+"""The words of run.py as a user types them: exit codes, one-line errors, and files that come out."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import config
+import run
+from lightning_modules import registry
+from tests.conftest import small_words
+
+
+def call(capsys: pytest.CaptureFixture, *words: str) -> tuple[int, str, str]:
+    code = run.main(list(words))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def error_line(capsys: pytest.CaptureFixture, *words: str) -> str:
+    code, _, err = call(capsys, *words)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2
+    assert len(lines) == 1
+    assert "Traceback" not in err
+    return lines[0]
+
+
+def test_no_words_shows_the_commands(capsys):
+    code, out, _ = call(capsys)
+    assert code == 2
+    for command in run.COMMANDS:
+        assert f"  run.py {command}" in out
+
+
+def test_unknown_command(capsys):
+    assert error_line(capsys, "tran") == "error: tran: no such command; did you mean train?"
+
+
+def test_wrong_words_end_in_one_line_before_anything_is_made(capsys, tmp_path):
+    runs = f"run.dir={tmp_path}"
+    assert error_line(capsys, "train", runs, "method=hiden_positives").endswith("did you mean hidden_positives?")
+    assert error_line(capsys, "train", runs, "trainer.max_step=5").endswith("did you mean trainer.max_steps?")
+    assert error_line(capsys, "train", runs, "data=folder") == (
+        "error: data.root: data=folder needs a folder of pictures; set data.root=<folder>"
+    )
+    assert error_line(capsys, "train", runs, "data=folder", f"data.root={tmp_path}/none").startswith("error: data.root=")
+    assert error_line(capsys, "train", runs, "data.train_size=50", "data.eval_size=50").startswith("error: data.train_size")
+    assert error_line(capsys, "train", runs, "trainer.accelerator=gpu", "data.train_count=20") == (
+        "error: trainer.accelerator=gpu: no CUDA device is visible; use trainer=auto, or see `run.py doctor`"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_eval_and_predict_want_their_words(capsys, tmp_path):
+    assert error_line(capsys, "eval") == "error: ckpt: is needed; write ckpt=…"
+    assert error_line(capsys, "predict", "ckpt=x", "input=y") == "error: output: is needed; write output=…"
+    assert error_line(capsys, "eval", f"ckpt={tmp_path}/x.ckpt") == (
+        f"error: ckpt={tmp_path}/x.ckpt: no such file; a run keeps its own under checkpoints/last.ckpt and best.ckpt"
+    )
+
+
+def test_list_names_everything(capsys):
+    code, out, _ = call(capsys, "list")
+    assert code == 0
+    for group in ("method", "data", "backbone", "trainer"):
+        for name in config.names(group):
+            assert name in out
+
+
+def test_show_config_prints_what_a_run_would_use(capsys):
+    code, out, _ = call(capsys, "show-config", "method=hidden_positives", "seed=9")
+    assert code == 0
+    assert "seed: 9" in out
+    assert "temperature:" in out
+
+
+def test_hidden_positives_settings_are_checked(capsys, tmp_path):
+    words = small_words("hidden_positives", f"run.dir={tmp_path}")
+    assert error_line(capsys, "train", *words, "method.lhp.attention=attn") == (
+        "error: method.lhp.attention=attn: not one of auto, backbone, affinity"
+    )
+    assert error_line(capsys, "train", *words, "method.temperature=0").endswith("must be above 0")
+    assert error_line(capsys, "train", *words, "method.rho=2").endswith("expected a number from 0 to 1")
+
+
+@pytest.fixture(scope="module")
+def odd_pictures(tmp_path_factory) -> Path:
+    """A folder as people have it: odd sizes, 16 bit, grey, alpha, sub-folders, two endings of one stem, one broken file."""
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    rgb = rng.integers(0, 255, (37, 61, 3), dtype=np.uint8)
+    (root / "sub dir").mkdir()
+    Image.fromarray(rgb).save(root / "a.jpg")
+    Image.fromarray(rgb).save(root / "a.png")
+    Image.fromarray(rgb[:, :, 0].astype(np.uint16) * 257).save(root / "sub dir" / "sixteen.tif")
+    Image.fromarray(np.dstack([rgb, rgb[:, :, 0]])).save(root / "sub dir" / "Alpha.PNG")
+    Image.fromarray(rng.integers(0, 255, (90, 40), dtype=np.uint8)).save(root / "grey.bmp")
+    (root / "broken.jpg").write_bytes((root / "a.jpg").read_bytes()[:200])
+    return root
+
+
+@pytest.mark.train
+def test_predict_keeps_names_and_sizes(capsys, small_run, odd_pictures, tmp_path):
+    checkpoint = small_run("hidden_positives").folder / "checkpoints" / "last.ckpt"
+    output = tmp_path / "out"
+    code, _, err = call(capsys, "predict", f"ckpt={checkpoint}", f"input={odd_pictures}", f"output={output}")
+    assert code == 0, err
+    wanted = {"a.jpg": (61, 37), "a.png": (61, 37), "sub dir/sixteen": (61, 37), "sub dir/Alpha": (61, 37), "grey": (40, 90)}
+    for name, size in wanted.items():
+        index = Image.open(output / "index" / f"{name}.png")
+        assert index.size == size
+        assert Image.open(output / "overlay" / f"{name}.png").size == size
+        assert np.asarray(index).max() < 12
+    content = json.loads((output / "clusters.json").read_text())
+    assert content["pictures"] == 5
+    assert [Path(file).name for file in content["unreadable"]] == ["broken.jpg"]
+    assert (output / "legend.png").is_file()
+    assert content["probe"] == "kmeans"
+
+
+@pytest.mark.train
+def test_predict_gives_the_ids_of_validation(small_run, tmp_path):
+    """On a picture of the evaluation's own size, ids are those that the evaluation saw."""
+    import torch
+
+    from engine import predicting, setup
+    from evaluation import readout
+
+    fitted = small_run("hidden_positives")
+    cfg = config.restore(fitted.checkpoint["labelfree"]["config"])
+    cfg, data = setup.build_data(cfg)
+    model = setup.restore_model(fitted.checkpoint, cfg)
+    batch = next(iter(data.val_dataloader()))
+    with torch.inference_mode():
+        scores = model.read(batch["image"])[1]["kmeans"]
+        expected = readout.predict(scores, batch["image"].shape[-2:])[0].numpy()
+    image = (batch["image"][0] * 255).round().byte().permute(1, 2, 0).numpy()
+    (tmp_path / "in").mkdir()
+    Image.fromarray(image).save(tmp_path / "in" / "x.png")
+    predicting.predict(fitted.folder / "checkpoints" / "last.ckpt", tmp_path / "in", tmp_path / "out", [])
+    found = np.asarray(Image.open(tmp_path / "out" / "index" / "x.png"))
+    assert (found == expected).mean() > 0.999
+
+
+@pytest.mark.train
+def test_predict_errors(capsys, small_run, tmp_path):
+    checkpoint = small_run("hidden_positives").folder / "checkpoints" / "last.ckpt"
+    (tmp_path / "empty").mkdir()
+    line = error_line(capsys, "predict", f"ckpt={checkpoint}", f"input={tmp_path}/empty", f"output={tmp_path}/o")
+    assert line.startswith(f"error: input={tmp_path}/empty: no picture below it; looked for .bmp")
+    line = error_line(capsys, "predict", f"ckpt={checkpoint}", f"input={tmp_path}/no", f"output={tmp_path}/o")
+    assert line == f"error: input={tmp_path}/no: no such folder; name a folder of pictures"
+
+
+@pytest.mark.train
+def test_data_without_labels_runs_to_the_end(capsys, tmp_path):
+    """A flat folder of a few pictures: label-free scores, panels, no accuracy, and null is nowhere NaN."""
+    rng = np.random.default_rng(1)
+    (tmp_path / "pictures").mkdir()
+    for i in range(12):
+        picture = rng.integers(0, 255, (64, 80, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(tmp_path / "pictures" / f"{i}.png")
+    words = ["data=folder", f"data.root={tmp_path}/pictures", "data.train_size=48", "data.eval_size=48", "data.batch_size=4"]
+    more = [word for word in small_words("hidden_positives", f"run.dir={tmp_path}", "run.name=u") if not word.startswith("data")]
+    code, out, err = call(capsys, "train", *more, *words, "trainer.max_steps=3")
+    assert code == 0, err
+    text = (tmp_path / "u" / "metrics.json").read_text()
+    assert "NaN" not in text
+    metrics = json.loads(text)
+    assert metrics["val/cluster/entropy"] >= 0
+    assert not any(key.endswith(("acc", "miou")) for key in metrics)
+    assert metrics["selection/rule"] == "last step"
+    assert metrics["selection/uses_labels"] is False
+    assert len(list((tmp_path / "u" / "panels").glob("*.png"))) >= 2
+    assert "entropy" in out
+
+
+@pytest.mark.ddp
+def test_a_killed_process_goes_on(tmp_path, small_run):
+    """kill -9 in the middle, then the same command again: the numbers of the run that was not killed."""
+    import signal
+    import time
+
+    plain = small_run("kmeans_baseline")
+    words = small_words("kmeans_baseline", f"run.dir={tmp_path}", "run.name=k")
+    command = [sys.executable, "run.py", "train", *words]
+    root = Path(run.__file__).parent
+    last = tmp_path / "k" / "checkpoints" / "last.ckpt"
+    process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not last.exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "k" / "metrics.json").read_text())
+    for key, value in plain.metrics.items():
+        if key.startswith(("val/", "best/")):
+            assert metrics[key] == value, key
+
+
+def test_registry_refuses_a_file_with_two_methods(monkeypatch):
+    from lightning_modules import kmeans_baseline
+
+    class Second(kmeans_baseline.KMeansBaseline):
+        """Another."""
+
+    Second.__module__ = kmeans_baseline.__name__
+    monkeypatch.setattr(kmeans_baseline, "Second", Second, raising=False)
+    with pytest.raises(run.ConfigError, match="must define exactly one UnsupervisedSegmenter, found 2"):
+        registry.method_class("kmeans_baseline")

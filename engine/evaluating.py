@@ -22,7 +22,7 @@ def evaluate(checkpoint_path: Path, tokens: list[str]) -> dict[str, Any]:
     Writes metrics.json, tables and panels into `<run folder>/eval/<checkpoint name>/` and returns the metrics. A
     checkpoint written before its run ended has no k-means centroids: they are fitted here.
     """
-    setup.quiet()
+    setup.begin()
     checkpoint = setup.read_checkpoint(checkpoint_path)
     cfg = config.restore(checkpoint["labelfree"]["config"], tokens)
     cfg, data = setup.build_data(cfg)

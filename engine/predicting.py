@@ -56,7 +56,7 @@ def predict(checkpoint_path: Path, source: Path, output: Path, tokens: list[str]
     Ids are those of the probe (`predict.probe`), the same for every picture and every call. A picture that cannot be
     read is named and left out. Returns what clusters.json holds.
     """
-    setup.quiet()
+    setup.begin()
     checkpoint = setup.read_checkpoint(checkpoint_path)
     cfg = config.restore(checkpoint["labelfree"]["config"], tokens)
     pictures = Pictures(source)

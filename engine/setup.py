@@ -1,7 +1,9 @@
 """From a configuration to a DataModule, a method and a Trainer."""
 
+import ctypes
 import logging
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,9 @@ log = logging.getLogger(__name__)
 UNLABELLED_CLUSTERS = 27
 """K where the data has no classes and method.num_clusters is null."""
 
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
+"""Numbers of glibc's mallopt parameters."""
+
 NOISE = (
     ".*does not have many workers.*",
     ".*`self.trainer` is not attached.*",
@@ -40,8 +45,22 @@ NOISE = (
 """Library warnings about things that are so on purpose here."""
 
 
-def quiet() -> None:
-    """Hide library messages that tell a user nothing."""
+def keep_freed_memory() -> None:
+    """Let the C allocator of Linux reuse freed blocks instead of giving every large tensor fresh pages.
+
+    Zeroing fresh pages takes up to half of the time of a step on a CPU; results do not change.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent from C libraries other than glibc
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def begin() -> None:
+    """Once at the start of a command: allocator, and no library messages that tell a user nothing."""
+    keep_freed_memory()
     for pattern in NOISE:
         warnings.filterwarnings("ignore", pattern)
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):

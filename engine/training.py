@@ -29,7 +29,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     LabelfreeError with one line for whatever a user has to mend.
     """
     started = time.perf_counter()
-    setup.quiet()
+    setup.begin()
     cfg, data = setup.build_data(cfg)
     folder = open_run(cfg)
     if folder.state == "finished":

@@ -27,6 +27,7 @@ from common import chance
 from common.errors import ConfigError, did_you_mean
 from models import attention as layers
 from models import positions, weights
+from models.folding import fold_batch_norms
 
 LOG = logging.getLogger(__name__)
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -141,6 +142,8 @@ class Backbone(nn.Module):
         self.features_key = f"{self.fingerprint} {json.dumps(settings)}"
         self._set_gradients()
         self.train()
+        if self.frozen and not self.transformer:
+            self.net = fold_batch_norms(self.net).eval()
 
     # ---- what is asked of the configuration -----------------------------------------------------------------------
 

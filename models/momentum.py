@@ -1,0 +1,43 @@
+"""A copy of a module that follows it slowly."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.errors import ConfigError
+
+
+class Momentum(nn.Module):
+    """Exponential moving average of a module's weights; it starts equal and never receives gradient.
+
+    The copy's weights are in the state dict (under `copy.`); the followed module is only referred to. So build it after
+    the module has its initial weights, and save both in one checkpoint. Source: HP (CVPR 2023); MoCo (CVPR 2020).
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.copy = copy.deepcopy(module).requires_grad_(False)
+        # In a tuple, so that the followed module is not registered, moved and saved a second time.
+        self._followed = (module,)
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The copy's output, without gradient."""
+        return self.copy(*args, **kwargs)
+
+    @torch.no_grad()
+    def update(self, m: float) -> None:
+        """theta' <- m theta' + (1 - m) theta for every weight; buffers are taken over as they are.
+
+        Raises:
+            ConfigError: m outside [0, 1].
+        """
+        if not 0.0 <= m <= 1.0:
+            raise ConfigError(f"momentum m = {m}: must lie in [0, 1]; 1 keeps the copy as it is")
+        (module,) = self._followed
+        for slow, fast in zip(self.copy.parameters(), module.parameters(), strict=True):
+            slow.mul_(m).add_(fast, alpha=1.0 - m)
+        for slow, fast in zip(self.copy.buffers(), module.buffers(), strict=True):
+            slow.copy_(fast)

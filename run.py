@@ -102,7 +102,8 @@ def show(metrics: dict) -> None:
 
     if rank_zero_only.rank != 0:
         return
-    title = f"{metrics['method']} on {metrics['data']} with {metrics['backbone']}, seed {metrics['seed']}, step {metrics['steps']}"
+    what = f"{metrics['method']} on {metrics['data']} with {metrics['backbone']}"
+    title = f"{what}, seed {metrics['seed']}, step {metrics['steps']}"
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(report.final_table(metrics, title))
     rule = metrics.get("selection/rule")

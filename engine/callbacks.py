@@ -104,7 +104,7 @@ class RunKeeper(Callback):
         self._mark = None if validated else time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.state.fn == "fit":
+        if trainer.state.fn != "fit":
             return
         values = numbers(trainer.callback_metrics, "val/")
         if trainer.is_global_zero:
@@ -148,8 +148,14 @@ class PanelKeeper(Callback):
         self.kept = {}
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: dict[str, Tensor], batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:  # fmt: skip
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: dict[str, Tensor],
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         if not self._wanted:
             return
         for row, index in enumerate(batch["index"].tolist()):
@@ -182,10 +188,8 @@ class ProgressLines(Callback):
         step, total = trainer.global_step, pl_module.total_steps
         if trainer.is_global_zero and (step % max(1, total // self.lines) == 0 or step == total):
             speed = (time.perf_counter() - self._started) / max(1, step - self._first)
-            log.info(
-                "step %d/%d  loss %.4f  %.2f s/step  about %s left",
-                step, total, float(trainer.callback_metrics.get("loss", math.nan)), speed, clock(speed * (total - step)),
-            )  # fmt: skip
+            loss, left = float(trainer.callback_metrics.get("loss", math.nan)), clock(speed * (total - step))
+            log.info("step %d/%d  loss %.4f  %.2f s/step  about %s left", step, total, loss, speed, left)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:

@@ -50,7 +50,7 @@ def findings(runs: Path) -> Iterator[tuple[str, bool, str]]:
         yield (
             "cuda",
             False,
-            f"a driver is here but torch {torch.__version__} sees no GPU: driver older than its CUDA {torch.version.cuda}?",
+            f"a driver is here but torch {torch.__version__} sees no GPU: is it older than CUDA {torch.version.cuda}?",
         )
     else:
         yield "cuda", True, "no GPU; runs use the CPU"

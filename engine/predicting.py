@@ -1,4 +1,4 @@
-"""`run.py predict`: cluster maps of any folder of pictures, at their own size and under their own names; no labels needed."""
+"""`run.py predict`: cluster maps of any folder of pictures, at their own size and under their own names."""
 
 import logging
 import os
@@ -83,9 +83,8 @@ def predict(checkpoint_path: Path, source: Path, output: Path, tokens: list[str]
             log.info("%d of %d pictures", done, len(pictures))
     missed = len(pictures) - done
     if not done:
-        raise DataError(
-            f"input={source}: none of its {len(pictures)} pictures could be read; first: {next(iter(loader.account.files))}"
-        )
+        first = next(iter(loader.account.files))
+        raise DataError(f"input={source}: none of its {len(pictures)} pictures could be read; first: {first}")
     content = {
         "probe": probe,
         "checkpoint": checkpoint_path.name,

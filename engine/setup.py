@@ -70,7 +70,9 @@ def begin() -> None:
 def build_data(cfg: DictConfig) -> tuple[DictConfig, SegmentationDataModule]:
     """The DataModule, set up, and the configuration with what only the data could tell (method.num_clusters)."""
     if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
-        raise ConfigError("trainer.accelerator=gpu: no CUDA device is visible; use trainer=auto, or see `run.py doctor`")
+        raise ConfigError(
+            "trainer.accelerator=gpu: no CUDA device is visible; use trainer=auto, or see `run.py doctor`"
+        )
     data = load_datamodule(cfg.data.name)(cfg)
     data.setup()
     if cfg.method.num_clusters is None:

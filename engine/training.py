@@ -179,7 +179,7 @@ class KMeansFit(L.Callback):
 
     @torch.no_grad()
     def training_codes(self, trainer: L.Trainer, pl_module: UnsupervisedSegmenter, points: int) -> torch.Tensor:
-        """Unit codes of this rank's part of the training pictures, [n,D]: all patches, or evenly many a picture, drawn by key."""
+        """Unit codes of this rank's part of the training pictures, [n,D]: all patches, or equally many of each."""
         rows = []
         total = len(self.data.source("train"))
         for batch in self.data.loader("train", geometry="eval", purpose="kmeans"):

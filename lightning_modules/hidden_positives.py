@@ -1,9 +1,9 @@
 """Hidden Positives (Seong et al., "Leveraging Hidden Positives for Unsupervised Semantic Segmentation", CVPR 2023).
 
-A light head on frozen features is trained by a contrastive loss over patches. The positives of a patch are other patches
-of the batch that are more similar to it than every entry of a reference pool: task-agnostic ones by the frozen features,
-task-specific ones by a momentum copy of the head, whose weight lambda grows from 0 to 1. The same loss on codes mixed
-with their attentive neighbours sends gradient to neighbours (local hidden positives).
+A light head on frozen features is trained by a contrastive loss over patches. The positives of a patch are other
+patches of the batch that are more similar to it than every entry of a reference pool: task-agnostic ones by the frozen
+features, task-specific ones by a momentum copy of the head, whose weight lambda grows from 0 to 1. The same loss on
+codes mixed with their attentive neighbours sends gradient to neighbours (local hidden positives).
 """
 
 from collections.abc import Callable
@@ -24,7 +24,6 @@ from models.backbone import Features
 from models.heads import ProjectionHead, SegmentationHead, channel_masks, drop_channels, patch_rows
 from models.momentum import Momentum
 from retrieval.memory import ReferencePool, collect, random_positions
-
 
 VERSIONS = {"1": 1, "2": 2, "2-fixed": "2-fixed"}
 """Values of method.loss_version and what the loss calls them."""
@@ -65,11 +64,10 @@ class HiddenPositives(UnsupervisedSegmenter):
         """Method document sections 2 to 6. Codes of the step go to the probes as they are, with the head's dropout."""
         settings, step = self.cfg.method, self.global_step
         frozen = features.concat()
+        self._renew_pool(step)
         codes = self.head(frozen, self._head_masks("head", frozen))
         momentum_codes = self.momentum_head(frozen, self._head_masks("momentum", frozen))
         self.momentum_head.update(settings.ema)
-        self.pool.observe(frozen, self._positions("hp.ring", step, frozen))
-        self._renew_pool(step)
 
         lam = lambda_schedule(step, settings.lambda_warmup, self.total_steps)
         z = self.projection(codes)
@@ -80,6 +78,8 @@ class HiddenPositives(UnsupervisedSegmenter):
             z_augmented = self.projection(self.head(augmented, self._head_masks("augmented", augmented)))
             parts["consistency"] = consistency(z, z_augmented)
             total = total + settings.alpha * parts["consistency"]
+        # Last, so that no patch of this batch meets its own entry in a pool.
+        self.pool.observe(frozen, self._positions("hp.ring", step, frozen))
         return Loss(total, {name: torch.as_tensor(value).detach() for name, value in parts.items()}, codes=codes)
 
     def _contrastive(
@@ -127,7 +127,7 @@ class HiddenPositives(UnsupervisedSegmenter):
     # ------------------------------------------------------------------ channel dropout
 
     def _mask(self, purpose: str, maps: Tensor) -> Tensor | None:
-        """This rank's rows of the channel mask that (seed, purpose, step) draws for the global batch; None without dropout."""
+        """This rank's rows of the channel mask that is drawn for the global batch; None without dropout."""
         p = self.cfg.method.dropout.p
         if p == 0:
             return None
@@ -178,7 +178,9 @@ class HiddenPositives(UnsupervisedSegmenter):
         self.pool.kept.enqueue(rows)
 
     @torch.no_grad()
-    def _random_patches(self, loader: Callable[..., Any], purpose: str, step: int, draws: tuple[str, ...]) -> list[Tensor]:
+    def _random_patches(
+        self, loader: Callable[..., Any], purpose: str, step: int, draws: tuple[str, ...]
+    ) -> list[Tensor]:
         """Frozen features of random patches of training pictures: this rank's rows [m,C] for every draw.
 
         One patch of each of M pictures; of fewer pictures, as many of each as make up M (the release fails there).

@@ -68,7 +68,7 @@ class CompositeOptimizer(Optimizer):
 
 
 class JoinedState(MutableMapping):
-    """The per-parameter states of several optimisers as one mapping; writes reach the optimiser that owns the parameter."""
+    """The states of several optimisers as one mapping; writes reach the optimiser that owns the parameter."""
 
     def __init__(self, children: list[Optimizer]) -> None:
         self.children = children

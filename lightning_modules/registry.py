@@ -1,4 +1,4 @@
-"""Finds methods by their files: `lightning_modules/<name>.py` beside `configs/method/<name>.yaml`. No list is kept by hand."""
+"""Finds methods by their files: `lightning_modules/<name>.py` beside `configs/method/<name>.yaml`."""
 
 import importlib
 
@@ -27,6 +27,7 @@ def method_class(name: str) -> type[UnsupervisedSegmenter]:
     ]
     if len(found) != 1:
         raise ConfigError(
-            f"method={name}: lightning_modules/{name}.py must define exactly one UnsupervisedSegmenter, found {len(found)}"
+            f"method={name}: lightning_modules/{name}.py must define exactly one UnsupervisedSegmenter, "
+            f"found {len(found)}"
         )
     return found[0]

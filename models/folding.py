@@ -1,13 +1,14 @@
-"""Batch norms of a frozen convolutional network folded into the convolutions in front of them: the same function, faster."""
+"""Batch norms of a frozen convolutional network folded into the convolutions before them: the same function, faster."""
 
 import copy
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 TOLERANCE = 1e-3
-"""Largest difference of the folded network, relative to its largest output; rounding stays far below, an error far above."""
+"""Largest difference relative to the largest output; rounding stays far below it, an error far above."""
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def _fold(module: nn.Module) -> int:
     """Fold all pairs below `module` in place; how many there were."""
     names = list(module._modules)
     count = sum(_fold(child) for child in module.children())
-    for first, second in zip(names, names[1:], strict=False):
+    for first, second in pairwise(names):
         conv, norm = module._modules[first], module._modules[second]
         if isinstance(conv, nn.Conv2d) and isinstance(norm, _BatchNorm) and norm.running_var is not None:
             scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)

@@ -48,8 +48,12 @@ def test_wrong_words_end_in_one_line_before_anything_is_made(capsys, tmp_path):
     assert error_line(capsys, "train", runs, "data=folder") == (
         "error: data.root: data=folder needs a folder of pictures; set data.root=<folder>"
     )
-    assert error_line(capsys, "train", runs, "data=folder", f"data.root={tmp_path}/none").startswith("error: data.root=")
-    assert error_line(capsys, "train", runs, "data.train_size=50", "data.eval_size=50").startswith("error: data.train_size")
+    assert error_line(capsys, "train", runs, "data=folder", f"data.root={tmp_path}/none").startswith(
+        "error: data.root="
+    )
+    assert error_line(capsys, "train", runs, "data.train_size=50", "data.eval_size=50").startswith(
+        "error: data.train_size"
+    )
     assert error_line(capsys, "train", runs, "trainer.accelerator=gpu", "data.train_count=20") == (
         "error: trainer.accelerator=gpu: no CUDA device is visible; use trainer=auto, or see `run.py doctor`"
     )
@@ -90,7 +94,7 @@ def test_hidden_positives_settings_are_checked(capsys, tmp_path):
 
 @pytest.fixture(scope="module")
 def odd_pictures(tmp_path_factory) -> Path:
-    """A folder as people have it: odd sizes, 16 bit, grey, alpha, sub-folders, two endings of one stem, one broken file."""
+    """A folder as people have it: odd sizes, 16 bit, grey, alpha, sub-folders, one stem twice, one broken file."""
     root = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     rgb = rng.integers(0, 255, (37, 61, 3), dtype=np.uint8)
@@ -110,7 +114,13 @@ def test_predict_keeps_names_and_sizes(capsys, small_run, odd_pictures, tmp_path
     output = tmp_path / "out"
     code, _, err = call(capsys, "predict", f"ckpt={checkpoint}", f"input={odd_pictures}", f"output={output}")
     assert code == 0, err
-    wanted = {"a.jpg": (61, 37), "a.png": (61, 37), "sub dir/sixteen": (61, 37), "sub dir/Alpha": (61, 37), "grey": (40, 90)}
+    wanted = {
+        "a.jpg": (61, 37),
+        "a.png": (61, 37),
+        "sub dir/sixteen": (61, 37),
+        "sub dir/Alpha": (61, 37),
+        "grey": (40, 90),
+    }
     for name, size in wanted.items():
         index = Image.open(output / "index" / f"{name}.png")
         assert index.size == size
@@ -165,8 +175,18 @@ def test_data_without_labels_runs_to_the_end(capsys, tmp_path):
     for i in range(12):
         picture = rng.integers(0, 255, (64, 80, 3), dtype=np.uint8)
         Image.fromarray(picture).save(tmp_path / "pictures" / f"{i}.png")
-    words = ["data=folder", f"data.root={tmp_path}/pictures", "data.train_size=48", "data.eval_size=48", "data.batch_size=4"]
-    more = [word for word in small_words("hidden_positives", f"run.dir={tmp_path}", "run.name=u") if not word.startswith("data")]
+    words = [
+        "data=folder",
+        f"data.root={tmp_path}/pictures",
+        "data.train_size=48",
+        "data.eval_size=48",
+        "data.batch_size=4",
+    ]
+    more = [
+        word
+        for word in small_words("hidden_positives", f"run.dir={tmp_path}", "run.name=u")
+        if not word.startswith("data")
+    ]
     code, out, err = call(capsys, "train", *more, *words, "trainer.max_steps=3")
     assert code == 0, err
     text = (tmp_path / "u" / "metrics.json").read_text()

@@ -111,7 +111,7 @@ def test_saved_config_is_plain_yaml_and_restores(tmp_path):
     tree = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert tree == config.plain(cfg)
     assert config.restore(tree, ["seed=6"]).seed == 6
-    with pytest.raises(ConfigError, match="^method=stego: a checkpoint keeps its method; only values"):
+    with pytest.raises(ConfigError, match=r"^method=stego: a checkpoint keeps its method; only values"):
         config.restore(tree, ["method=stego"])
 
 

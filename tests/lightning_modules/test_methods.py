@@ -18,7 +18,7 @@ from tests.conftest import METHODS, Run, read_json, run_small, small_words
 pytestmark = pytest.mark.train
 
 
-class Stop(Exception):
+class StopError(Exception):
     """Stands for a kill."""
 
 
@@ -90,12 +90,12 @@ def test_a_killed_run_goes_on_to_the_same_numbers(method, small_run, tmp_path, m
 
     def dies(self, trainer, *rest):
         if trainer.global_step == 7:
-            raise Stop
+            raise StopError
         end(self, trainer, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunKeeper, "on_train_batch_end", dies)
-        with pytest.raises(Stop):
+        with pytest.raises(StopError):
             run_small(method, tmp_path, "killed")
     assert not (tmp_path / "killed" / "metrics.json").exists()
     saved = setup.read_checkpoint(tmp_path / "killed" / "checkpoints" / "last.ckpt")
@@ -201,5 +201,7 @@ def test_views_given_to_a_method_hold_no_label():
 
 
 def test_epochs_end_a_run_too(tmp_path):
-    words = small_words("kmeans_baseline", f"run.dir={tmp_path}", "run.name=e", "trainer.max_steps=null", "trainer.max_epochs=2")
+    words = small_words(
+        "kmeans_baseline", f"run.dir={tmp_path}", "run.name=e", "trainer.max_steps=null", "trainer.max_epochs=2"
+    )
     assert training.train(config.compose(words))["steps"] == 10  # 22 pictures, batches of 4: 5 steps an epoch

@@ -1,4 +1,4 @@
-"""One optimiser object for several algorithms: equal to its parts, skippable, resumable, with schedules at their ends."""
+"""One optimiser object for several algorithms: equal to its parts, skippable, resumable; schedules at their ends."""
 
 import copy
 import math
@@ -67,7 +67,7 @@ def test_skip_leaves_weights_and_state_of_the_method_alone():
     assert torch.equal(before["head"], after["head"])  # AdamW's decay would have moved it even at zero gradient
     assert torch.equal(before["projection"], after["projection"])
     assert not torch.equal(before["probe"], after["probe"])
-    adamw = [child for child in optimiser.children if isinstance(child, torch.optim.AdamW)][0]
+    adamw = next(child for child in optimiser.children if isinstance(child, torch.optim.AdamW))
     kept = state["children"][optimiser.children.index(adamw)]["state"][0]
     assert torch.equal(adamw.state[nets["head"].weight]["exp_avg"], kept["exp_avg"])
 
@@ -98,7 +98,8 @@ def test_joined_state_writes_through():
     assert len(optimiser.state) == sum(len(child.state) for child in optimiser.children)
     parameter = nets["probe"].weight
     optimiser.state[parameter] = {"step": torch.tensor(7.0)}
-    assert [child for child in optimiser.children if parameter in child.state][0].state[parameter]["step"] == 7
+    owner = next(child for child in optimiser.children if parameter in child.state)
+    assert owner.state[parameter]["step"] == 7
 
 
 @pytest.mark.parametrize(

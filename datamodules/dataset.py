@@ -1,0 +1,228 @@
+"""From keys to batches: reading with replacement of broken files, padding collate, and errors that survive workers.
+
+A DataLoader re-raises a worker's exception as "Caught … in DataLoader worker process" with a traceback in the text.
+So errors of the user's data travel as data, and `CheckedLoader` raises them in the main process, as they were.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from common import chance, distributed
+from common.errors import DataError, LabelfreeError
+from common.spec import IGNORE
+from datamodules.reading import UnreadableError
+from datamodules.transforms import Geometry
+
+log = logging.getLogger(__name__)
+
+REPLACEMENTS = 20
+"""Pictures tried in the place of a broken one before the data are given up."""
+FEWEST_BROKEN = 3
+"""Fewer unreadable files than this never stop a run."""
+
+
+@dataclass
+class Item:
+    """One picture after geometry, or what went wrong instead (`image` is None then)."""
+
+    image: np.ndarray | None = None
+    label: np.ndarray | None = None
+    index: int = 0
+    id: str = ""
+    size: tuple[int, int] = (0, 0)
+    broken: list[tuple[str, str]] = field(default_factory=list)
+    error: LabelfreeError | None = None
+
+
+class PictureDataset(Dataset):
+    """Reads and crops one picture per key (pass, index); crops are keyed by (seed, purpose, pass, index).
+
+    With five crops item i is crop i % 5 of picture i // 5. A picture that cannot be read is left out, or, with
+    `replace_broken`, another one takes its place, keyed as well.
+
+    cache: megabytes of resized pictures that each reading process keeps, so that small sets are decoded once. What does
+    not fit any more is read again each time.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        geometry: Geometry,
+        has_labels: bool,
+        seed: int,
+        purpose: str,
+        replace_broken: bool = False,
+        flip: bool = False,
+        cache: float = 0.0,
+    ) -> None:
+        self.source = source
+        self.geometry = geometry
+        self.has_labels = has_labels
+        self.seed = seed
+        self.purpose = purpose
+        self.replace_broken = replace_broken
+        self.flip = flip
+        self.room = int(cache * 2**20)
+        self.kept: dict[int, tuple[np.ndarray, np.ndarray | None, tuple[int, int]]] = {}
+
+    def __len__(self) -> int:
+        return len(self.source) * self.geometry.crops
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Item:
+        number, index = key if isinstance(key, tuple) else (0, key)
+        item = Item()
+        taken = index
+        try:
+            for attempt in range(REPLACEMENTS + 1):
+                try:
+                    return self._read(item, number, index, taken)
+                except UnreadableError as error:
+                    item.broken.append((error.file, str(error)))
+                if not self.replace_broken:
+                    return item
+                draw = chance.numpy_generator(self.seed, f"{self.purpose}.replacement", number, index, attempt)
+                taken = int(draw.integers(len(self)))
+            raise DataError(f"{item.broken[0][1]}; {REPLACEMENTS} other pictures in its place cannot be read either")
+        except LabelfreeError as error:
+            return Item(error=error)
+
+    def _read(self, item: Item, number: int, index: int, taken: int) -> Item:
+        image, label, item.size = self.kept.get(taken) or self._resized(taken)
+        draw = chance.numpy_generator(self.seed, f"{self.purpose}.crop", number, index)
+        item.image, item.label = self.geometry.finish(image, label, draw, flip=self.flip)
+        item.index, item.id = taken, self.source.id(taken // self.geometry.crops)
+        return item
+
+    def _resized(self, index: int) -> tuple[np.ndarray, np.ndarray | None, tuple[int, int]]:
+        picture, crop = divmod(index, self.geometry.crops)
+        image, label = self.source.read(picture)
+        size = image.shape[:2]
+        if not self.has_labels:
+            label = None
+        elif label is None:
+            label = np.full(size, IGNORE, dtype=np.uint8)
+        image, label = self.geometry.resize(image, label, crop)
+        needed = image.nbytes + (0 if label is None else label.nbytes)
+        if needed <= self.room:
+            self.room -= needed
+            self.kept[index] = image, label, size
+        return image, label, size
+
+
+class Collate:
+    """Items of any sizes to one batch: padded right and bottom to the largest, rounded up to `multiple` pixels.
+
+    Padding is 0 in `image`, 255 in `label`, False in `valid`.
+    """
+
+    def __init__(self, multiple: int = 1) -> None:
+        self.multiple = multiple
+
+    def __call__(self, items: list[Item]) -> dict[str, Any]:
+        for item in items:
+            if item.error is not None:
+                return {"error": item.error}
+        broken = [entry for item in items for entry in item.broken]
+        items = [item for item in items if item.image is not None]
+        if not items:
+            return {"broken": broken}
+        images = [item.image for item in items]
+        height, width = (max(image.shape[side] for image in images) for side in (0, 1))
+        height, width = (-(-side // self.multiple) * self.multiple for side in (height, width))
+        batch: dict[str, Any] = {
+            "image": _stack(images, (height, width), 0).permute(0, 3, 1, 2).contiguous().float().div_(255)
+        }
+        if items[0].label is not None:
+            batch["label"] = _stack([item.label for item in items], (height, width), IGNORE).long()
+        batch["valid"] = torch.zeros(len(items), height, width, dtype=torch.bool)
+        for valid, image in zip(batch["valid"], images, strict=True):
+            valid[: image.shape[0], : image.shape[1]] = True
+        batch["index"] = torch.tensor([item.index for item in items])
+        batch["id"] = [item.id for item in items]
+        batch["size"] = torch.tensor([item.size for item in items])
+        batch["broken"] = broken
+        return batch
+
+
+def _stack(arrays: list[np.ndarray], size: tuple[int, int], fill: int) -> Tensor:
+    shape = (len(arrays), *size, *arrays[0].shape[2:])
+    whole = np.full(shape, fill, arrays[0].dtype)
+    for row, array in zip(whole, arrays, strict=True):
+        row[: array.shape[0], : array.shape[1]] = array
+    return torch.from_numpy(whole)
+
+
+class BrokenFiles:
+    """The distinct unreadable files of one split, as far as this process knows them.
+
+    Each new one is logged. More than `share` of the split's pictures, and at least three, raise DataError.
+    """
+
+    def __init__(self, split: str, share: float, total: int = 0) -> None:
+        self.split = split
+        self.share = share
+        self.total = total
+        self.files: dict[str, str] = {}
+
+    def add(self, found: Mapping[str, str], told: bool = False) -> None:
+        """Takes {file: message}; files known already count once. `told`: another process has logged them."""
+        new = {file: message for file, message in found.items() if file not in self.files}
+        for message in () if told else new.values():
+            log.warning("%s; it is skipped", message)
+        self.files.update(new)
+        if len(self.files) >= FEWEST_BROKEN and len(self.files) > self.share * self.total:
+            first = "; ".join(sorted(self.files.values())[:FEWEST_BROKEN])
+            raise DataError(
+                f"{len(self.files)} of the {self.total} pictures of '{self.split}' cannot be read, more than "
+                f"data.max_broken={self.share:g} allows; mend or remove them, or raise data.max_broken: {first}"
+            )
+
+    def sync(self) -> None:
+        """The files of all ranks together, on every rank (a collective)."""
+        if not distributed.active():
+            return
+        parts: list[dict[str, str]] = [{} for _ in range(distributed.world_size())]
+        dist.all_gather_object(parts, self.files)
+        self.add({file: message for part in parts for file, message in part.items()}, told=True)
+
+
+class CheckedLoader(DataLoader):
+    """A DataLoader that raises the errors of the user's data in the main process and keeps account of broken files.
+
+    Batches in which no picture could be read are not given out. Raises LabelfreeError while iterating.
+    """
+
+    def __init__(self, dataset: PictureDataset, broken: BrokenFiles, **settings: Any) -> None:
+        super().__init__(dataset, **settings)
+        self.account = broken
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in super().__iter__():
+            if "error" in batch:
+                raise batch["error"]
+            self.account.add(dict(batch["broken"]))
+            batch["broken"] = [message for _, message in batch["broken"]]
+            if "image" in batch:
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """For Lightning's checkpoint: what the order of the batches was made from. Positions follow from the step."""
+        return {"items": len(self.dataset), "batches": len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Warns where a resumed run finds another data set than the one it was stopped on."""
+        if state != self.state_dict():
+            log.warning(
+                "The training set had %d items in %d batches when this run was stopped and has %d in %d now: the run "
+                "goes on with other batches than it would have seen",
+                *state.values(),
+                *self.state_dict().values(),
+            )

@@ -1,0 +1,176 @@
+"""Files to arrays: pictures of any common kind as uint8 RGB, label pngs as class ids.
+
+Rules, the same for every picture: the EXIF orientation is applied; palettes, CMYK and other colour spaces become RGB as
+Pillow converts them; transparency is laid on white, as viewers show it; 16-bit grey is divided by 257 and rounded, so
+65535 becomes 255 (16-bit colour keeps its high byte, which Pillow reads: one level of difference at most); of several
+frames or pages the first is taken. Everything is decoded to the end: a header can be good where the body is cut.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from common.errors import DataError
+
+ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""What counts as a picture, in any case of letters."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""From the EXIF orientation to what sets the picture upright."""
+
+
+class UnreadableError(DataError):
+    """A file that cannot be decoded: named, counted and skipped, unless there are too many (`data.max_broken`)."""
+
+    def __init__(self, file: str | Path, reason: str) -> None:
+        super().__init__(f"{file}: this file cannot be read as a picture ({reason})")
+        self.file = str(file)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple:
+        return UnreadableError, (self.file, self.reason)
+
+
+def is_picture(name: str) -> bool:
+    """True for the file endings of `ENDINGS`; names that begin with a dot are other programs' leftovers."""
+    return name.lower().endswith(ENDINGS) and not name.startswith(".")
+
+
+def read_picture(path: str | Path) -> np.ndarray:
+    """The picture as uint8 [H,W,3], as a viewer shows it. Raises UnreadableError."""
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            return _rgb(_upright(opened))
+    except MemoryError:
+        raise
+    except Exception as error:  # the decoders raise whatever they like: OSError, SyntaxError, struct.error, …
+        raise UnreadableError(path, _reason(error)) from error
+
+
+def read_label(path: str | Path) -> np.ndarray:
+    """Class ids as they stand in a png: uint8 or int32 [H,W]; palette files give their indices, not their colours.
+
+    Raises UnreadableError for a broken file, DataError for a colour picture.
+    """
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            mode = opened.mode
+            if mode in ("L", "P", "1"):
+                return np.asarray(opened).astype(np.uint8)
+            if mode == "I" or mode.startswith("I;16"):
+                return np.asarray(opened).astype(np.int32)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise UnreadableError(path, _reason(error)) from error
+    raise DataError(
+        f"{path}: a label holds one class id per pixel, but this is a picture of mode {mode}; save the ids as a grey "
+        "or palette png of 8 or 16 bit"
+    )
+
+
+def header_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) as displayed, from the first bytes of a file: fast, but no proof that the body is whole.
+
+    A png whose orientation stands behind its pixels is taken as it lies. Raises UnreadableError.
+    """
+    try:
+        with Image.open(path) as opened:
+            width, height = opened.size
+            # Pillow turns a tif itself, and would decode a whole png to find its orientation
+            turned = opened.format not in ("PNG", "TIFF") and _orientation(opened) >= 5
+            return (width, height) if turned else (height, width)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise UnreadableError(path, _reason(error)) from error
+
+
+def check_label(
+    label: np.ndarray, path: str | Path, image: np.ndarray, picture: str | Path, classes: int
+) -> np.ndarray:
+    """uint8 [H,W] of a label that fits its picture and its classes. Raises DataError naming the file and the rule."""
+    if label.shape != image.shape[:2]:
+        raise DataError(
+            f"{path}: the label is {_pixels(label)} pixels (width x height) but its picture {picture} is "
+            f"{_pixels(image)}; save the label at the picture's own size{_hint(label, image)}"
+        )
+    wrong = (label < 0) | ((label >= classes) & (label != 255))
+    if wrong.any():
+        raise DataError(
+            f"{path}: the label holds the value {int(label[wrong][0])}, but with {classes} names in classes.json a "
+            f"value must be 0..{classes - 1}, or 255 for pixels to ignore; mend the label or classes.json"
+        )
+    return label.astype(np.uint8, copy=False)
+
+
+def read_classes(path: str | Path) -> tuple[str, ...]:
+    """The names of a classes.json, in id order; none where the file is absent or its list empty. Raises DataError."""
+    path = Path(path)
+    if not path.exists():
+        return ()
+    rule = 'it must be a list of at most 255 class names in id order, such as ["sky", "road"]'
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as json ({_reason(error)}); {rule}") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) > 255:
+        found = f"a list of {len(names)}" if isinstance(names, list) else f"a {type(names).__name__}"
+        raise DataError(f"{path}: holds {found}; {rule}")
+    return tuple(names)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # a spoilt EXIF block leaves the pixels as they are
+        return 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    turn = TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return np.asarray(image)
+    if image.mode.startswith("I;16") or image.mode == "I":
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("32-bit values outside 0..65535; save it with 8 or 16 bit")
+        return np.repeat(((values + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
+    if image.mode == "F":
+        raise ValueError("float values; save it with 8 or 16 bit")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return np.asarray(image.convert("RGB"))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "empty, or not a kind of picture that is known"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _pixels(array: np.ndarray) -> str:
+    return f"{array.shape[1]}x{array.shape[0]}"
+
+
+def _hint(label: np.ndarray, image: np.ndarray) -> str:
+    if label.shape == image.shape[1::-1]:
+        return " (sides are swapped: perhaps the picture is turned by its EXIF orientation and the label is not)"
+    return ""

@@ -1,0 +1,296 @@
+"""Geometry: resizing and cropping in the data set (Pillow, at the picture's own size), replayable crops on the device.
+
+Pictures are resized as released (Pillow's nearest) or bilinear with antialias, labels always nearest, so no label value
+is ever invented.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from common.errors import ConfigError
+from common.spec import IGNORE, Geometric
+
+CROPS = ("center", "random", "five", "none", "keep")
+INTERPOLATIONS = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a picture becomes a crop of `size`. See `resize_and_crop` for the meaning of each crop."""
+
+    size: int | tuple[int, int]
+    crop: str = "center"
+    interpolation: str = "bilinear"
+    flip_p: float = 0.0
+    five_crop_ratio: float = 0.5
+
+    @classmethod
+    def from_config(cls, data: Any, split: str) -> "Geometry":
+        """From cfg.data; `split` is "train" or "eval". Raises ConfigError naming the key that does not fit."""
+        crops = CROPS if split == "train" else ("center", "none", "keep")
+        size, crop = data[f"{split}_size"], str(data[f"{split}_crop"])
+        sides = [size] if isinstance(size, int) else list(size) if size is not None else []
+        if len(sides) not in (1, 2) or not all(isinstance(side, int) and side > 0 for side in sides):
+            raise ConfigError(f"data.{split}_size={size}: must be a whole number of pixels (shorter side), or [H,W]")
+        if crop not in crops:
+            raise ConfigError(f"data.{split}_crop={crop}: must be one of {', '.join(crops)}")
+        if crop == "keep" and len(sides) == 2:
+            raise ConfigError(
+                f"data.{split}_size={list(sides)}: with data.{split}_crop=keep it must be one number, the shorter side"
+            )
+        if data.interpolation not in INTERPOLATIONS:
+            raise ConfigError(f"data.interpolation={data.interpolation}: must be one of {', '.join(INTERPOLATIONS)}")
+        for key, low_open in (("flip_p", False), ("five_crop_ratio", True)):
+            value = float(data[key])
+            if not (0 < value <= 1 if low_open else 0 <= value <= 1):
+                raise ConfigError(f"data.{key}={value:g}: must be {'above 0' if low_open else '0'} to 1")
+        return cls(
+            size=sides[0] if len(sides) == 1 else (sides[0], sides[1]),
+            crop=crop,
+            interpolation=str(data.interpolation),
+            flip_p=float(data.flip_p) if split == "train" else 0.0,
+            five_crop_ratio=float(data.five_crop_ratio),
+        )
+
+    @property
+    def crops(self) -> int:
+        """Items that each picture gives."""
+        return 5 if self.crop == "five" else 1
+
+    def resize(
+        self, image: np.ndarray, label: np.ndarray | None, crop: int = 0
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """The part that is the same each time: uint8 [H,W,3] and label [H,W] resized, before random crop and flip.
+
+        crop: which of the five crops, with "five"; they are cut out of the whole picture first, then resized.
+        """
+        if self.crop == "five":
+            top, left, height, width = five_crop_boxes(*image.shape[:2], self.five_crop_ratio)[crop]
+            image = image[top : top + height, left : left + width]
+            label = None if label is None else label[top : top + height, left : left + width]
+        return resize_pair(image, label, self.size, self._window, self.interpolation)
+
+    def finish(
+        self, image: np.ndarray, label: np.ndarray | None, draw: np.random.Generator, flip: bool = False
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """The crop window of a resized picture, and its mirror image with probability flip_p, drawn from `draw`."""
+        image, label = crop_pair(image, label, self.size, self._window, draw)
+        if flip and draw.random() < self.flip_p:
+            image, label = image[:, ::-1], None if label is None else label[:, ::-1]
+        return image, label
+
+    @property
+    def _window(self) -> str:
+        return "center" if self.crop == "five" else self.crop
+
+
+def five_crop_boxes(height: int, width: int, ratio: float) -> np.ndarray:
+    """int64 [5,4], rows top left, top right, bottom left, bottom right, centre; columns top, left, height, width.
+
+    Sizes are int(side * ratio), the centre's offset is (side - crop) / 2 rounded half to even: torchvision's five_crop
+    as STEGO and HP used it (evaluation_protocol.md section 3).
+    """
+    h, w = max(1, int(height * ratio)), max(1, int(width * ratio))
+    bottom, right = height - h, width - w
+    corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2))]
+    return np.array([(top, left, h, w) for top, left in corners], dtype=np.int64)
+
+
+def resize_and_crop(
+    image: np.ndarray,
+    label: np.ndarray | None,
+    size: int | tuple[int, int],
+    crop: str,
+    interpolation: str = "bilinear",
+    draw: np.random.Generator | None = None,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Picture uint8 [H,W,3] and label [H,W] at the size the networks see; one geometry for both.
+
+    size: the shorter side in pixels, or (H, W). crop "center" and "random": resize until `size` is covered, the aspect
+    kept (int: shorter side = size and a square crop), then crop in the middle or at a position drawn uniformly from
+    `draw`; "none": resize to exactly `size`, the aspect not kept; "keep": only the shorter side is resized.
+    interpolation: of the picture, "nearest" (Pillow's, as STEGO and HP released) or "bilinear" (with antialias).
+    """
+    return crop_pair(*resize_pair(image, label, size, crop, interpolation), size, crop, draw)
+
+
+def resize_pair(
+    image: np.ndarray, label: np.ndarray | None, size: int | tuple[int, int], crop: str, interpolation: str
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The first half of `resize_and_crop`."""
+    height, width = image.shape[:2]
+    if crop == "none":
+        resized = (size, size) if isinstance(size, int) else tuple(size)
+    elif isinstance(size, int):
+        resized = (size, int(size * width / height)) if height <= width else (int(size * height / width), size)
+    else:
+        resized = _cover(height, width, tuple(size))
+    image = _resize(image, resized, INTERPOLATIONS[interpolation])
+    return image, None if label is None else _resize(label, resized, Image.Resampling.NEAREST)
+
+
+def crop_pair(
+    image: np.ndarray,
+    label: np.ndarray | None,
+    size: int | tuple[int, int],
+    crop: str,
+    draw: np.random.Generator | None = None,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The second half of `resize_and_crop`."""
+    if crop in ("none", "keep"):
+        return image, label
+    target = (size, size) if isinstance(size, int) else tuple(size)
+    free = image.shape[0] - target[0], image.shape[1] - target[1]
+    if crop == "center":
+        top, left = round(free[0] / 2), round(free[1] / 2)
+    elif crop == "random":
+        if draw is None:
+            raise ValueError("a random crop needs a generator")
+        top, left = int(draw.integers(free[0] + 1)), int(draw.integers(free[1] + 1))
+    else:
+        raise ValueError(f"crop={crop!r}: center, random, none or keep")
+    window = slice(top, top + target[0]), slice(left, left + target[1])
+    return image[window], None if label is None else label[window]
+
+
+def loader_transform(image: np.ndarray, label: np.ndarray, res: int, crop: str) -> tuple[Tensor, Tensor]:
+    """The released loader (STEGO `get_transform`): nearest for both, crop "center" or "none" (res x res directly).
+
+    uint8 [H,W,3], uint8 [H,W] -> float32 [3,res,res] in 0..1 (not normalised), int64 [res,res].
+    """
+    resized, ids = resize_and_crop(image, label, int(res), str(crop), "nearest")
+    picture = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float().div_(255)
+    return picture, torch.from_numpy(np.array(ids)).long()
+
+
+def _cover(height: int, width: int, target: tuple[int, int]) -> tuple[int, int]:
+    if target[0] * width >= target[1] * height:
+        return target[0], max(target[1], int(target[0] * width / height))
+    return max(target[0], int(target[1] * height / width)), target[1]
+
+
+def _resize(array: np.ndarray, size: tuple[int, int], interpolation: Image.Resampling) -> np.ndarray:
+    if array.shape[:2] == size:
+        return array
+    if array.dtype not in (np.uint8, np.int32):
+        array = array.astype(np.int32)
+    return np.asarray(Image.fromarray(array).resize(size[::-1], interpolation))
+
+
+# ---- on the device: crops that can be replayed ----
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A resized crop and flip of each picture of a batch, replayable on any tensor over the same frame.
+
+    boxes float32 [B,4] top, left, height, width in pixels of the source frame; flip bool [B]; source and size are
+    (height, width) in pixels of the source frame and of the result.
+    """
+
+    boxes: Tensor
+    flip: Tensor
+    source: tuple[int, int]
+    size: tuple[int, int]
+    identity: bool = False
+
+
+def identity(batch: int, size: tuple[int, int], device: torch.device) -> Replay:
+    """The geometry that changes nothing."""
+    boxes = torch.tensor([0.0, 0.0, *size], device=device).expand(batch, 4)
+    return Replay(boxes, torch.zeros(batch, dtype=torch.bool, device=device), size, size, identity=True)
+
+
+def draw_geometry(spec: Geometric, count: int, source: tuple[int, int], draw: np.random.Generator) -> Replay:
+    """Resized crops and flips for `count` pictures of `source` pixels, on the CPU.
+
+    As torchvision's RandomResizedCrop: area uniform in scale, aspect log-uniform in ratio, the first of ten boxes that
+    fits, else the largest central box with an allowed aspect. Sides and offsets are whole pixels.
+    """
+    height, width = source
+    area = draw.uniform(*spec.scale, size=(count, 10)) * height * width
+    aspect = np.exp(draw.uniform(np.log(spec.ratio[0]), np.log(spec.ratio[1]), size=(count, 10)))
+    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    place = draw.random((count, 2))
+    flip = draw.random(count) < spec.flip_p
+    fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
+    first = fits.argmax(1)
+    rows = np.arange(count)
+    w, h, found = w[rows, first], h[rows, first], fits.any(1)
+    whole = width / height
+    central_h = height if whole >= spec.ratio[0] else round(width / spec.ratio[0])
+    central_w = width if whole <= spec.ratio[1] else round(height * spec.ratio[1])
+    h, w = np.where(found, h, central_h), np.where(found, w, central_w)
+    top = np.where(found, np.floor(place[:, 0] * (height - h + 1)), np.rint((height - h) / 2))
+    left = np.where(found, np.floor(place[:, 1] * (width - w + 1)), np.rint((width - w) / 2))
+    boxes = torch.from_numpy(np.stack([top, left, h, w], axis=1)).float()
+    size = source if spec.size is None else (spec.size, spec.size)
+    return Replay(boxes, torch.from_numpy(flip), source, size)
+
+
+def take(params: Replay, rows: slice, device: torch.device) -> Replay:
+    """The geometry of some pictures of the batch, on a device."""
+    boxes = params.boxes[rows].to(device, non_blocking=True)
+    return Replay(boxes, params.flip[rows].to(device, non_blocking=True), params.source, params.size, params.identity)
+
+
+def replay(
+    tensor: Tensor,
+    params: Replay,
+    mode: str = "bilinear",
+    fill: float | int | bool | None = None,
+    size: tuple[int, int] | None = None,
+) -> Tensor:
+    """The same crop and flip on another tensor over the same frame: a feature map, a label map, a coordinate grid.
+
+    tensor [B,C,h,w] or [B,h,w]; its h, w may differ from the frame's pixels (a feature map), the box is scaled with
+    them, and so is the result unless `size` says otherwise. mode "nearest" copies values (any type, ids stay exact),
+    "bilinear" interpolates floats (align_corners False, no antialias; gradient flows). Positions outside the frame get
+    `fill`; default for nearest: 255 (IGNORE) in integer maps, False in masks, 0 in floats; for bilinear: the nearest
+    border value.
+    """
+    if params.identity and (size is None or size == tuple(tensor.shape[-2:])):
+        return tensor
+    height, width = tensor.shape[-2:]
+    scale = height / params.source[0], width / params.source[1]
+    if size is None:
+        size = tuple(max(1, round(n * s)) for n, s in zip(params.size, scale, strict=True))
+    y, x = _positions(params, scale, size)
+    outside = ((y < 0) | (y >= height))[:, :, None] | ((x < 0) | (x >= width))[:, None, :]
+    flat = tensor if tensor.dim() == 4 else tensor.unsqueeze(1)
+    if mode == "nearest":
+        if fill is None:
+            fill = False if tensor.dtype == torch.bool else 0.0 if tensor.is_floating_point() else IGNORE
+        rows = y.floor().long().clamp(0, height - 1)[:, None, :, None]
+        columns = x.floor().long().clamp(0, width - 1)[:, None, None, :]
+        pictures = torch.arange(len(flat), device=tensor.device)[:, None, None, None]
+        channels = torch.arange(flat.shape[1], device=tensor.device)[None, :, None, None]
+        out = flat[pictures, channels, rows, columns]
+    elif mode == "bilinear":
+        if not tensor.is_floating_point():
+            raise ValueError(f"mode='bilinear' interpolates floats; a tensor of {tensor.dtype} needs mode='nearest'")
+        grid_y, grid_x = (2 * y / height - 1)[:, :, None], (2 * x / width - 1)[:, None, :]
+        grid = torch.stack(torch.broadcast_tensors(grid_x, grid_y), dim=-1)
+        out = functional.grid_sample(flat.float(), grid, "bilinear", padding_mode="border", align_corners=False)
+        out = out.to(tensor.dtype)
+    else:
+        raise ValueError(f"mode={mode!r}: 'nearest' or 'bilinear'")
+    if fill is not None:
+        out = out.masked_fill(outside[:, None], fill)
+    return out if tensor.dim() == 4 else out.squeeze(1)
+
+
+def _positions(params: Replay, scale: tuple[float, float], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Source coordinates (pixel edges at whole numbers) of the result's rows [B,h] and columns [B,w]."""
+    top, left, height, width = params.boxes.unbind(1)
+    down, right = (2 * torch.arange(side, device=top.device) + 1 for side in size)  # centres, in half pixels: exact
+    right = torch.where(params.flip[:, None], 2 * size[1] - right, right)
+    y = (top[:, None] + down * height[:, None] / (2 * size[0])) * scale[0]
+    x = (left[:, None] + right * width[:, None] / (2 * size[1])) * scale[1]
+    return y, x

@@ -1,7 +1,6 @@
 """`run.py predict`: cluster maps of any folder of pictures, at their own size and under their own names."""
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +13,14 @@ from common.errors import CheckpointError, ConfigError, DataError
 from common.palette import default_palette
 from common.spec import ClassMeta
 from datamodules.base import SegmentationDataModule
-from datamodules.reading import ENDINGS, is_picture, read_picture
+from datamodules.folder import pictures_below
+from datamodules.reading import read_picture
 from datamodules.transforms import Geometry
 from engine import setup
 from evaluation import panels, readout, report
 from lightning_modules.base import UnsupervisedSegmenter
 
 log = logging.getLogger(__name__)
-
-
-class Pictures:
-    """The pictures below a folder, in the order of their names; a `datamodules.base.Source` without labels."""
-
-    def __init__(self, root: Path) -> None:
-        if not root.is_dir():
-            raise DataError(f"input={root}: no such folder; name a folder of pictures")
-        self.root = root
-        walk = sorted(os.walk(root, followlinks=True))
-        self.files = [Path(folder) / name for folder, _, names in walk for name in sorted(names) if is_picture(name)]
-        if not self.files:
-            raise DataError(f"input={root}: no picture below it; looked for {', '.join(ENDINGS)}")
-        stems = [str(path.relative_to(root).with_suffix("")) for path in self.files]
-        twice = {stem for stem in stems if stems.count(stem) > 1} if len(set(stems)) < len(stems) else set()
-        self.names = [  # a.jpg beside a.png keep their endings, so that neither result is lost
-            str(path.relative_to(root)) if stem in twice else stem for path, stem in zip(self.files, stems, strict=True)
-        ]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def id(self, index: int) -> str:
-        return self.names[index]
-
-    def read(self, index: int) -> tuple[np.ndarray, None]:
-        return read_picture(self.files[index]), None
 
 
 def predict(checkpoint_path: Path, source: Path, output: Path, tokens: list[str]) -> dict[str, Any]:
@@ -59,7 +32,7 @@ def predict(checkpoint_path: Path, source: Path, output: Path, tokens: list[str]
     setup.begin()
     checkpoint = setup.read_checkpoint(checkpoint_path)
     cfg = config.restore(checkpoint["labelfree"]["config"], tokens)
-    pictures = Pictures(source)
+    pictures = pictures_below(source)
     if output.resolve() == source.resolve():
         raise ConfigError(f"output={output}: is the input folder; name another folder for the results")
     model = setup.restore_model(checkpoint, cfg)
@@ -77,7 +50,14 @@ def predict(checkpoint_path: Path, source: Path, output: Path, tokens: list[str]
     done = 0
     for batch in loader:
         ids = cluster_ids(model, batch, probe, device)
-        write(output, batch["id"][0], pictures.files[int(batch["index"][0])], ids, colours, cfg.predict.overlay_alpha)
+        write(
+            output,
+            batch["id"][0],
+            pictures.entries[int(batch["index"][0])].picture,
+            ids,
+            colours,
+            cfg.predict.overlay_alpha,
+        )
         done += 1
         if done % max(1, len(pictures) // 10) == 0:
             log.info("%d of %d pictures", done, len(pictures))
@@ -139,7 +119,7 @@ def cluster_ids(model: UnsupervisedSegmenter, batch: dict[str, Any], probe: str,
 
 
 def write(
-    output: Path, name: str, file: Path, ids: np.ndarray, colours: list[tuple[int, int, int]], alpha: float
+    output: Path, name: str, file: str, ids: np.ndarray, colours: list[tuple[int, int, int]], alpha: float
 ) -> None:
     """The index map and the overlay of one picture."""
     index, over = output / "index" / f"{name}.png", output / "overlay" / f"{name}.png"

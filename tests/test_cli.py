@@ -162,9 +162,12 @@ def test_predict_errors(capsys, small_run, tmp_path):
     checkpoint = small_run("hidden_positives").folder / "checkpoints" / "last.ckpt"
     (tmp_path / "empty").mkdir()
     line = error_line(capsys, "predict", f"ckpt={checkpoint}", f"input={tmp_path}/empty", f"output={tmp_path}/o")
-    assert line.startswith(f"error: input={tmp_path}/empty: no picture below it; looked for .bmp")
+    assert line == (
+        f"error: input: no pictures found in {tmp_path}/empty (any depth); looked for files ending in .bmp, .jpeg, "
+        ".jpg, .png, .tif, .tiff, .webp, in small or capital letters"
+    )
     line = error_line(capsys, "predict", f"ckpt={checkpoint}", f"input={tmp_path}/no", f"output={tmp_path}/o")
-    assert line == f"error: input={tmp_path}/no: no such folder; name a folder of pictures"
+    assert line == f"error: input={tmp_path}/no: there is no such folder"
 
 
 @pytest.mark.train

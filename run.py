@@ -105,7 +105,8 @@ def show(metrics: dict) -> None:
     what = f"{metrics['method']} on {metrics['data']} with {metrics['backbone']}"
     title = f"{what}, seed {metrics['seed']}, step {metrics['steps']}"
     console = Console(width=None if sys.stdout.isatty() else 110)
-    console.print(report.final_table(metrics, title))
+    console.print(title, style="bold", highlight=False)
+    console.print(report.final_table(metrics))
     rule = metrics.get("selection/rule")
     if rule:
         chosen = "chosen with labels" if metrics["selection/uses_labels"] else "chosen without labels"

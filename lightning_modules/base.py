@@ -63,7 +63,10 @@ class UnsupervisedSegmenter(L.LightningModule):
         with library_draws(cfg.seed, "init"):
             self.build()
         clusters = cfg.method.num_clusters
-        self.cluster_probe = ClusterProbe(self.code_dim, clusters, cfg.seed, init=cfg.evaluation.cluster_init)
+        rules = cfg.evaluation
+        self.cluster_probe = ClusterProbe(
+            self.code_dim, clusters, cfg.seed, init=rules.cluster_init, reseed=rules.cluster_reseed
+        )
         self.kmeans_probe = KMeansProbe(self.code_dim, clusters)
         self.linear_probe = LinearProbe(self.code_dim, meta.num_classes, cfg.seed) if meta.has_labels else None
         self.has_own_scores = type(self).scores is not UnsupervisedSegmenter.scores

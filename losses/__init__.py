@@ -1,0 +1,1 @@
+"""Losses: pure functions, tensors in and tensors out, no state and no config objects."""

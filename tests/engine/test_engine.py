@@ -1,0 +1,89 @@
+"""Checkpoint writing, the choice of the best, the doctor, W&B without a key."""
+
+import os
+
+import pytest
+import torch
+
+import config
+from engine import callbacks, doctor, setup
+from engine.callbacks import RunKeeper, WholeCheckpointIO, clock, numbers
+from engine.run_folder import RunFolder
+from tests.conftest import run_small
+
+
+def test_a_checkpoint_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    WholeCheckpointIO().save_checkpoint({"step": 1}, path)
+
+    def half(checkpoint, handle):
+        handle.write(b"half of it")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(callbacks.torch, "save", half)
+    with pytest.raises(OSError, match="disk full"):
+        WholeCheckpointIO().save_checkpoint({"step": 2}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+
+
+def test_the_best_is_the_highest_and_the_later_of_equals(tmp_path):
+    keeper = RunKeeper(RunFolder(tmp_path, "new"), config.compose([]), "val/cluster/miou")
+    offered = [keeper.offer(step, {"val/cluster/miou": value}) for step, value in ((1, 5.0), (2, 7.0), (3, 6.0), (4, 7.0))]
+    assert offered == [True, True, False, True]
+    assert keeper.best_step == 4
+    assert not keeper.offer(5, {})  # a step without the score chooses nothing
+
+
+def test_without_labels_the_last_step_is_the_best(tmp_path):
+    keeper = RunKeeper(RunFolder(tmp_path, "new"), config.compose([]), "")
+    assert keeper.offer(1, {"val/cluster/entropy": 50.0})
+    assert keeper.offer(2, {"val/cluster/entropy": 40.0})
+    assert keeper.best_step == 2
+
+
+def test_numbers_leave_out_what_is_not_finite():
+    assert numbers({"val/a": torch.tensor(1.5), "val/b": float("nan"), "train/c": 1.0}, "val/") == {"val/a": 1.5}
+
+
+def test_clock():
+    assert [clock(seconds) for seconds in (5, 245, 3723)] == ["0:05", "4:05", "1:02:03"]
+
+
+def test_doctor_finds_this_machine_healthy_but_for_what_it_says(tmp_path, capsys):
+    lines = {name: (good, text) for name, good, text in doctor.findings(tmp_path)}
+    assert lines["packages"][0]
+    assert "torch" in lines["packages"][1]
+    assert lines["search"][0], lines["search"]
+    assert lines["run folder"] == (True, f"{tmp_path} is writable")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_doctor_sees_a_folder_that_cannot_be_written(tmp_path):
+    tmp_path.chmod(0o500)
+    lines = {name: (good, text) for name, good, text in doctor.findings(tmp_path / "runs")}
+    assert not lines["run folder"][0]
+
+
+@pytest.mark.train
+def test_wandb_without_a_key_logs_offline_and_asks_nothing(tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    run = run_small("kmeans_baseline", tmp_path, "w", "logger=wandb", "trainer.max_steps=2")
+    offline = list((run.folder / "wandb").glob("offline-run-*"))
+    assert len(offline) == 1
+    assert list(offline[0].glob("*.wandb"))[0].stat().st_size > 0
+    stored = (run.folder / "wandb_id").read_text()
+    assert offline[0].name.endswith(stored)  # a resumed run would go on under this id
+    assert (run.folder / "metrics.csv").is_file()
+
+
+def test_a_key_is_found_in_the_environment_and_in_netrc(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert not setup.has_wandb_key()
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x\n")
+    assert setup.has_wandb_key()
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert setup.has_wandb_key()

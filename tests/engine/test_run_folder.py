@@ -1,0 +1,87 @@
+"""Names, resume rules and the history of a run."""
+
+import csv
+
+import pytest
+
+import config
+from common.errors import CheckpointError, ConfigError
+from engine.run_folder import History, copy_whole, open_run, run_name
+
+
+def cfg(*words: str):
+    return config.compose(words)
+
+
+def test_a_name_is_made_once_a_process(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    name = run_name(cfg("method=hidden_positives"))
+    assert name == "hidden_positives-scenes-tiny-77"
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    assert run_name(cfg("method=hidden_positives")) == name  # further ranks inherit it
+
+
+def test_names_that_are_no_folder_names(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        open_run(cfg(f"run.dir={tmp_path}", "run.name=a/b"))
+    assert str(caught.value) == "run.name=a/b: expected a plain folder name; the parent folder is run.dir"
+
+
+def test_states(tmp_path):
+    words = [f"run.dir={tmp_path}", "run.name=x"]
+    first = open_run(cfg(*words))
+    assert (first.state, first.checkpoint) == ("new", None)
+    assert not first.path.exists()
+    first.create(cfg(*words))
+    assert (tmp_path / "latest").resolve() == first.path.resolve()
+    assert open_run(cfg(*words)).state == "new"  # killed before the first checkpoint
+    first.last.write_bytes(b"x")
+    again = open_run(cfg(*words, "trainer.progress=none"))  # how progress is shown is no other configuration
+    assert (again.state, again.checkpoint) == ("resume", first.last)
+    first.metrics.write_text("{}")
+    assert open_run(cfg(*words)).state == "finished"
+    with pytest.raises(ConfigError, match="already holds a run; choose another name"):
+        open_run(cfg(*words, "run.resume=never"))
+    assert open_run(cfg(*words, "run.overwrite=true")).state == "new"
+    with pytest.raises(ConfigError, match=r"first difference seed \(0 -> 1\)"):
+        open_run(cfg(*words, "seed=1"))
+
+
+def test_resume_from_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(CheckpointError) as caught:
+        open_run(cfg(f"run.dir={tmp_path}", "run.name=x", f"run.resume={tmp_path}/no.ckpt"))
+    assert str(caught.value) == (
+        f"run.resume={tmp_path}/no.ckpt: no such file; expected auto, never or a checkpoint file"
+    )
+
+
+def rows(path):
+    with path.open(newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def test_history_grows_columns_and_drops_rows_after_a_resume(tmp_path):
+    path = tmp_path / "metrics.csv"
+    history = History(path)
+    history.restore(0)
+    history.add(1, {"a": 0.123456789})
+    history.add(2, {"a": 1.0, "b": 2})
+    history.add(3, {"b": 3})
+    assert rows(path) == [
+        {"step": "1", "a": "0.123457", "b": ""},
+        {"step": "2", "a": "1", "b": "2"},
+        {"step": "3", "a": "", "b": "3"},
+    ]
+    resumed = History(path)
+    resumed.restore(2)
+    resumed.add(3, {"b": 4})
+    assert [row["b"] for row in rows(path)] == ["", "2", "4"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_copies_appear_whole(tmp_path):
+    (tmp_path / "a").write_text("new")
+    (tmp_path / "b").write_text("old")
+    copy_whole(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_text() == "new"
+    assert len(list(tmp_path.iterdir())) == 2

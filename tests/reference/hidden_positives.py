@@ -1,0 +1,160 @@
+"""Adapters for `hidden_positives.*`: the released functions of HP, replayed by ours."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from losses import contrastive
+from losses.consistency import consistency as consistency_loss
+from losses.local_positives import attention_weights, neighbour_mix, neighbourhood, row_attention
+from models.heads import ProjectionHead, SegmentationHead
+from models.momentum import Momentum
+from retrieval.memory import pool_from_maps
+
+Case = dict[str, np.ndarray]
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.array(array))
+
+
+def ghp_contrastive(case: Case) -> Case:
+    """Thresholds, masks, loss and gradients; faithful results are left out where the release has no finite value."""
+    names = ("in_z", "in_z_mix", "in_f", "in_s_ema", "in_pool_ag", "in_pool_sp")
+    z, z_mix, f, s_ema, pool_ag, pool_sp = (_tensor(case[name]) for name in names)
+    rho = case["cfg_rho"]
+    uniform = _tensor(case["in_uniform"])
+    cells = int(case["cfg_spatial_size"]) ** 2
+    pictures = len(z) // cells
+    threshold_ag, threshold_sp = contrastive.thresholds(f, pool_ag), contrastive.thresholds(s_ema, pool_sp)
+    candidates = uniform < _tensor(rho)
+    rows = [slice(number * cells, (number + 1) * cells) for number in range(pictures)]
+    mask_ag = [contrastive.positive_mask(f, threshold_ag, part) for part in rows]
+    mask_sp = [contrastive.positive_mask(s_ema, threshold_sp, part) for part in rows]
+    inside = [contrastive.denominator_mask(mask, candidates, n * cells) for n, mask in enumerate(mask_ag)]
+
+    def run(guarded: bool, only: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        sides = [side.clone().requires_grad_() for side in (z, z_mix)]
+        loss = contrastive.ghp_contrastive(
+            *sides,
+            f,
+            s_ema,
+            threshold_ag,
+            threshold_sp,
+            cells=cells,
+            temperature=float(case["cfg_temperature"]),
+            lam=float(case["cfg_lambda"]),
+            candidates=None if rho >= 1 else candidates,
+            reweighting=bool(case["cfg_reweighting"]),
+            version=int(case["cfg_loss_version"]),
+            pictures=only,
+            guarded=guarded,
+        )
+        loss.backward()
+        return loss.detach(), *[torch.zeros_like(side) if side.grad is None else side.grad for side in sides]
+
+    results = {
+        "out_threshold_ag": threshold_ag,
+        "out_threshold_sp": threshold_sp,
+        "out_mask_ag": torch.cat(mask_ag),
+        "out_mask_sp": torch.cat(mask_sp),
+        "out_denominator_mask": torch.cat(inside),
+    }
+    loss, grad, grad_mix = run(guarded=True)
+    results |= {"out_guarded_loss": loss, "out_guarded_grad_z": grad, "out_guarded_grad_z_mix": grad_mix}
+    loss, grad, grad_mix = run(guarded=False)
+    single = torch.stack([run(guarded=False, only=(number, 1))[0] for number in range(pictures)])
+    faithful = {
+        "out_loss": loss,
+        "out_running_loss_before_scaling": 2 * single.cumsum(0),
+        "out_grad_z": grad,
+        "out_grad_z_mix": grad_mix,
+    }
+    results |= {name: value for name, value in faithful.items() if value.isfinite().all()}
+    return {name: value.numpy() for name, value in results.items()}
+
+
+def backbone_head_lhp(case: Case) -> Case:
+    """Head, momentum head, local-positive weights, mixing and the momentum update, without dropout."""
+    tokens, logits, qkv = (_tensor(case[name]) for name in ("in_tokens", "in_attn_logits", "in_qkv"))
+    side = int(case["cfg_spatial_size"])
+    prefix = tokens.shape[1] - side * side
+    if str(case["cfg_feat_type"]) == "KK":  # the keys of the last block, heads side by side
+        tokens = qkv[1].transpose(1, 2).flatten(2)
+    features = tokens[:, prefix:].transpose(1, 2).unflatten(2, (side, side)).contiguous()
+    head = SegmentationHead(features.shape[1], len(case["in_lin_weight"]))
+    momentum = Momentum(head)
+    _load(head, case, "in_")
+    _load(momentum.copy, case, "in_ema_")
+
+    codes, momentum_codes = head(features), momentum(features)
+    sigma = float(case["cfg_sigma"])
+    attention = torch.stack([row_attention(picture, sigma) for picture in logits[:, :, prefix:, prefix:].mean(1)])
+    index, valid = neighbourhood(side, side)
+    mixed = neighbour_mix(codes, attention_weights(logits, prefix, (side, side), sigma))
+    mixed.square().sum().backward()
+    momentum.update(float(case["cfg_ema_m"]))
+    mask = torch.zeros(len(index), len(index) + 1, dtype=torch.bool)
+    mask.scatter_(1, index.where(valid, len(index)), True)
+    results = {
+        "out_image_feat": features,
+        "out_code": codes,
+        "out_code_ema": momentum_codes,
+        "out_attention": attention,
+        "out_neighbour_mask": mask[:, :-1],
+        "out_neighbour_count": valid.sum(1),
+        "out_code_mix": mixed,
+        "out_grad_lin_weight_of_sum_sq_mix": head.linear.weight.grad,
+    }
+    inner, _, outer = momentum.copy.nonlinear
+    for name, layer in (("lin", momentum.copy.linear), ("nl1", inner), ("nl2", outer)):
+        results |= {f"out_ema_{name}_weight": layer.weight, f"out_ema_{name}_bias": layer.bias}
+    return {name: value.detach().numpy() for name, value in results.items()}
+
+
+@torch.no_grad()
+def _load(head: SegmentationHead, case: Case, prefix: str) -> None:
+    inner, _, outer = head.nonlinear
+    for name, layer in (("lin", head.linear), ("nl1", inner), ("nl2", outer)):
+        layer.weight.copy_(_tensor(case[f"{prefix}{name}_weight"]))
+        layer.bias.copy_(_tensor(case[f"{prefix}{name}_bias"]))
+
+
+def reference_pool(case: Case) -> Case:
+    """Both pools, and the renewed one, from recorded network outputs and positions."""
+    size = int(case["cfg_pool_size"])
+    maps = {"ag": "in_f_maps", "sp": "in_s_maps", "sp_renew": "in_s_maps"}
+    pools = {
+        name: pool_from_maps(_tensor(case[source]), _tensor(case[f"in_index_{name}"]), size, half=True)
+        for name, source in maps.items()
+    }
+    results = {f"out_pool_{name}": pool.numpy() for name, pool in pools.items()}
+    results["out_batches_used"] = np.array(-(-len(pools["ag"]) // int(case["cfg_batch_size"])))
+    return results
+
+
+def consistency(case: Case) -> Case:
+    """The loss of two sets of codes through one projection head, and the head's gradients."""
+    codes, augmented = _tensor(case["in_s"]), _tensor(case["in_s_aug"])
+    head = ProjectionHead(codes.shape[1])
+    with torch.no_grad():
+        head.linear.weight.copy_(_tensor(case["in_proj_weight"]))
+        head.linear.bias.copy_(_tensor(case["in_proj_bias"]))
+    z, z_aug = head(codes), head(augmented)
+    loss = consistency_loss(z, z_aug)
+    loss.backward()
+    results = {
+        "out_z": z,
+        "out_z_aug": z_aug,
+        "out_loss": loss,
+        "out_grad_proj_weight": head.linear.weight.grad,
+        "out_grad_proj_bias": head.linear.bias.grad,
+    }
+    return {name: value.detach().numpy() for name, value in results.items()}
+
+
+def lambda_schedule(case: Case) -> Case:
+    """The weight of the task-specific positives at the recorded steps."""
+    warmup, maximum = int(case["cfg_warmup"]), int(case["cfg_max_iterations"])
+    values = [contrastive.lambda_schedule(int(step), warmup, maximum) for step in case["in_iteration"]]
+    return {"out_lambda": np.array(values, np.float64)}

@@ -66,7 +66,9 @@ GROUP_CHOICES = {"optimizer": ("adam", "adamw", "sgd"), "schedule": ("constant",
 POSITIVE = (
     "trainer.max_steps", "trainer.max_epochs", "trainer.val_every", "trainer.checkpoint_every", "trainer.log_every",
     "trainer.num_nodes", "trainer.threads", "data.batch_size", "data.eval_batch_size", "method.num_clusters",
-    "evaluation.kmeans.restarts", "evaluation.kmeans.iterations", "evaluation.kmeans.points", "predict.size",
+    "evaluation.kmeans.restarts", "evaluation.kmeans.iterations", "evaluation.kmeans.points",
+    "evaluation.kmeans.pictures",
+    "predict.size",
 )  # fmt: skip
 
 

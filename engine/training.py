@@ -165,7 +165,7 @@ class KMeansFit(L.Callback):
         if pl_module.kmeans_probe.fitted:
             return
         settings = self.cfg.evaluation.kmeans
-        codes = self.training_codes(trainer, pl_module, settings.points)
+        codes = self.training_codes(trainer, pl_module, settings.pictures, settings.points)
         result = kmeans.fit_distributed(
             codes,
             self.cfg.method.num_clusters,
@@ -178,11 +178,14 @@ class KMeansFit(L.Callback):
         pl_module.kmeans_probe.set(result.centroids)
 
     @torch.no_grad()
-    def training_codes(self, trainer: L.Trainer, pl_module: UnsupervisedSegmenter, points: int) -> torch.Tensor:
-        """Unit codes of this rank's part of the training pictures, [n,D]: all patches, or equally many of each."""
+    def training_codes(
+        self, trainer: L.Trainer, pl_module: UnsupervisedSegmenter, pictures: int, points: int
+    ) -> torch.Tensor:
+        """Unit codes of this rank's part of the chosen training pictures, [n,D]: all patches, or equally many of each."""
         rows = []
-        total = len(self.data.source("train"))
-        for batch in self.data.loader("train", geometry="eval", purpose="kmeans"):
+        loader = self.data.loader("train", geometry="eval", order="shuffled", limit=pictures, purpose="kmeans")
+        total = min(pictures, len(loader.dataset))
+        for batch in loader:
             images = batch["image"].to(pl_module.device)
             with trainer.precision_plugin.forward_context():
                 codes = pl_module.embed(pl_module.features(images)).float()

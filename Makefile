@@ -87,6 +87,7 @@ reference: $(READY) ## DIR=folder: replay the authors' numbers
 
 bench: $(READY) ## time and memory beside the plain formulation
 	@$(PY) -m benchmarks.hidden_positives $(ARGS)
+	@$(PY) -m benchmarks.search
 
 lint: $(READY) ## ruff
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

@@ -129,6 +129,8 @@ def compose(tokens: Iterable[str] = (), defaults: dict[str, str] | None = None) 
     for key, raw in dotted.items():
         expect_known(key, known)
         OmegaConf.update(base, key, checked(key, parse_value(key, raw, known), known))
+    if dotted.get("trainer.max_epochs", "null") != "null" and "trainer.max_steps" not in dotted:
+        base.trainer.max_steps = None  # asking for epochs takes the default number of steps away
     try:
         cfg = OmegaConf.create(OmegaConf.to_container(base, resolve=True))
     except OmegaConfBaseException as error:
@@ -244,12 +246,19 @@ def check(cfg: DictConfig) -> None:
     for key in POSITIVE:
         if flat.get(key) is not None and flat[key] < 1:
             raise ConfigError(f"{key}={flat[key]}: must be at least 1")
+    if cfg.trainer.max_steps is not None and cfg.trainer.max_epochs is not None:
+        raise ConfigError(
+            f"trainer.max_epochs={cfg.trainer.max_epochs}: trainer.max_steps={cfg.trainer.max_steps} is set too; "
+            "set one of them to null"
+        )
+    if isinstance(cfg.trainer.devices, str) and cfg.trainer.devices != "auto":
+        raise ConfigError(f"trainer.devices={cfg.trainer.devices}: expected auto or a number of devices")
+    if isinstance(cfg.trainer.devices, int) and cfg.trainer.devices < 1:
+        raise ConfigError(f"trainer.devices={cfg.trainer.devices}: must be at least 1")
     if cfg.trainer.max_steps is None and cfg.trainer.max_epochs is None:
         raise ConfigError(
             "trainer.max_steps=null: set trainer.max_steps or trainer.max_epochs, one of them ends the run"
         )
-    if cfg.evaluation.select != "auto" and not cfg.evaluation.select.startswith("val/"):
-        raise ConfigError(f"evaluation.select={cfg.evaluation.select}: expected auto or a key such as val/cluster/miou")
     if not 0 <= cfg.predict.overlay_alpha <= 1:
         raise ConfigError(f"predict.overlay_alpha={cfg.predict.overlay_alpha}: expected a number from 0 to 1")
     if cfg.seed < 0:

@@ -148,6 +148,9 @@ def main(argv: list[str] | None = None) -> int:
     except LabelfreeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(f"error: the package {error.name} is missing; run `make setup`, or use .venv/bin/python", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 1
     return 0

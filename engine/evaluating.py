@@ -44,7 +44,7 @@ def evaluate(checkpoint_path: Path, tokens: list[str]) -> dict[str, Any]:
     trainer = setup.build_trainer(cfg, step, callbacks, [], folder.path)
     trainer.validate(model, data, verbose=False)
     final = numbers(trainer.callback_metrics, "val/")
-    keeper = RunKeeper(folder, cfg, selection_key(cfg, data.meta.has_labels))
+    keeper = RunKeeper(folder, cfg, selection_key(cfg, model))
     metrics = {**collect_metrics(cfg, data, model, keeper, final), "steps": step, "checkpoint": checkpoint_path.name}
     metrics = {
         key: value for key, value in metrics.items() if not key.startswith(("best/", "selection/", "train_images"))

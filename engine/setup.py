@@ -90,7 +90,7 @@ def build_model(cfg: DictConfig, meta: ClassMeta) -> UnsupervisedSegmenter:
 
 def connect(model: UnsupervisedSegmenter, data: SegmentationDataModule) -> None:
     """Tell the data what the method wants to see, and the method how long the run is."""
-    data.views = model.view_specs()
+    data.views = model.views
     data.pad_multiple = model.backbone.patch_multiple
     cfg = model.cfg
     for key in ("train_size", "eval_size"):

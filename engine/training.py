@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from torch.nn import functional as F
 
 from common import chance, distributed
+from common.errors import ConfigError
 from datamodules.base import SegmentationDataModule
 from engine import environment, setup
 from engine.callbacks import PanelKeeper, RunKeeper, WholeCheckpointIO, numbers, progress
@@ -37,8 +38,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         return json.loads(folder.metrics.read_text())
     model = setup.build_model(cfg, data.meta)
     setup.connect(model, data)
+    keeper = RunKeeper(folder, cfg, selection_key(cfg, model))
     folder.create(cfg)
-    keeper = RunKeeper(folder, cfg, selection_key(cfg, data.meta.has_labels))
     pictures = PanelKeeper(cfg.evaluation.panels)
     loggers = [setup.wandb_logger(cfg, folder.path)] if cfg.logger == "wandb" else []
     callbacks = [keeper, pictures, *progress(cfg.trainer.progress)]
@@ -50,6 +51,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if trainer.global_step < model.total_steps:  # Ctrl-C: Lightning returns; last.ckpt is where it goes on from
         log.info("stopped at step %d of %d; the same command goes on", trainer.global_step, model.total_steps)
         raise KeyboardInterrupt
+    if not keeper.history.rows and trainer.is_global_zero:  # killed in the closing evaluation: nothing was trained now
+        keeper.history.restore(trainer.global_step)
     metrics = close(cfg, data, model, trainer, keeper, folder)
     if trainer.is_global_zero:
         write_files(model, pictures, folder, loggers)
@@ -63,11 +66,19 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     return metrics
 
 
-def selection_key(cfg: DictConfig, has_labels: bool) -> str:
-    """The score that chooses best.ckpt; without labels none does, and the last checkpoint is the best."""
-    if cfg.evaluation.select != "auto":
-        return cfg.evaluation.select
-    return "val/cluster/miou" if has_labels else ""
+def selection_key(cfg: DictConfig, model: UnsupervisedSegmenter) -> str:
+    """The score that chooses best.ckpt; without labels none does, and the last checkpoint is the best.
+
+    Raises ConfigError for a score that validation during training does not have (val/kmeans/* comes at the end).
+    """
+    if cfg.evaluation.select == "auto":
+        return "val/cluster/miou" if model.meta.has_labels else ""
+    probes = [probe for probe in model.probe_names() if probe != "kmeans"] if model.meta.has_labels else []
+    known = [f"val/{probe}/{name}" for probe in probes for name in ("acc", "miou")]
+    known += ["val/cluster/entropy", "val/cluster/confidence"]
+    if cfg.evaluation.select not in known:
+        raise ConfigError(f"evaluation.select={cfg.evaluation.select}: expected auto or one of {', '.join(known)}")
+    return cfg.evaluation.select
 
 
 def introduce(
@@ -140,7 +151,7 @@ def collect_metrics(
         "protocol/resolution": str(cfg.data.eval_size),
         "protocol/interpolation": cfg.data.interpolation,
         "protocol/crf": False,
-        "protocol/flip": False,
+        "protocol/flip": cfg.evaluation.flip,
         "protocol/matching": f"{cfg.evaluation.matching}, extra {cfg.evaluation.extra}, absent {cfg.evaluation.absent}",
         "protocol/list": f"val: {len(data.source('val'))} pictures",
         "method": cfg.method.name,
@@ -181,7 +192,7 @@ class KMeansFit(L.Callback):
     def training_codes(
         self, trainer: L.Trainer, pl_module: UnsupervisedSegmenter, pictures: int, points: int
     ) -> torch.Tensor:
-        """Unit codes of this rank's part of the chosen training pictures, [n,D]: all patches, or equally many of each."""
+        """Unit codes of this rank's part of the chosen training pictures, [n,D]: all patches, or as many of each."""
         rows = []
         loader = self.data.loader("train", geometry="eval", order="shuffled", limit=pictures, purpose="kmeans")
         total = min(pictures, len(loader.dataset))
@@ -208,6 +219,7 @@ def write_files(model: UnsupervisedSegmenter, pictures: PanelKeeper, folder: Run
     results = model.validated
     if results:
         report.write_scores(folder.path, results, model.meta, main="cluster" if model.trains else "kmeans")
+        log.info("%s", report.as_text(report.per_class_table(results, model.meta)))
     mappings = {probe: scores.mapping for probe, scores in results.items() if probe != "linear"}
     for kept in pictures.kept.values():
         row = panels.Row(kept["image"], kept["maps"], kept["label"], kept["id"])

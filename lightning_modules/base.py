@@ -94,7 +94,8 @@ class UnsupervisedSegmenter(L.LightningModule):
         """The method's objective on one batch. `views` is the batch without any label."""
         raise TypeError(f"{type(self).__name__} has to define loss(), or declare trains = False")
 
-    def view_specs(self) -> dict[str, ViewSpec]:
+    @property
+    def views(self) -> dict[str, ViewSpec]:
         """Views that the batch must carry beside `image`, by name."""
         return {}
 
@@ -178,6 +179,8 @@ class UnsupervisedSegmenter(L.LightningModule):
         for group in optimizer.param_groups:
             if group["clip_norm"] is not None:
                 nn.utils.clip_grad_norm_(group["params"], group["clip_norm"])
+            if group["clip_value"] is not None:
+                nn.utils.clip_grad_value_(group["params"], group["clip_value"])
 
     # ------------------------------------------------------------------ evaluation
 
@@ -190,12 +193,16 @@ class UnsupervisedSegmenter(L.LightningModule):
         rows = self.meta.num_classes if probe == "linear" else self.cfg.method.num_clusters
         rules = self.cfg.evaluation
         matching = "identity" if probe == "linear" else rules.matching
-        return SegmentationScore(rows, self.meta.num_classes, matching=matching, extra=rules.extra, absent=rules.absent)
+        return SegmentationScore(
+            rows, self.meta.num_classes, matching, rules.extra, rules.absent, background=rules.background
+        )
 
     def read(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Codes [B,D,h,w], and score maps [B,K,h,w] of every read-out that is ready, for pictures [B,3,H,W] in 0..1."""
         features = self.features(images)
         codes = self.embed(features)
+        if self.cfg.evaluation.flip:
+            codes = readout.flip_average(codes, self.embed(self.features(images.flip(-1))))
         scores = {"cluster": self.cluster_probe.scores(codes)}
         if self.kmeans_probe.fitted:
             scores["kmeans"] = self.kmeans_probe.scores(codes)
@@ -228,8 +235,10 @@ class UnsupervisedSegmenter(L.LightningModule):
             values |= report.flatten("val", probe, scores)
         known = {name: value for name, value in values.items() if value is not None}
         self.log_dict(known, rank_zero_only=True)
-        if "val/cluster/miou" in known:
-            self.log("miou", known["val/cluster/miou"], prog_bar=True, logger=False, rank_zero_only=True)
+        shown = ("cluster/miou", "linear/miou") if self.validated else ("cluster/entropy",)
+        for name in shown:
+            if f"val/{name}" in known:
+                self.log(name, known[f"val/{name}"], prog_bar=True, logger=False, rank_zero_only=True)
 
     # ------------------------------------------------------------------ checkpoints
 

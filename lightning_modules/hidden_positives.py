@@ -6,6 +6,7 @@ features, task-specific ones by a momentum copy of the head, whose weight lambda
 codes mixed with their attentive neighbours sends gradient to neighbours (local hidden positives).
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,9 @@ VERSIONS = {"1": 1, "2": 2, "2-fixed": "2-fixed"}
 """Values of method.loss_version and what the loss calls them."""
 
 
+log = logging.getLogger(__name__)
+
+
 class HiddenPositives(UnsupervisedSegmenter):
     """Codes s = head(features); probes read s. Only the head and the projection are trained."""
 
@@ -39,13 +43,16 @@ class HiddenPositives(UnsupervisedSegmenter):
         self.head = SegmentationHead(self.backbone.dim, settings.dim)
         self.momentum_head = Momentum(self.head)
         self.projection = ProjectionHead(settings.dim)
-        self.pool = ReferencePool(settings.pool.size, self.backbone.dim, settings.dim)
+        self.pool = ReferencePool(settings.pool.size, self.backbone.dim, settings.dim, settings.pool.half)
         attention = settings.lhp.attention
         self.wants_attention = settings.lhp.enabled and (
             attention == "backbone" or (attention == "auto" and self.backbone.has_attention)
         )
+        if settings.lhp.enabled and not self.wants_attention:
+            log.info("local positives take an affinity of the features in place of the backbone's attention")
 
-    def view_specs(self) -> dict[str, ViewSpec]:
+    @property
+    def views(self) -> dict[str, ViewSpec]:
         augment = self.cfg.method.augment
         return {"augmented": ViewSpec(photometric=Photometric(**augment))} if self.cfg.method.alpha > 0 else {}
 
@@ -226,8 +233,26 @@ def check_settings(settings: Any, backbone: Any) -> None:
         raise ConfigError(f"method.pool.refill={settings.pool.refill}: not one of kept, release")
     if settings.loss_version not in VERSIONS:
         raise ConfigError(f"method.loss_version={settings.loss_version}: not one of {', '.join(VERSIONS)}")
-    if settings.temperature <= 0:
-        raise ConfigError(f"method.temperature={settings.temperature}: must be above 0")
-    for name in ("rho", "ema"):
-        if not 0 <= settings[name] <= 1:
-            raise ConfigError(f"method.{name}={settings[name]}: expected a number from 0 to 1")
+    for name, value in (("temperature", settings.temperature), ("lhp.sigma", settings.lhp.sigma)):
+        if value <= 0:
+            raise ConfigError(f"method.{name}={value}: must be above 0")
+    for name, value in (
+        ("dim", settings.dim),
+        ("pool.size", settings.pool.size),
+        ("pool.renew_every", settings.pool.renew_every),
+    ):
+        if value < 1:
+            raise ConfigError(f"method.{name}={value}: must be at least 1")
+    augment = settings.augment
+    shares = {name: settings[name] for name in ("rho", "ema")}
+    shares |= {
+        f"augment.{name}": augment[name] for name in ("brightness", "contrast", "saturation", "gray_p", "blur_p")
+    }
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise ConfigError(f"method.{name}={value}: expected a number from 0 to 1")
+    if not 0 <= augment.hue <= 0.5:
+        raise ConfigError(f"method.augment.hue={augment.hue}: expected a number from 0 to 0.5")
+    if settings.alpha < 0 or settings.lambda_warmup < 0:
+        name = "alpha" if settings.alpha < 0 else "lambda_warmup"
+        raise ConfigError(f"method.{name}={settings[name]}: must not be negative")

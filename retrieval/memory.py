@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from common import chance, distributed
 
@@ -107,7 +106,8 @@ class ReferencePool(nn.Module):
     of each of the M most recently seen pictures, as they came from the backbone. `specific` [M,D]: the normalised codes
     that the momentum head gives to the kept features, renewed by `refill`. The release runs M new pictures through the
     backbone at each renewal instead (make_reference_pool.py); `pool_from_maps` is that way.
-    Only filled rows are handed out: a pool that is not full never compares with zeros.
+    Only filled rows are handed out: a pool that is not full never compares with zeros. `half` rounds the pools to
+    float16 before and while they are normalised, as released.
     """
 
     agnostic: Tensor
@@ -115,9 +115,9 @@ class ReferencePool(nn.Module):
     specific: Tensor
     specific_filled: Tensor
 
-    def __init__(self, size: int, feature_dim: int, code_dim: int):
+    def __init__(self, size: int, feature_dim: int, code_dim: int, half: bool = False):
         super().__init__()
-        self.size = size
+        self.size, self.half = size, half
         self.kept = MemoryBank(size, feature_dim)
         self.register_buffer("agnostic", torch.zeros(size, feature_dim))
         self.register_buffer("agnostic_filled", torch.zeros((), dtype=torch.int64))
@@ -170,7 +170,7 @@ class ReferencePool(nn.Module):
         if rows.dim() != 2 or rows.shape[1] != table.shape[1]:
             raise ValueError(f"rows have shape {tuple(rows.shape)}: this pool takes [m, {table.shape[1]}]")
         table.zero_()
-        table[: len(rows)] = normalize(rows.detach().float(), dim=1)
+        table[: len(rows)] = unit_rows(rows.detach(), self.half).float()
         filled.fill_(len(rows))
 
 
@@ -210,6 +210,11 @@ def pool_from_maps(maps: Tensor, positions: Tensor, size: int, half: bool = True
     if positions.dim() != 1 or len(positions) < rows:
         raise ValueError(f"positions have shape {tuple(positions.shape)}: {rows} rows need one each")
     pool = collect(maps.flatten(0, 1)[:rows], positions[:rows])
-    pool = pool.half() if half else pool.float()
-    lengths = torch.linalg.vector_norm(pool, dim=1, keepdim=True)
-    return pool / lengths.clamp_(min=torch.finfo(pool.dtype).tiny)
+    return unit_rows(pool, half)
+
+
+def unit_rows(rows: Tensor, half: bool = False) -> Tensor:
+    """Rows [n,C] at unit length: float32, or cast to float16 and normalised there (the release)."""
+    rows = rows.half() if half else rows.float()
+    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return rows / lengths.clamp_(min=torch.finfo(rows.dtype).tiny)

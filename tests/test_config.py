@@ -92,6 +92,11 @@ def test_choices_and_cross_field_rules():
     assert message("trainer.max_steps=null") == (
         "trainer.max_steps=null: set trainer.max_steps or trainer.max_epochs, one of them ends the run"
     )
+    assert message("trainer.max_steps=5", "trainer.max_epochs=2") == (
+        "trainer.max_epochs=2: trainer.max_steps=5 is set too; set one of them to null"
+    )
+    assert config.compose(["trainer.max_epochs=2"]).trainer.max_steps is None
+    assert message("trainer.devices=two") == "trainer.devices=two: expected auto or a number of devices"
     assert message("data.batch_size=0") == "data.batch_size=0: must be at least 1"
     assert (
         message("optim.linear_probe.optimizer=adma") == "optim.linear_probe.optimizer=adma: not one of adam, adamw, sgd"

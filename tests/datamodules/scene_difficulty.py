@@ -74,7 +74,7 @@ def _double(maps: Tensor) -> Tensor:
 
 
 class SmallNet(nn.Module):
-    """A U-Net of 0.28 million parameters; features [n,32,64,64], a linear classifier on them, logits at full size."""
+    """A U-Net of 0.28 million parameters: features [n,32,64,64] and a linear classifier on them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,8 +101,12 @@ class SmallNet(nn.Module):
             maps = up(level + _double(lift(maps)))
         return maps
 
-    def forward(self, images: Tensor) -> Tensor:
-        return _double(self.classifier(self.features(images)))
+
+def _loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Cross-entropy of logits at half size against all four pixels of each cell: a quarter of the work at full size."""
+    scores = functional.log_softmax(logits, dim=1)
+    corners = [target[:, row::2, column::2] for row in (0, 1) for column in (0, 1)]
+    return torch.stack([functional.nll_loss(scores, corner, weight) for corner in corners]).mean()
 
 
 def trained(images: Tensor, labels: Tensor, steps: int = STEPS) -> SmallNet:
@@ -122,7 +126,7 @@ def trained(images: Tensor, labels: Tensor, steps: int = STEPS) -> SmallNet:
         batch = torch.where(flip[:, None, None, None], batch.flip(3), batch).to(memory_format=torch.channels_last)
         target = torch.where(flip[:, None, None], target.flip(2), target)
         optimiser.zero_grad()
-        functional.cross_entropy(net(batch), target, weight).backward()
+        _loss(net.classifier(net.features(batch)), target, weight).backward()
         optimiser.step()
         schedule.step()
     return net.eval()

@@ -28,7 +28,8 @@ def test_a_checkpoint_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
 
 def test_the_best_is_the_highest_and_the_later_of_equals(tmp_path):
     keeper = RunKeeper(RunFolder(tmp_path, "new"), config.compose([]), "val/cluster/miou")
-    offered = [keeper.offer(step, {"val/cluster/miou": value}) for step, value in ((1, 5.0), (2, 7.0), (3, 6.0), (4, 7.0))]
+    values = {1: 5.0, 2: 7.0, 3: 6.0, 4: 7.0}
+    offered = [keeper.offer(step, {"val/cluster/miou": value}) for step, value in values.items()]
     assert offered == [True, True, False, True]
     assert keeper.best_step == 4
     assert not keeper.offer(5, {})  # a step without the score chooses nothing
@@ -72,7 +73,7 @@ def test_wandb_without_a_key_logs_offline_and_asks_nothing(tmp_path, monkeypatch
     run = run_small("kmeans_baseline", tmp_path, "w", "logger=wandb", "trainer.max_steps=2")
     offline = list((run.folder / "wandb").glob("offline-run-*"))
     assert len(offline) == 1
-    assert list(offline[0].glob("*.wandb"))[0].stat().st_size > 0
+    assert next(iter(offline[0].glob("*.wandb"))).stat().st_size > 0
     stored = (run.folder / "wandb_id").read_text()
     assert offline[0].name.endswith(stored)  # a resumed run would go on under this id
     assert (run.folder / "metrics.csv").is_file()

@@ -119,6 +119,74 @@ def test_eval_reproduces_the_run_to_the_digit(method, small_run):
     assert (run.folder / "eval" / "last" / "metrics.json").is_file()
 
 
+def test_eval_of_the_best_checkpoint_reproduces_its_scores(small_run):
+    run = small_run("hidden_positives")
+    metrics = evaluating.evaluate(run.folder / "checkpoints" / "best.ckpt", [])
+    assert metrics["steps"] == run.metrics["best/step"]
+    for key in ("cluster/miou", "cluster/acc", "linear/miou"):
+        assert metrics[f"val/{key}"] == run.metrics[f"best/{key}"], key
+
+
+def test_a_run_killed_in_its_closing_evaluation_keeps_its_history(small_run, tmp_path, monkeypatch):
+    plain = small_run("kmeans_baseline")
+
+    def dies(*_):
+        raise StopError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "close", dies)
+        with pytest.raises(StopError):
+            run_small("kmeans_baseline", tmp_path, "late")
+    resumed = run_small("kmeans_baseline", tmp_path, "late")
+    same_weights(plain, resumed)
+    assert (resumed.folder / "metrics.csv").read_text() == (plain.folder / "metrics.csv").read_text()
+
+
+def test_flip_averaging_changes_the_scores_and_is_named(small_run):
+    run = small_run("hidden_positives")
+    metrics = evaluating.evaluate(run.folder / "checkpoints" / "last.ckpt", ["evaluation.flip=true"])
+    assert metrics["protocol/flip"] is True
+    assert metrics["val/linear/acc"] != run.metrics["val/linear/acc"]
+
+
+HP_OPTIONS = [
+    ["method.positives.agnostic=false"],
+    ["method.positives.specific=false"],
+    ["method.positives.symmetric=false"],
+    ["method.positives.agnostic=false", "method.positives.specific=false"],
+    ["method.lhp.enabled=false"],
+    ["method.lhp.attention=affinity"],
+    ["method.pool.refill=release", "method.pool.half=true"],
+    ["method.loss_version=2"],
+    ["method.alpha=0"],
+    ["method.augment.faithful=true"],
+    ["method.dropout.p=0"],
+    ["method.dropout.outputs=false"],
+    ["method.reweighting=false"],
+    ["method.rho=1"],
+]
+
+
+FIVE_STEPS = ["trainer.max_steps=5", "evaluation.panels=0", "trainer.val_every=100", "evaluation.kmeans.pictures=4"]
+
+
+@pytest.fixture(scope="module")
+def plain_five(tmp_path_factory) -> Run:
+    """Hidden Positives with its defaults for five steps."""
+    return run_small("hidden_positives", tmp_path_factory.mktemp("five"), "plain", *FIVE_STEPS)
+
+
+@pytest.mark.parametrize(
+    "words", HP_OPTIONS, ids=lambda words: ",".join(word.removeprefix("method.") for word in words)
+)
+def test_every_option_of_hidden_positives_changes_the_training(words, plain_five, tmp_path):
+    """Each switch reaches the loss: five steps (a renewal and an epoch's end among them) end in other weights."""
+    with_it = run_small("hidden_positives", tmp_path, "with", *FIVE_STEPS, *words)
+    name = "head.linear.weight"
+    assert torch.isfinite(with_it.weights[name]).all()
+    assert not torch.equal(with_it.weights[name], plain_five.weights[name])
+
+
 def test_a_finished_run_is_not_trained_again(small_run, monkeypatch):
     run = small_run("kmeans_baseline")
     monkeypatch.setattr(setup, "build_model", lambda *_: pytest.fail("built a model"))
@@ -201,7 +269,5 @@ def test_views_given_to_a_method_hold_no_label():
 
 
 def test_epochs_end_a_run_too(tmp_path):
-    words = small_words(
-        "kmeans_baseline", f"run.dir={tmp_path}", "run.name=e", "trainer.max_steps=null", "trainer.max_epochs=2"
-    )
+    words = small_words("kmeans_baseline", f"run.dir={tmp_path}", "run.name=e", "trainer.max_epochs=2")
     assert training.train(config.compose(words))["steps"] == 10  # 22 pictures, batches of 4: 5 steps an epoch

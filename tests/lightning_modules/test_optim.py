@@ -16,7 +16,7 @@ def groups(nets: dict[str, nn.Module]) -> list[dict]:
         "projection": {"optimizer": "sgd", "lr": 0.2, "weight_decay": 0.0, "owner": "method"},
         "probe": {"optimizer": "adam", "lr": 0.05, "weight_decay": 0.1, "owner": "probe"},
     }
-    extra = {"schedule": "constant", "warmup": 0, "clip_norm": None}
+    extra = {"schedule": "constant", "warmup": 0, "clip_norm": None, "clip_value": None}
     return [{"name": name, "params": nets[name].parameters(), **settings[name], **extra} for name in settings]
 
 

@@ -116,9 +116,10 @@ class RunKeeper(Callback):
 
     def offer(self, step: int, values: dict[str, float]) -> bool:
         """Take these scores as the best if they are (a tie goes to the later step); True if so."""
-        new, old = values.get(self.select), self.best.get(self.select)
-        if new is None or (old is not None and new < old):
-            return False
+        if self.select:  # without a rule the latest is the best
+            new, old = values.get(self.select), self.best.get(self.select)
+            if new is None or (old is not None and new < old):
+                return False
         self.best, self.best_step = dict(values), step
         return True
 

@@ -50,7 +50,7 @@ SHARES = {
 }
 """Percent of the pixels of the 200 val scenes, and pictures that show the class."""
 
-FIGURES = {}
+FIGURES = {"colour": 9.9, "supervised": 87.0, "features": 73.5}
 """mIoU of `scene_difficulty.difficulty`, recorded before any method was tuned."""
 
 
@@ -213,6 +213,6 @@ def test_difficulty_is_as_recorded():
     assert found["supervised"] >= 85
     assert found["colour"] <= found["supervised"] / 2
     assert found["features"] >= 60
-    assert found["supervised"] == pytest.approx(FIGURES["supervised"], abs=2.5)
+    assert found["supervised"] == pytest.approx(FIGURES["supervised"], abs=2)
     assert found["colour"] == pytest.approx(FIGURES["colour"], abs=1.5)
-    assert found["features"] == pytest.approx(FIGURES["features"], abs=6)
+    assert found["features"] == pytest.approx(FIGURES["features"], abs=8)

@@ -269,5 +269,7 @@ def test_views_given_to_a_method_hold_no_label():
 
 
 def test_epochs_end_a_run_too(tmp_path):
-    words = small_words("kmeans_baseline", f"run.dir={tmp_path}", "run.name=e", "trainer.max_epochs=2")
+    words = small_words(
+        "kmeans_baseline", f"run.dir={tmp_path}", "run.name=e", "trainer.max_steps=null", "trainer.max_epochs=2"
+    )
     assert training.train(config.compose(words))["steps"] == 10  # 22 pictures, batches of 4: 5 steps an epoch

@@ -41,6 +41,9 @@ NULLABLE = {
 }
 """Types of keys whose default does not tell them: null, or one of several types."""
 
+CHANGEABLE = ("backbone.weights", "backbone.precision", "backbone.acknowledge_licence")
+"""Keys of method and backbone that may be set anew for a checkpoint."""
+
 NEVER_NULL = ("data.train_size", "data.eval_size", "trainer.devices")
 
 CHOICES = {
@@ -191,6 +194,8 @@ def parse_value(key: str, raw: str, known: dict[str, Any]) -> Any:
 
 def expected_type(key: str, known: dict[str, Any]) -> tuple[type, ...]:
     """The types a key takes; empty where any value goes (free-form mappings and null defaults of methods)."""
+    if key.startswith("optim.") and key.endswith((".clip_norm", ".clip_value")):
+        return (float,)
     if key in NULLABLE:
         types = NULLABLE[key]
         return types if isinstance(types, tuple) else (types,)
@@ -203,7 +208,8 @@ def checked(key: str, value: Any, known: dict[str, Any], source: str = "") -> An
     expect_known(key, known)
     types = expected_type(key, known)
     if value is None:
-        if (types and key not in NULLABLE) or key in NEVER_NULL:
+        nullable = key in NULLABLE or (key.startswith("optim.") and ".clip_" in key)
+        if (types and not nullable) or key in NEVER_NULL:
             raise ConfigError(f"{source}{key}=null: this key needs a value ({type_names(types)})")
         return None
     if not types or (isinstance(value, types) and not (isinstance(value, bool) and bool not in types)):
@@ -243,6 +249,8 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(f"{key}={value}: not one of {', '.join(choices)}")
         if key.startswith("optim.") and key.endswith((".lr", ".weight_decay", ".warmup")) and value < 0:
             raise ConfigError(f"{key}={value}: must not be negative")
+        if key.startswith("optim.") and ".clip_" in key and value is not None and value <= 0:
+            raise ConfigError(f"{key}={value}: must be above 0, or null for no clipping")
     for key in POSITIVE:
         if flat.get(key) is not None and flat[key] < 1:
             raise ConfigError(f"{key}={flat[key]}: must be at least 1")
@@ -286,6 +294,8 @@ def restore(tree: dict[str, Any], tokens: Iterable[str] = ()) -> DictConfig:
                 f"{key}={raw}: a checkpoint keeps its {key}; only values such as data.root can be changed"
             )
         expect_known(key, known)
+        if key.startswith(("method.", "backbone.")) and key not in CHANGEABLE:
+            raise ConfigError(f"{key}={raw}: a checkpoint keeps its {key.split('.')[0]}; it fits its weights alone")
         OmegaConf.update(base, key, checked(key, parse_value(key, raw, known), known))
     check(base)
     return freeze(base)

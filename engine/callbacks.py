@@ -73,6 +73,8 @@ class RunKeeper(Callback):
         self._rng = state
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.folder.best.is_file():  # going on in a new folder: the best so far lies elsewhere
+            self.best, self.best_step = {}, 0
         if trainer.is_global_zero:
             self.history.restore(trainer.global_step)
         saved = getattr(self, "_rng", None)

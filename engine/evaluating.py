@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 
 import config
+from common.errors import ConfigError
 from engine import setup
 from engine.callbacks import PanelKeeper, RunKeeper, numbers, progress
 from engine.run_folder import RunFolder
@@ -24,15 +25,22 @@ def evaluate(checkpoint_path: Path, tokens: list[str]) -> dict[str, Any]:
     """
     setup.begin()
     checkpoint = setup.read_checkpoint(checkpoint_path)
-    cfg = config.restore(checkpoint["labelfree"]["config"], tokens)
+    named = config.parse_words(tokens)
+    if "logger" in named:
+        raise ConfigError(f"logger={named['logger']}: eval writes its scores into the run folder only")
+    alone = {"trainer.accelerator": "auto", "trainer.devices": 1, "trainer.num_nodes": 1, "trainer.strategy": "auto"}
+    stored_cfg = config.changed(config.restore(checkpoint["labelfree"]["config"]), alone)
+    cfg = config.restore(config.plain(stored_cfg), tokens)
     cfg, data = setup.build_data(cfg)
     stored = setup.stored_meta(checkpoint)
     if data.meta.has_labels and stored.has_labels and data.meta.names != stored.names:
-        raise config.ConfigError(
+        raise ConfigError(
             f"data.root={cfg.data.root}: its {data.meta.num_classes} classes are not the {stored.num_classes} that the "
             "linear probe of this checkpoint was trained for"
         )
-    model = setup.restore_model(checkpoint, cfg)
+    model = setup.restore_model(checkpoint, cfg, stored if stored.has_labels else data.meta, stored.has_labels)
+    if any(key.startswith("evaluation.kmeans.") for key in named):
+        model.kmeans_probe.fitted.fill_(False)  # fitted anew, as asked
     setup.connect(model, data)
     step = int(checkpoint["global_step"])
     parent = checkpoint_path.resolve().parent

@@ -33,8 +33,8 @@ def predict(checkpoint_path: Path, source: Path, output: Path, tokens: list[str]
     checkpoint = setup.read_checkpoint(checkpoint_path)
     cfg = config.restore(checkpoint["labelfree"]["config"], tokens)
     pictures = pictures_below(source)
-    if output.resolve() == source.resolve():
-        raise ConfigError(f"output={output}: is the input folder; name another folder for the results")
+    if source.resolve() in (output.resolve(), *output.resolve().parents):
+        raise ConfigError(f"output={output}: lies in the input folder and would be read as pictures; name another")
     model = setup.restore_model(checkpoint, cfg)
     probe = choose_probe(cfg, model)
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
@@ -109,7 +109,9 @@ def legend(cfg: DictConfig, mapping: list[int] | None, meta: ClassMeta) -> tuple
 def cluster_ids(model: UnsupervisedSegmenter, batch: dict[str, Any], probe: str, device: torch.device) -> np.ndarray:
     """Ids [H,W] at the size of the picture file."""
     image = batch["image"].to(device)
-    _, scores = model.read(image)
+    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(model.cfg.trainer.precision)
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        _, scores = model.read(image)
     valid = batch["valid"][0]
     rows, columns = int(valid.any(1).sum()), int(valid.any(0).sum())
     height, width = batch["size"][0].tolist()

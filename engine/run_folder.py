@@ -1,6 +1,7 @@
 """The folder of one run: its name, whether it goes on, and files that are written whole or not at all."""
 
 import csv
+import hashlib
 import os
 import shutil
 import time
@@ -51,6 +52,7 @@ class RunFolder:
             shutil.rmtree(self.path)
         (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         (self.path / "panels").mkdir(exist_ok=True)
+        self.metrics.unlink(missing_ok=True)  # of an earlier run under this name: this one is not finished
         config.save(cfg, self.path / "config.yaml")
         latest = self.path.parent / "latest"
         if latest.is_symlink() or not latest.exists():
@@ -64,7 +66,10 @@ def run_name(cfg: DictConfig) -> str:
     if cfg.run.name is not None:
         return cfg.run.name
     if NAME_VARIABLE not in os.environ:
-        stamp = os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        if "SLURM_JOB_ID" in os.environ:  # a requeued job finds its folder again, a second run in one job gets its own
+            different = {key: value for key, value in config.flatten(cfg).items() if not key.startswith(SAME_RUN)}
+            stamp = f"{os.environ['SLURM_JOB_ID']}-{hashlib.sha256(repr(different).encode()).hexdigest()[:6]}"
         os.environ[NAME_VARIABLE] = f"{cfg.method.name}-{cfg.data.name}-{cfg.backbone.name}-{stamp}"
     return os.environ[NAME_VARIABLE]
 
@@ -76,7 +81,7 @@ def open_run(cfg: DictConfig) -> RunFolder:
     """
     name = run_name(cfg)
     path = Path(cfg.run.dir) / name
-    if cfg.run.name is not None and (not name or "/" in name or name.startswith(".")):
+    if cfg.run.name is not None and (not name or "/" in name or name.startswith(".") or name == "latest"):
         raise ConfigError(f"run.name={name}: expected a plain folder name; the parent folder is run.dir")
     explicit = None
     if cfg.run.resume not in ("auto", "never"):
@@ -86,8 +91,13 @@ def open_run(cfg: DictConfig) -> RunFolder:
                 f"run.resume={cfg.run.resume}: no such file; expected auto, never or a checkpoint file"
             )
     stored = path / "config.yaml"
+    if explicit is not None and cfg.run.overwrite and path.resolve() in explicit.resolve().parents:
+        raise ConfigError(f"run.overwrite=true: would delete {explicit}, which run.resume names; use another run.name")
+    if path.is_dir() and any(path.iterdir()) and not stored.is_file():
+        raise ConfigError(f"run.name={name}: {path} exists and is no run folder; choose another name or run.dir")
     state, checkpoint = "new", explicit
-    if stored.is_file() and explicit is None and not cfg.run.overwrite:
+    begun = (path / "checkpoints" / "last.ckpt").is_file() or (path / "metrics.json").is_file()
+    if stored.is_file() and begun and explicit is None and not cfg.run.overwrite:
         if cfg.run.resume == "never" and rank_zero_only.rank == 0:
             raise ConfigError(
                 f"run.name={name}: {path} already holds a run; choose another name, run.resume=auto to go on, "

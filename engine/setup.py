@@ -71,7 +71,7 @@ def build_data(cfg: DictConfig) -> tuple[DictConfig, SegmentationDataModule]:
     """The DataModule, set up, and the configuration with what only the data could tell (method.num_clusters)."""
     if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError(
-            "trainer.accelerator=gpu: no CUDA device is visible; use trainer=auto, or see `run.py doctor`"
+            "trainer.accelerator=gpu: no CUDA device is visible; use trainer.accelerator=auto, or see `run.py doctor`"
         )
     data = load_datamodule(cfg.data.name)(cfg)
     data.setup()
@@ -80,12 +80,12 @@ def build_data(cfg: DictConfig) -> tuple[DictConfig, SegmentationDataModule]:
     return cfg, data
 
 
-def build_model(cfg: DictConfig, meta: ClassMeta) -> UnsupervisedSegmenter:
+def build_model(cfg: DictConfig, meta: ClassMeta, linear_probe: bool = True) -> UnsupervisedSegmenter:
     """The method of the configuration for data with these classes."""
     search.configure(cfg.search.backend)
     if cfg.trainer.threads is not None:
         torch.set_num_threads(cfg.trainer.threads)
-    return registry.method_class(cfg.method.name)(cfg, meta)
+    return registry.method_class(cfg.method.name)(cfg, meta, linear_probe)
 
 
 def connect(model: UnsupervisedSegmenter, data: SegmentationDataModule) -> None:
@@ -95,8 +95,9 @@ def connect(model: UnsupervisedSegmenter, data: SegmentationDataModule) -> None:
     cfg = model.cfg
     for key in ("train_size", "eval_size"):
         model.backbone.check_size(cfg.data[key], f"data.{key}")
+    steps_per_epoch = data.steps_per_epoch  # fewer pictures than a batch end here, before a folder is made
     if cfg.trainer.max_steps is None:
-        model.total_steps = cfg.trainer.max_epochs * data.steps_per_epoch
+        model.total_steps = cfg.trainer.max_epochs * steps_per_epoch
 
 
 def build_trainer(
@@ -104,12 +105,15 @@ def build_trainer(
 ) -> L.Trainer:
     """The Trainer of a run; every key of `trainer.*` ends here."""
     settings = cfg.trainer
-    if settings.accelerator == "gpu" and not torch.cuda.is_available():
+    accelerator = settings.accelerator
+    if accelerator == "auto":  # CUDA or CPU: other devices lack float64, which the scores are summed in
+        accelerator = "gpu" if torch.cuda.is_available() else "cpu"
+    if accelerator == "gpu" and settings.devices != "auto" and settings.devices > torch.cuda.device_count():
         raise ConfigError(
-            "trainer.accelerator=gpu: no CUDA device is visible; use trainer=auto, or see `run.py doctor`"
+            f"trainer.devices={settings.devices}: this machine has {torch.cuda.device_count()} GPUs; use that or auto"
         )
     return L.Trainer(
-        accelerator=settings.accelerator,
+        accelerator=accelerator,
         devices=settings.devices,
         num_nodes=settings.num_nodes,
         strategy=settings.strategy,
@@ -188,9 +192,14 @@ def stored_meta(checkpoint: dict[str, Any]) -> ClassMeta:
     return ClassMeta(tuple(facts["classes"]), tuple(tuple(colour) for colour in facts["palette"]))
 
 
-def restore_model(checkpoint: dict[str, Any], cfg: DictConfig) -> UnsupervisedSegmenter:
-    """The trained method, in evaluation mode, on the CPU."""
-    model = build_model(cfg, stored_meta(checkpoint))
+def restore_model(
+    checkpoint: dict[str, Any], cfg: DictConfig, meta: ClassMeta | None = None, linear_probe: bool = True
+) -> UnsupervisedSegmenter:
+    """The trained method, in evaluation mode, on the CPU.
+
+    `meta`: classes of the data it is evaluated on, where it was trained without any (`linear_probe` False then).
+    """
+    model = build_model(cfg, stored_meta(checkpoint) if meta is None else meta, linear_probe)
     model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
     return model.eval()

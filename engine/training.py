@@ -10,8 +10,9 @@ import torch
 from omegaconf import DictConfig
 from torch.nn import functional as F
 
+import config
 from common import chance, distributed
-from common.errors import ConfigError
+from common.errors import CheckpointError, ConfigError
 from datamodules.base import SegmentationDataModule
 from engine import environment, setup
 from engine.callbacks import PanelKeeper, RunKeeper, WholeCheckpointIO, numbers, progress
@@ -39,31 +40,47 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     model = setup.build_model(cfg, data.meta)
     setup.connect(model, data)
     keeper = RunKeeper(folder, cfg, selection_key(cfg, model))
+    if folder.checkpoint is not None:
+        check_resume(cfg, model, folder)
     folder.create(cfg)
     pictures = PanelKeeper(cfg.evaluation.panels)
     loggers = [setup.wandb_logger(cfg, folder.path)] if cfg.logger == "wandb" else []
     callbacks = [keeper, pictures, *progress(cfg.trainer.progress)]
     trainer = setup.build_trainer(cfg, model.total_steps, callbacks, loggers, folder.path)
     introduce(cfg, data, model, folder, trainer)
-    if folder.checkpoint is not None:
-        setup.read_checkpoint(folder.checkpoint)  # a cut or foreign file ends here, in one line
-    trainer.fit(model, data, ckpt_path=folder.checkpoint, weights_only=True)
-    if trainer.global_step < model.total_steps:  # Ctrl-C: Lightning returns; last.ckpt is where it goes on from
+    try:
+        trainer.fit(model, data, ckpt_path=folder.checkpoint, weights_only=True)
+    except SystemExit:  # what Lightning makes of Ctrl-C
         log.info("stopped at step %d of %d; the same command goes on", trainer.global_step, model.total_steps)
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt from None
     if not keeper.history.rows and trainer.is_global_zero:  # killed in the closing evaluation: nothing was trained now
         keeper.history.restore(trainer.global_step)
     metrics = close(cfg, data, model, trainer, keeper, folder)
     if trainer.is_global_zero:
         write_files(model, pictures, folder, loggers)
-        report.write_json(
-            folder.path / "environment.json",
-            environment.describe(
-                cfg.seed, model.device, time.perf_counter() - started, metrics["train_images_per_second"]
-            ),
-        )
+        seconds, speed = time.perf_counter() - started, metrics["train_images_per_second"]
+        facts = environment.describe(cfg.seed, trainer.strategy.root_device, seconds, speed)
+        report.write_json(folder.path / "environment.json", facts)
         report.write_json(folder.metrics, metrics)
     return metrics
+
+
+def check_resume(cfg: DictConfig, model: UnsupervisedSegmenter, folder: RunFolder) -> None:
+    """Raises CheckpointError where the checkpoint to go on from is cut, foreign, of other settings, or at its end."""
+    checkpoint = setup.read_checkpoint(folder.checkpoint)
+    stored, own = checkpoint["labelfree"]["config"], config.plain(cfg)
+    for group in ("method", "backbone", "optim"):
+        difference = config.first_difference({group: stored[group]}, {group: own[group]})
+        if difference is not None:
+            raise CheckpointError(
+                f"run.resume: {folder.checkpoint} was trained with other settings, first difference {difference}; "
+                "give the same words, or start without it"
+            )
+    if folder.state == "new" and checkpoint["global_step"] >= model.total_steps:
+        raise CheckpointError(
+            f"run.resume: {folder.checkpoint} is at step {checkpoint['global_step']} already; "
+            f"set trainer.max_steps above it (now {model.total_steps}), or use `run.py eval`"
+        )
 
 
 def selection_key(cfg: DictConfig, model: UnsupervisedSegmenter) -> str:

@@ -4,7 +4,7 @@ The base owns the backbone, the probes on detached codes, the optimiser with cli
 prediction, and the rule that labels never reach a method.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import config
 from common import distributed
 from common.chance import library_draws
-from common.errors import CheckpointError
+from common.errors import CheckpointError, ConfigError
 from common.spec import ClassMeta, ViewSpec
 from evaluation import readout, report
 from evaluation.matching import Scores
@@ -54,7 +54,7 @@ class UnsupervisedSegmenter(L.LightningModule):
     trains = True
     wants_attention = False
 
-    def __init__(self, cfg: DictConfig, meta: ClassMeta) -> None:
+    def __init__(self, cfg: DictConfig, meta: ClassMeta, linear_probe: bool = True) -> None:
         super().__init__()
         self.cfg = cfg
         self.meta = meta
@@ -68,7 +68,9 @@ class UnsupervisedSegmenter(L.LightningModule):
             self.code_dim, clusters, cfg.seed, init=rules.cluster_init, reseed=rules.cluster_reseed
         )
         self.kmeans_probe = KMeansProbe(self.code_dim, clusters)
-        self.linear_probe = LinearProbe(self.code_dim, meta.num_classes, cfg.seed) if meta.has_labels else None
+        self.linear_probe = (
+            LinearProbe(self.code_dim, meta.num_classes, cfg.seed) if meta.has_labels and linear_probe else None
+        )
         self.has_own_scores = type(self).scores is not UnsupervisedSegmenter.scores
         self.confusion = nn.ModuleDict(
             {probe: self._confusion(probe) for probe in self.probe_names()} if meta.has_labels else {}
@@ -108,7 +110,7 @@ class UnsupervisedSegmenter(L.LightningModule):
         raise TypeError(f"{type(self).__name__} has no classifier of its own")
 
     def prepare(self, loader: Callable[..., Any]) -> None:
-        """Once before the first step of a new run (not after a resume); `loader` is the DataModule's `loader`."""
+        """Once before the first step of a new run (not after a resume); `loader` is `unlabelled_loader`."""
 
     def on_epoch(self, loader: Callable[..., Any]) -> None:
         """At the start of every pass over the training pictures."""
@@ -123,8 +125,14 @@ class UnsupervisedSegmenter(L.LightningModule):
         return self.backbone.features(images, grad=not self.backbone.frozen, attention=self.wants_attention)
 
     def on_train_start(self) -> None:
+        self.kmeans_probe.fitted.fill_(False)  # centroids of a run that is prolonged belong to its old codes
         if self.global_step == 0:  # a resumed run has its step back by now
-            self.prepare(self.trainer.datamodule.loader)
+            self.prepare(self.unlabelled_loader)
+
+    def unlabelled_loader(self, *args: Any, **kwargs: Any) -> "Unlabelled":
+        """`SegmentationDataModule.loader` for the method: its batches hold no label (unless `uses_labels`)."""
+        loader = self.trainer.datamodule.loader(*args, **kwargs)
+        return loader if self.uses_labels else Unlabelled(loader)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         views, label = split_labels(batch)
@@ -156,22 +164,34 @@ class UnsupervisedSegmenter(L.LightningModule):
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         if self.global_step % max(1, self.trainer.datamodule.steps_per_epoch) == 0:
-            self.on_epoch(self.trainer.datamodule.loader)
+            self.on_epoch(self.unlabelled_loader)
         for group in self.optimizers().optimizer.param_groups:
             factor = schedule_factor(group["schedule"], self.global_step, self.total_steps, group["warmup"])
             group["lr"] = group["base_lr"] * factor
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.after_step()  # here, so that a checkpoint of this step has it
+
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
-        self.after_step()
         if self.global_step >= self.total_steps:
             self.trainer.val_check_batch = self.total_steps + 1  # the closing evaluation follows at once
 
     def configure_optimizers(self) -> CompositeOptimizer:
-        groups = [{**group, "owner": "method"} for group in (self.param_groups() if self.trains else [])]
+        groups = [{**group, "owner": "method"} for group in self._method_groups()]
         groups.append({"name": "cluster_probe", "params": self.cluster_probe.parameters(), "owner": "probe"})
         if self.linear_probe is not None:
             groups.append({"name": "linear_probe", "params": self.linear_probe.parameters(), "owner": "probe"})
         return CompositeOptimizer([{**config.plain(self.cfg.optim[group["name"]]), **group} for group in groups])
+
+    def _method_groups(self) -> list[dict[str, Any]]:
+        groups = [{**group, "params": list(group["params"])} for group in (self.param_groups() if self.trains else [])]
+        trained = {id(parameter) for group in groups for parameter in group["params"]}
+        if not self.backbone.frozen and not trained & {id(parameter) for parameter in self.backbone.parameters()}:
+            raise ConfigError(
+                f"backbone.frozen=false: method={self.cfg.method.name} does not train the backbone; set backbone.frozen=true"
+            )
+        return groups
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
@@ -229,7 +249,8 @@ class UnsupervisedSegmenter(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         self.trainer.datamodule.sync_broken()
         ready = [probe for probe in self.confusion if probe != "kmeans" or self.kmeans_probe.fitted]
-        self.validated = {probe: self.confusion[probe].compute() for probe in ready}
+        scores = {probe: self.confusion[probe].compute() for probe in ready}
+        self.validated = {probe: found for probe, found in scores.items() if found.counts.any()}
         values = report.flatten("val", "cluster", self.usage.compute())
         for probe, scores in self.validated.items():
             values |= report.flatten("val", probe, scores)
@@ -263,6 +284,20 @@ class UnsupervisedSegmenter(L.LightningModule):
             )
         if self.backbone.frozen:
             checkpoint["state_dict"] |= {f"backbone.{key}": value for key, value in self.backbone.state_dict().items()}
+
+
+class Unlabelled:
+    """A loader whose batches hold no label."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+        self.dataset = loader.dataset
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (split_labels(batch)[0] for batch in self.loader)
+
+    def __len__(self) -> int:
+        return len(self.loader)
 
 
 def split_labels(batch: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:

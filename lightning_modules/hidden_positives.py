@@ -6,6 +6,7 @@ features, task-specific ones by a momentum copy of the head, whose weight lambda
 codes mixed with their attentive neighbours sends gradient to neighbours (local hidden positives).
 """
 
+import itertools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,7 @@ from common.errors import ConfigError
 from common.spec import Photometric, ViewSpec
 from lightning_modules.base import Loss, UnsupervisedSegmenter
 from losses.consistency import consistency
-from losses.contrastive import ghp_contrastive, lambda_schedule, random_candidates, thresholds
+from losses.contrastive import MIN_TEMPERATURE, ghp_contrastive, lambda_schedule, random_candidates, thresholds
 from losses.local_positives import affinity_weights, attention_weights, neighbour_mix
 from models.backbone import Features
 from models.heads import ProjectionHead, SegmentationHead, channel_masks, drop_channels, patch_rows
@@ -39,6 +40,8 @@ class HiddenPositives(UnsupervisedSegmenter):
     def build(self) -> None:
         settings = self.cfg.method
         check_settings(settings, self.backbone)
+        if self.cfg.data.train_crop == "keep":
+            raise ConfigError("data.train_crop=keep: padding would become patches of the loss; use random or center")
         self.code_dim = settings.dim
         self.head = SegmentationHead(self.backbone.dim, settings.dim)
         self.momentum_head = Momentum(self.head)
@@ -163,7 +166,24 @@ class HiddenPositives(UnsupervisedSegmenter):
         agnostic, kept = self._random_patches(loader, "hp.pool", 0, ("agnostic", "specific"))
         self.pool.fill_agnostic(distributed.gather_uneven(agnostic))
         self._replace_kept(kept)
-        self.pool.refill(self.momentum_head)
+        self.pool.refill(self._pool_codes(0))
+
+    def _pool_codes(self, step: int) -> Callable[[Tensor], Tensor]:
+        """The momentum head for rows [m,C], with draws of its own: dropout is on while the release fills its pool."""
+        dropout, blocks = self.cfg.method.dropout, itertools.count()
+
+        def mask(use: str, rows: Tensor, block: int) -> Tensor | None:
+            key = (self.cfg.seed, f"hp.pool.{use}.{block}", step)
+            return channel_masks(*key, *rows.shape, dropout.p, rows.device) if dropout.p > 0 else None
+
+        def codes(rows: Tensor) -> Tensor:
+            block = next(blocks)
+            if dropout.outputs:
+                rows = drop_channels(rows, mask("features", rows, block))
+            found = self.momentum_head(rows, (mask("linear", rows, block), mask("nonlinear", rows, block)))
+            return drop_channels(found, mask("codes", found, block) if dropout.outputs else None)
+
+        return codes
 
     def _renew_pool(self, step: int) -> None:
         """Refill the task-specific pool when its time has come.
@@ -177,7 +197,7 @@ class HiddenPositives(UnsupervisedSegmenter):
             return
         if pool.refill == "release":
             self._replace_kept(*self._random_patches(data.loader, "hp.pool.renewal", step, ("specific",)))
-        self.pool.refill(self.momentum_head)
+        self.pool.refill(self._pool_codes(step))
 
     def _replace_kept(self, rows: Tensor) -> None:
         """Put this rank's rows (gathered over ranks) in place of all kept features."""
@@ -190,10 +210,10 @@ class HiddenPositives(UnsupervisedSegmenter):
     ) -> list[Tensor]:
         """Frozen features of random patches of training pictures: this rank's rows [m,C] for every draw.
 
-        One patch of each of M pictures; of fewer pictures, as many of each as make up M (the release fails there).
+        One patch of each of M pictures; of fewer pictures, as many of each as make up M (the release fails there). The
+        agnostic rows carry the output dropout of the release; the others are kept as they are.
         """
         settings = self.cfg.method
-        dropped = settings.dropout.outputs and settings.dropout.p > 0
         batches = loader("train", "train", order="shuffled", limit=settings.pool.size, purpose=f"{purpose}.{step}")
         pictures = min(settings.pool.size, len(batches.dataset))
         patches = -(-settings.pool.size // pictures)
@@ -203,16 +223,17 @@ class HiddenPositives(UnsupervisedSegmenter):
         for batch in batches:
             maps = self.backbone.features(batch["image"].to(self.device)).concat()
             places = range(place, place := place + len(maps))
-            if dropped:
-                key = (self.cfg.seed, f"{purpose}.{step}.dropout")
-                masks = [channel_masks(*key, at, 1, maps.shape[1], settings.dropout.p, maps.device) for at in places]
-                maps = drop_channels(maps, torch.cat(masks))
             cells = maps.shape[2] * maps.shape[3]
             for draw, collected in zip(draws, rows, strict=True):
                 key = (self.cfg.seed, f"{purpose}.{step}.{draw}")
                 positions = torch.stack([random_positions(*key, at, patches, cells) for at in places])
-                chosen = [collect(maps, column) for column in positions.to(maps.device).unbind(1)]
-                collected.append(torch.stack(chosen, dim=1).flatten(0, 1))
+                chosen = torch.stack([collect(maps, column) for column in positions.to(maps.device).unbind(1)], dim=1)
+                if draw == "agnostic" and settings.dropout.outputs and settings.dropout.p > 0:
+                    masks = [
+                        channel_masks(*key, at, 1, maps.shape[1], settings.dropout.p, maps.device) for at in places
+                    ]
+                    chosen = chosen * torch.stack(masks)
+                collected.append(chosen.flatten(0, 1))
         return [torch.cat(collected) if collected else self.pool.agnostic[:0] for collected in rows]
 
 
@@ -236,6 +257,8 @@ def check_settings(settings: Any, backbone: Any) -> None:
     for name, value in (("temperature", settings.temperature), ("lhp.sigma", settings.lhp.sigma)):
         if value <= 0:
             raise ConfigError(f"method.{name}={value}: must be above 0")
+    if settings.temperature < MIN_TEMPERATURE:
+        raise ConfigError(f"method.temperature={settings.temperature}: must be at least {MIN_TEMPERATURE}")
     for name, value in (
         ("dim", settings.dim),
         ("pool.size", settings.pool.size),
@@ -248,6 +271,9 @@ def check_settings(settings: Any, backbone: Any) -> None:
     shares |= {
         f"augment.{name}": augment[name] for name in ("brightness", "contrast", "saturation", "gray_p", "blur_p")
     }
+    shares["dropout.p"] = settings.dropout.p
+    if settings.dropout.p == 1:
+        raise ConfigError("method.dropout.p=1.0: drops everything; expected a number below 1")
     for name, value in shares.items():
         if not 0 <= value <= 1:
             raise ConfigError(f"method.{name}={value}: expected a number from 0 to 1")

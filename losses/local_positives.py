@@ -89,12 +89,14 @@ def affinity_weights(features: Tensor, sigma: float = 28.0, spread: float = 1.0)
     """
     _, _, h, w = features.shape
 
+    # Cosines near 1 are told apart by less than half precision resolves, so no autocast.
     def picture_rows() -> Iterator[Iterator[Tensor]]:
         for picture in F.normalize(features.float().flatten(2), dim=1).transpose(1, 2):
             scale = spread / _cosine_spread(picture)
             yield ((picture[rows] @ picture.T).mul_(scale) for rows in _row_chunks(h * w))
 
-    return _near_weights(picture_rows(), (h, w), sigma, features.device)
+    with torch.autocast(features.device.type, enabled=False):
+        return _near_weights(picture_rows(), (h, w), sigma, features.device)
 
 
 def neighbour_mix(codes: Tensor, weights: Tensor) -> Tensor:

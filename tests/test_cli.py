@@ -55,7 +55,8 @@ def test_wrong_words_end_in_one_line_before_anything_is_made(capsys, tmp_path):
         "error: data.train_size"
     )
     assert error_line(capsys, "train", runs, "trainer.accelerator=gpu", "data.train_count=20") == (
-        "error: trainer.accelerator=gpu: no CUDA device is visible; use trainer=auto, or see `run.py doctor`"
+        "error: trainer.accelerator=gpu: no CUDA device is visible; "
+        "use trainer.accelerator=auto, or see `run.py doctor`"
     )
     assert not list(tmp_path.iterdir())
 

@@ -36,9 +36,8 @@ class Geometry:
         crops = CROPS if split == "train" else ("center", "none", "keep")
         size, crop = data[f"{split}_size"], str(data[f"{split}_crop"])
         sides = [size] if isinstance(size, int) else list(size) if size is not None else []
-        if (len(sides) != 2 and not isinstance(size, int)) or not all(
-            isinstance(side, int) and side > 0 for side in sides
-        ):
+        pair = isinstance(size, int) or len(sides) == 2
+        if not pair or not all(isinstance(side, int) and side > 0 for side in sides):
             raise ConfigError(f"data.{split}_size={size}: must be a whole number of pixels (shorter side), or [H,W]")
         if crop not in crops:
             raise ConfigError(f"data.{split}_crop={crop}: must be one of {', '.join(crops)}")

@@ -189,7 +189,8 @@ class UnsupervisedSegmenter(L.LightningModule):
         trained = {id(parameter) for group in groups for parameter in group["params"]}
         if not self.backbone.frozen and not trained & {id(parameter) for parameter in self.backbone.parameters()}:
             raise ConfigError(
-                f"backbone.frozen=false: method={self.cfg.method.name} does not train the backbone; set backbone.frozen=true"
+                f"backbone.frozen=false: method={self.cfg.method.name} does not train the backbone; "
+                "set backbone.frozen=true"
             )
         return groups
 

@@ -40,6 +40,7 @@ NOISE = (
     ".*val_check_interval.*",
     ".*Checkpoint directory.*exists and is not empty.*",
     ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
+    ".*``compute`` method of metric.*was called before.*",
     ".*It is recommended to use `self.log.*sync_dist=True.*",
 )
 """Library warnings about things that are so on purpose here."""

@@ -204,6 +204,48 @@ def test_data_without_labels_runs_to_the_end(capsys, tmp_path):
     assert "entropy" in out
 
 
+@pytest.mark.train
+def test_a_model_trained_without_labels_is_evaluated_on_labelled_pictures(capsys, tmp_path):
+    """And the other way round: no accuracy is made up where there are no labels."""
+    rng = np.random.default_rng(2)
+    for name in (
+        "plain",
+        "labelled/images/train",
+        "labelled/images/val",
+        "labelled/labels/train",
+        "labelled/labels/val",
+    ):
+        (tmp_path / name).mkdir(parents=True)
+    for i in range(8):
+        picture = Image.fromarray(rng.integers(0, 255, (48, 48, 3), dtype=np.uint8))
+        label = Image.fromarray(np.tile(np.arange(48) // 24, (48, 1)).astype(np.uint8))
+        picture.save(tmp_path / "plain" / f"{i}.png")
+        for split in ("train", "val"):
+            picture.save(tmp_path / "labelled" / "images" / split / f"{i}.png")
+            label.save(tmp_path / "labelled" / "labels" / split / f"{i}.png")
+    (tmp_path / "labelled" / "classes.json").write_text('["left", "right"]')
+    kept = [word for word in small_words("kmeans_baseline", f"run.dir={tmp_path}/runs") if not word.startswith("data")]
+    words = [
+        *kept,
+        "data=folder",
+        "data.train_size=48",
+        "data.eval_size=48",
+        "data.batch_size=4",
+        "trainer.max_steps=2",
+    ]
+    for root, other in (("plain", "labelled"), ("labelled", "plain")):
+        more = ["method.num_clusters=2", f"data.root={tmp_path}/{root}", f"run.name={root}"]
+        code, _, err = call(capsys, "train", *words, *more)
+        assert code == 0, err
+        checkpoint = tmp_path / "runs" / root / "checkpoints" / "last.ckpt"
+        code, _, err = call(capsys, "eval", f"ckpt={checkpoint}", f"data.root={tmp_path}/{other}")
+        assert code == 0, err
+        metrics = json.loads((tmp_path / "runs" / root / "eval" / "last" / "metrics.json").read_text())
+        assert ("val/kmeans/miou" in metrics) == (other == "labelled")
+        assert "val/linear/miou" not in metrics
+        assert metrics["val/cluster/entropy"] is not None
+
+
 @pytest.mark.ddp
 def test_a_killed_process_goes_on(tmp_path, small_run):
     """kill -9 in the middle, then the same command again: the numbers of the run that was not killed."""

@@ -101,6 +101,11 @@ def test_choices_and_cross_field_rules():
     assert (
         message("optim.linear_probe.optimizer=adma") == "optim.linear_probe.optimizer=adma: not one of adam, adamw, sgd"
     )
+    assert message("optim.linear_probe.clip_norm=abc") == (
+        "optim.linear_probe.clip_norm=abc: expected a number, got a text"
+    )
+    assert message("optim.linear_probe.clip_norm=-1").endswith("must be above 0, or null for no clipping")
+    assert config.compose(["method=hidden_positives", "optim.head.clip_norm=null"]).optim.head.clip_norm is None
     assert message("optim.linear_probe.lr=-1") == "optim.linear_probe.lr=-1.0: must not be negative"
 
 
@@ -118,6 +123,9 @@ def test_saved_config_is_plain_yaml_and_restores(tmp_path):
     assert config.restore(tree, ["seed=6"]).seed == 6
     with pytest.raises(ConfigError, match=r"^method=stego: a checkpoint keeps its method; only values"):
         config.restore(tree, ["method=stego"])
+    with pytest.raises(ConfigError) as caught:
+        config.restore(tree, ["method.num_clusters=9"])
+    assert str(caught.value) == "method.num_clusters=9: a checkpoint keeps its method; it fits its weights alone"
 
 
 def test_first_difference_names_the_key():

@@ -55,6 +55,25 @@ def test_resume_from_a_file_that_is_not_there(tmp_path):
     )
 
 
+def test_overwrite_deletes_runs_only(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.jpg").write_bytes(b"x")
+    with pytest.raises(ConfigError, match="exists and is no run folder"):
+        open_run(cfg(f"run.dir={tmp_path}", "run.name=pictures", "run.overwrite=true"))
+    mine = tmp_path / "mine" / "checkpoints"
+    mine.mkdir(parents=True)
+    (mine / "last.ckpt").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"run\.overwrite=true: would delete .*; use another run\.name"):
+        open_run(cfg(f"run.dir={tmp_path}", "run.name=mine", f"run.resume={mine}/last.ckpt", "run.overwrite=true"))
+    with pytest.raises(ConfigError, match=r"^run\.name=latest: expected a plain folder name"):
+        open_run(cfg(f"run.dir={tmp_path}", "run.name=latest"))
+
+
+def test_a_run_that_never_began_does_not_block_its_name(tmp_path):
+    open_run(cfg(f"run.dir={tmp_path}", "run.name=x", "data.batch_size=99")).create(cfg())
+    assert open_run(cfg(f"run.dir={tmp_path}", "run.name=x", "data.batch_size=8")).state == "new"
+
+
 def rows(path):
     with path.open(newline="") as handle:
         return list(csv.DictReader(handle))

@@ -204,6 +204,43 @@ def test_another_configuration_under_the_same_name_is_refused(small_run):
     )
 
 
+def test_a_run_goes_on_from_a_named_checkpoint_for_more_steps(small_run, tmp_path):
+    """From step 8 to 10: the k-means probe is fitted anew, and other settings or no further step are refused."""
+    run = small_run("hidden_positives")
+    last = f"run.resume={run.folder / 'checkpoints' / 'last.ckpt'}"
+    longer = run_small("hidden_positives", tmp_path, "longer", last, "trainer.max_steps=10")
+    assert longer.checkpoint["global_step"] == 10
+    assert not torch.equal(longer.weights["kmeans_probe.centroids"], run.weights["kmeans_probe.centroids"])
+    assert (longer.folder / "checkpoints" / "best.ckpt").is_file()
+    with pytest.raises(CheckpointError, match=r"is at step 8 already; set trainer\.max_steps above it \(now 8\)"):
+        run_small("hidden_positives", tmp_path, "same", last)
+    with pytest.raises(CheckpointError, match=r"with other settings, first difference method\.dim \(16 -> 8\)"):
+        run_small("hidden_positives", tmp_path, "other", last, "method.dim=8", "trainer.max_steps=10")
+    assert not (tmp_path / "other").exists()
+
+
+def test_loaders_of_a_method_hold_no_label(monkeypatch, tmp_path):
+    seen = []
+
+    def prepare(self, loader):
+        batches = loader("train", limit=4)
+        assert len(batches) == 1
+        seen.extend(key for batch in batches for key in batch)
+
+    monkeypatch.setattr(registry.method_class("kmeans_baseline"), "prepare", prepare)
+    run_small("kmeans_baseline", tmp_path, "x", "trainer.max_steps=1", "evaluation.panels=0")
+    assert "image" in seen
+    assert not [key for key in seen if "label" in key]
+
+
+def test_a_backbone_that_nothing_trains_must_be_frozen(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        run_small("hidden_positives", tmp_path, "x", "backbone.frozen=false", "trainer.max_steps=1")
+    assert str(caught.value) == (
+        "backbone.frozen=false: method=hidden_positives does not train the backbone; set backbone.frozen=true"
+    )
+
+
 def test_overwrite_empties_the_folder(tmp_path):
     folder = tmp_path / "x"
     folder.mkdir()

@@ -86,7 +86,7 @@ class RunKeeper(Callback):
             torch.set_rng_state(saved["torch_rng"].cpu())
             if torch.cuda.is_available() and "cuda_rng" in saved:
                 torch.cuda.set_rng_state(saved["cuda_rng"].cpu())
-        self._mark = time.perf_counter()
+        self._mark = None  # the first step is not timed: it waits for the method's preparation
 
     # -------------------------------------------------- training
 
@@ -182,8 +182,11 @@ class ProgressLines(Callback):
         self.lines = lines
         self._started = 0.0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._started, self._first = time.perf_counter(), trainer.global_step
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._started:  # after the preparation, which belongs to no step
+            self._started, self._first = time.perf_counter(), trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

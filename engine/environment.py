@@ -58,12 +58,14 @@ def peak_memory() -> dict[str, float]:
     return peak
 
 
-def describe(seed: int, device: torch.device, seconds: float, images_per_second: float | None) -> dict[str, Any]:
-    """The content of environment.json."""
+def describe(
+    seed: int, device: torch.device, commit: str | None, seconds: float, images_per_second: float | None
+) -> dict[str, Any]:
+    """The content of environment.json; `commit` is what `git_commit` said when the run began."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "versions": versions(),
-        "git_commit": git_commit(),
+        "git_commit": commit,
         "seed": seed,
         "device": f"{device.type}: {name}",
         "threads": torch.get_num_threads(),

@@ -30,7 +30,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     A finished run of the same name and configuration is not trained again: its metrics are returned. Raises
     LabelfreeError with one line for whatever a user has to mend.
     """
-    started = time.perf_counter()
+    started, commit = time.perf_counter(), environment.git_commit()
     setup.begin()
     cfg, data = setup.build_data(cfg)
     folder = open_run(cfg)
@@ -59,7 +59,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if trainer.is_global_zero:
         write_files(model, pictures, folder, loggers)
         seconds, speed = time.perf_counter() - started, metrics["train_images_per_second"]
-        facts = environment.describe(cfg.seed, trainer.strategy.root_device, seconds, speed)
+        facts = environment.describe(cfg.seed, trainer.strategy.root_device, commit, seconds, speed)
         report.write_json(folder.path / "environment.json", facts)
         report.write_json(folder.metrics, metrics)
     return metrics

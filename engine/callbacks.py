@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTh
 from torch import Tensor
 
 from common.chance import key
-from engine.run_folder import History, RunFolder
+from engine.run_folder import History, RunFolder, whole
 
 log = logging.getLogger(__name__)
 
@@ -27,12 +27,10 @@ class WholeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        with temporary.open("wb") as handle:
+        with whole(path) as temporary, temporary.open("wb") as handle:
             torch.save(checkpoint, handle)
             handle.flush()
             os.fsync(handle.fileno())
-        temporary.replace(path)
 
 
 class RunKeeper(Callback):

@@ -5,6 +5,8 @@ import hashlib
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,11 +119,18 @@ def open_run(cfg: DictConfig) -> RunFolder:
     return RunFolder(path, state, checkpoint)
 
 
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary neighbour to write to, which takes the place of `path` at the end: it is never seen half written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    yield temporary
+    temporary.replace(path)
+
+
 def copy_whole(source: Path, target: Path) -> None:
     """Copy a file so that `target` is never seen half written."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.copyfile(source, temporary)
-    temporary.replace(target)
+    with whole(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 class History:
@@ -153,12 +162,10 @@ class History:
             csv.DictWriter(handle, self.columns).writerow(row)
 
     def _write(self) -> None:
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        with temporary.open("w", newline="") as handle:
+        with whole(self.path) as temporary, temporary.open("w", newline="") as handle:
             writer = csv.DictWriter(handle, self.columns)
             writer.writeheader()
             writer.writerows(self.rows)
-        temporary.replace(self.path)
 
 
 def _cell(value: Any) -> Any:

@@ -11,13 +11,13 @@ from omegaconf import DictConfig
 from torch.nn import functional as F
 
 import config
-from common import chance, distributed
+from common import chance
 from common.errors import CheckpointError, ConfigError
 from datamodules.base import SegmentationDataModule
 from engine import environment, setup
 from engine.callbacks import PanelKeeper, RunKeeper, WholeCheckpointIO, numbers, progress
 from engine.run_folder import RunFolder, copy_whole, open_run
-from evaluation import panels, report
+from evaluation import panels, readout, report
 from lightning_modules.base import UnsupervisedSegmenter
 from retrieval import kmeans
 
@@ -218,7 +218,7 @@ class KMeansFit(L.Callback):
             with trainer.precision_plugin.forward_context():
                 codes = pl_module.embed(pl_module.features(images)).float()
             patches = F.normalize(codes.flatten(2), dim=1).transpose(1, 2)
-            inside = F.adaptive_avg_pool2d(batch["valid"][:, None].float(), codes.shape[-2:]).flatten(1) >= 0.5
+            inside = readout.valid_patches(batch["valid"], codes.shape[-2:]).flatten(1)
             share = max(1, points // total)
             for index, picture, valid in zip(batch["index"].tolist(), patches, inside, strict=True):
                 picture = picture[valid.to(picture.device)]
@@ -238,14 +238,11 @@ def write_files(model: UnsupervisedSegmenter, pictures: PanelKeeper, folder: Run
         report.write_scores(folder.path, results, model.meta, main="cluster" if model.trains else "kmeans")
         log.info("%s", report.as_text(report.per_class_table(results, model.meta)))
     mappings = {probe: scores.mapping for probe, scores in results.items() if probe != "linear"}
-    for kept in pictures.kept.values():
-        row = panels.Row(kept["image"], kept["maps"], kept["label"], kept["id"])
-        name = kept["id"].replace("/", "_") + ".png"
-        panels.save(folder.path / "panels" / name, [row], model.meta, mappings)
-    if pictures.kept:
-        rows = [panels.Row(kept["image"], kept["maps"], kept["label"], kept["id"]) for kept in pictures.kept.values()]
+    rows = [panels.Row(kept["image"], kept["maps"], kept["label"], kept["id"]) for kept in pictures.kept.values()]
+    for row in rows:
+        panels.save(folder.path / "panels" / f"{row.title.replace('/', '_')}.png", [row], model.meta, mappings)
+    if rows:
         panels.save(folder.path / "panels" / "sheet.png", rows, model.meta, mappings)
         for logger in loggers:
             logger.log_image("panels", [str(folder.path / "panels" / "sheet.png")])
-    if distributed.rank() == 0:
-        log.info("panels, tables and checkpoints are in %s", folder.path)
+    log.info("panels, tables and checkpoints are in %s", folder.path)

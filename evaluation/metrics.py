@@ -3,7 +3,6 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -95,7 +94,7 @@ class ClusterUsage(Metric):
         """
         cluster, cosine = readout.winners(scores, codes)
         if valid is not None:
-            inside = F.adaptive_avg_pool2d(valid[:, None].float(), cluster.shape[-2:])[:, 0] >= 0.5
+            inside = readout.valid_patches(valid, cluster.shape[-2:])
             cluster, cosine = cluster[inside], cosine[inside]
         self.wins += torch.bincount(cluster.flatten(), minlength=len(self.wins))
         self.cosine += cosine.sum(dtype=torch.float64)

@@ -102,6 +102,11 @@ def interpolation(source: int, target: int, like: Tensor) -> tuple[Tensor, Tenso
     return first, (first + 1).clamp(max=source - 1), 1 - high, high
 
 
+def valid_patches(valid: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Patches that lie for half or more on the picture and not on padding: bool [B,H,W] -> bool [B,h,w]."""
+    return F.adaptive_avg_pool2d(valid[:, None].float(), grid)[:, 0] >= 0.5
+
+
 def flip_average(code: Tensor, code_of_flipped: Tensor) -> Tensor:
     """Mean of a picture's code and the mirrored code of its mirror image, both [B,D,h,w], before any probe (STEGO)."""
     return (code + code_of_flipped.flip(-1)) / 2

@@ -265,9 +265,10 @@ class UnsupervisedSegmenter(L.LightningModule):
     # ------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint["state_dict"]
-        if self.backbone.frozen:  # it is made again from the config; the fingerprint proves that it is the same
-            checkpoint["state_dict"] = {key: value for key, value in state.items() if not key.startswith("backbone.")}
+        # A frozen backbone is made again from the config; the fingerprint proves that it is the same.
+        own = {key: value for key, value in checkpoint["state_dict"].items() if not key.startswith("backbone.")}
+        kept = {f"backbone.{key}": value for key, value in self.backbone.state_to_save().items()}
+        checkpoint["state_dict"] = own | kept
         checkpoint["labelfree"] = {
             "format": FORMAT,
             "config": config.plain(self.cfg),

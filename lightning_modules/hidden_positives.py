@@ -191,12 +191,11 @@ class HiddenPositives(UnsupervisedSegmenter):
         `kept` counts steps of the run; `release` counts steps of the epoch, as the released loop does.
         """
         pool = self.cfg.method.pool
-        data = self.trainer.datamodule
-        count = step if pool.refill == "kept" else step % data.steps_per_epoch
+        count = step if pool.refill == "kept" else step % self.trainer.datamodule.steps_per_epoch
         if count == 0 or count % pool.renew_every:
             return
         if pool.refill == "release":
-            self._replace_kept(*self._random_patches(data.loader, "hp.pool.renewal", step, ("specific",)))
+            self._replace_kept(*self._random_patches(self.unlabelled_loader, "hp.pool.renewal", step, ("specific",)))
         self.pool.refill(self._pool_codes(step))
 
     def _replace_kept(self, rows: Tensor) -> None:

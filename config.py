@@ -38,6 +38,7 @@ NULLABLE = {
     "backbone.pad_type": str,
     "backbone.licence": str,
     "method.num_clusters": int,
+    "method.licence": str,
 }
 """Types of keys whose default does not tell them: null, or one of several types."""
 
@@ -66,6 +67,9 @@ CHOICES = {
     "backbone.precision": ("float32", "bf16", "fp16"),
 }
 GROUP_CHOICES = {"optimizer": ("adam", "adamw", "sgd"), "schedule": ("constant", "cosine", "linear")}
+OPTIONAL = (".clip_norm", ".clip_value", ".clip_each", ".weight_decay_end")
+"""Keys of optimiser groups that may be null."""
+NOT_NEGATIVE = (".lr", ".lr_end", ".weight_decay", ".weight_decay_end", ".warmup")
 POSITIVE = (
     "trainer.max_steps", "trainer.max_epochs", "trainer.val_every", "trainer.checkpoint_every", "trainer.log_every",
     "trainer.num_nodes", "trainer.threads", "data.batch_size", "data.eval_batch_size", "method.num_clusters",
@@ -194,7 +198,7 @@ def parse_value(key: str, raw: str, known: dict[str, Any]) -> Any:
 
 def expected_type(key: str, known: dict[str, Any]) -> tuple[type, ...]:
     """The types a key takes; empty where any value goes (free-form mappings and null defaults of methods)."""
-    if key.startswith("optim.") and key.endswith((".clip_norm", ".clip_value")):
+    if key.startswith("optim.") and key.endswith(OPTIONAL):
         return (float,)
     if key in NULLABLE:
         types = NULLABLE[key]
@@ -208,7 +212,7 @@ def checked(key: str, value: Any, known: dict[str, Any], source: str = "") -> An
     expect_known(key, known)
     types = expected_type(key, known)
     if value is None:
-        nullable = key in NULLABLE or (key.startswith("optim.") and ".clip_" in key)
+        nullable = key in NULLABLE or (key.startswith("optim.") and key.endswith(OPTIONAL))
         if (types and not nullable) or key in NEVER_NULL:
             raise ConfigError(f"{source}{key}=null: this key needs a value ({type_names(types)})")
         return None
@@ -247,7 +251,7 @@ def check(cfg: DictConfig) -> None:
         choices = GROUP_CHOICES.get(key.rsplit(".", 1)[-1]) if key.startswith("optim.") else None
         if choices and value not in choices:
             raise ConfigError(f"{key}={value}: not one of {', '.join(choices)}")
-        if key.startswith("optim.") and key.endswith((".lr", ".weight_decay", ".warmup")) and value < 0:
+        if key.startswith("optim.") and key.endswith(NOT_NEGATIVE) and value is not None and value < 0:
             raise ConfigError(f"{key}={value}: must not be negative")
         if key.startswith("optim.") and ".clip_" in key and value is not None and value <= 0:
             raise ConfigError(f"{key}={value}: must be above 0, or null for no clipping")

@@ -39,6 +39,8 @@ class Photometric:
     blur_p: float = 0.5
     blur_kernel: int = 5
     blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarize_p: float = 0.0
+    """Probability that values of 0.5 and more are inverted (BYOL, DINO); comes last."""
     faithful: bool = False
     """As released by HP: the jitter acts on ImageNet-normalised floats and clamps them to 0..1."""
 

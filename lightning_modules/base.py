@@ -22,7 +22,7 @@ from evaluation import readout, report
 from evaluation.matching import Scores
 from evaluation.metrics import ClusterUsage, SegmentationScore
 from evaluation.probes import ClusterProbe, KMeansProbe, LinearProbe
-from lightning_modules.optim import CompositeOptimizer, schedule_factor
+from lightning_modules.optim import CompositeOptimizer, clip_gradients, scheduled
 from models.backbone import Backbone, Features
 
 FORMAT = 1
@@ -41,18 +41,24 @@ class Loss:
     """True on any rank: no rank updates the method in this step (the probes still learn)."""
     codes: Tensor | None = None
     """Codes [B,D,h,w] of this step, where the method has computed them anyway: the probes learn on them, detached."""
+    view: str = "image"
+    """The view that `codes` belong to; the linear probe reads the labels of that view."""
 
 
 class UnsupervisedSegmenter(L.LightningModule):
     """Base of all methods.
 
     Class facts: `uses_labels` (supervised variants only, shown in every table), `trains` (False: no method loss, the
-    probes still learn), `wants_attention` (ask the backbone for the attention logits of its last block).
+    probes still learn), `wants_attention` (ask the backbone for the attention logits of its last block),
+    `wants_features` (False: `loss` gets no features of `image`, because it looks at views alone and returns codes of
+    one), `trains_backbone` (the backbone changes, by gradient or as a momentum copy; the run then exports it).
     """
 
     uses_labels = False
     trains = True
     wants_attention = False
+    wants_features = True
+    trains_backbone = False
 
     def __init__(self, cfg: DictConfig, meta: ClassMeta, linear_probe: bool = True) -> None:
         super().__init__()
@@ -60,6 +66,7 @@ class UnsupervisedSegmenter(L.LightningModule):
         self.meta = meta
         self.strict_loading = True
         self.backbone = Backbone(cfg.backbone, cfg.seed)
+        self._check_frozen()
         with library_draws(cfg.seed, "init"):
             self.build()
         clusters = cfg.method.num_clusters
@@ -79,6 +86,15 @@ class UnsupervisedSegmenter(L.LightningModule):
         self.total_steps = cfg.trainer.max_steps or 1
         self.validated: dict[str, Scores] = {}
 
+    def _check_frozen(self) -> None:
+        name = self.cfg.method.name
+        if not self.backbone.frozen and not self.trains_backbone:
+            raise ConfigError(
+                f"backbone.frozen=false: method={name} does not train the backbone; set backbone.frozen=true"
+            )
+        if self.backbone.frozen and self.trains_backbone:
+            raise ConfigError(f"backbone.frozen=true: method={name} trains the backbone; set backbone.frozen=false")
+
     # ------------------------------------------------------------------ what a method writes
 
     code_dim: int
@@ -92,8 +108,9 @@ class UnsupervisedSegmenter(L.LightningModule):
         """Frozen or trained features -> codes [B,D,h,w] that every probe reads."""
         raise TypeError(f"{type(self).__name__} has to define embed()")
 
-    def loss(self, views: dict[str, Any], features: Features) -> Loss:
-        """The method's objective on one batch. `views` is the batch without any label."""
+    def loss(self, views: dict[str, Any], features: Features | None) -> Loss:
+        """The method's objective on one batch. `views` is the batch without any label; `features` are those of
+        `image`, None where `wants_features` is False."""
         raise TypeError(f"{type(self).__name__} has to define loss(), or declare trains = False")
 
     @property
@@ -136,7 +153,7 @@ class UnsupervisedSegmenter(L.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         views, label = split_labels(batch)
-        features = self.features(batch["image"])
+        features = self.features(batch["image"]) if self.wants_features else None
         if self.trains:
             loss = self.loss(batch if self.uses_labels else views, features)
             codes = self._codes(features) if loss.codes is None else loss.codes.detach()
@@ -146,7 +163,9 @@ class UnsupervisedSegmenter(L.LightningModule):
         self.optimizers().optimizer.skip_method = skip
         parts = {"cluster_probe": self.cluster_probe.loss(codes)}
         if self.linear_probe is not None and label is not None:
-            parts["linear_probe"] = self.linear_probe.loss(codes, label, batch["valid"])
+            prefix = "" if loss.view == "image" else f"{loss.view}."
+            labels = batch[f"{prefix}label"], batch[f"{prefix}valid"]
+            parts["linear_probe"] = self.linear_probe.loss(codes, *labels)
         total = sum(parts.values()) + (loss.total * 0 if skip else loss.total)
         logged = {"loss": loss.total, **loss.parts, **parts} if self.trains else parts
         self.log_dict({f"train/{name}": value for name, value in logged.items()}, batch_size=len(batch["image"]))
@@ -166,8 +185,7 @@ class UnsupervisedSegmenter(L.LightningModule):
         if self.global_step % max(1, self.trainer.datamodule.steps_per_epoch) == 0:
             self.on_epoch(self.unlabelled_loader)
         for group in self.optimizers().optimizer.param_groups:
-            factor = schedule_factor(group["schedule"], self.global_step, self.total_steps, group["warmup"])
-            group["lr"] = group["base_lr"] * factor
+            group |= scheduled(group, self.global_step, self.total_steps)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -185,23 +203,13 @@ class UnsupervisedSegmenter(L.LightningModule):
         return CompositeOptimizer([{**config.plain(self.cfg.optim[group["name"]]), **group} for group in groups])
 
     def _method_groups(self) -> list[dict[str, Any]]:
-        groups = [{**group, "params": list(group["params"])} for group in (self.param_groups() if self.trains else [])]
-        trained = {id(parameter) for group in groups for parameter in group["params"]}
-        if not self.backbone.frozen and not trained & {id(parameter) for parameter in self.backbone.parameters()}:
-            raise ConfigError(
-                f"backbone.frozen=false: method={self.cfg.method.name} does not train the backbone; "
-                "set backbone.frozen=true"
-            )
-        return groups
+        return [{**group, "params": list(group["params"])} for group in (self.param_groups() if self.trains else [])]
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
         for group in optimizer.param_groups:
-            if group["clip_norm"] is not None:
-                nn.utils.clip_grad_norm_(group["params"], group["clip_norm"])
-            if group["clip_value"] is not None:
-                nn.utils.clip_grad_value_(group["params"], group["clip_value"])
+            clip_gradients(group)
 
     # ------------------------------------------------------------------ evaluation
 

@@ -368,6 +368,8 @@ class Backbone(nn.Module):
             if self.frozen:
                 dtype = PRECISIONS[self.precision]
                 stack.enter_context(torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None))
+            elif grad and images.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+                stack.enter_context(layers.unfused(self.net))
             pictures = (images.float() - self.mean) / self.std
             try:
                 if not self.transformer:

@@ -224,13 +224,12 @@ def check_settings(settings: Any, backbone: Backbone) -> None:
     for name, value in settings.temperature.items():
         if name != "warmup" and value <= 0:
             raise ConfigError(f"method.temperature.{name}={value:g}: must be above 0")
-    counts = {f"head.{name}": settings.head[name] for name in ("hidden", "bottleneck", "out_dim", "layers")}
-    for name, value in counts.items():
-        if value < 1:
-            raise ConfigError(f"method.{name}={value}: must be at least 1")
-    least = {"dense.weight": dense.weight, "crops.local_count": crops.local_count}
-    least |= {"freeze_last_epochs": settings.freeze_last_epochs, "temperature.warmup": settings.temperature.warmup}
-    for name, value in least.items():
+    for name, least in (("hidden", 1), ("bottleneck", 1), ("layers", 1), ("out_dim", 2)):
+        if settings.head[name] < least:
+            raise ConfigError(f"method.head.{name}={settings.head[name]}: must be at least {least}")
+    amounts = {"dense.weight": dense.weight, "crops.local_count": crops.local_count}
+    amounts |= {"freeze_last_epochs": settings.freeze_last_epochs, "temperature.warmup": settings.temperature.warmup}
+    for name, value in amounts.items():
         if value < 0:
             raise ConfigError(f"method.{name}={value:g}: must not be negative")
 

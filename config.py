@@ -57,6 +57,8 @@ CHOICES = {
     "evaluation.absent": ("skip", "zero"),
     "evaluation.cluster_init": ("normal", "first_batch"),
     "evaluation.kmeans.init": ("k-means++", "random"),
+    "evaluation.posthoc.optimizer": ("adam", "adamw", "sgd"),
+    "evaluation.posthoc.schedule": ("constant", "cosine", "linear"),
     "predict.probe": ("auto", "cluster", "kmeans"),
     "search.backend": ("auto", "faiss_gpu", "faiss_cpu", "torch"),
     "data.train_crop": ("center", "random", "five", "none", "keep"),
@@ -72,6 +74,11 @@ POSITIVE = (
     "evaluation.kmeans.restarts", "evaluation.kmeans.iterations", "evaluation.kmeans.points",
     "evaluation.kmeans.pictures",
     "predict.size",
+)  # fmt: skip
+
+NOT_NEGATIVE = (
+    "seed", "evaluation.posthoc.epochs", "evaluation.posthoc.lr", "evaluation.posthoc.weight_decay",
+    "evaluation.posthoc.keep_mb",
 )  # fmt: skip
 
 
@@ -254,6 +261,9 @@ def check(cfg: DictConfig) -> None:
     for key in POSITIVE:
         if flat.get(key) is not None and flat[key] < 1:
             raise ConfigError(f"{key}={flat[key]}: must be at least 1")
+    for key in NOT_NEGATIVE:
+        if flat[key] < 0:
+            raise ConfigError(f"{key}={flat[key]}: must not be negative")
     if cfg.trainer.max_steps is not None and cfg.trainer.max_epochs is not None:
         raise ConfigError(
             f"trainer.max_epochs={cfg.trainer.max_epochs}: trainer.max_steps={cfg.trainer.max_steps} is set too; "
@@ -269,8 +279,6 @@ def check(cfg: DictConfig) -> None:
         )
     if not 0 <= cfg.predict.overlay_alpha <= 1:
         raise ConfigError(f"predict.overlay_alpha={cfg.predict.overlay_alpha}: expected a number from 0 to 1")
-    if cfg.seed < 0:
-        raise ConfigError(f"seed={cfg.seed}: must not be negative")
 
 
 def freeze(cfg: DictConfig) -> DictConfig:

@@ -10,8 +10,9 @@ import config
 from common.errors import ConfigError
 from engine import setup
 from engine.callbacks import PanelKeeper, RunKeeper, numbers, progress
+from engine.fitting import KMeansFit, PosthocFit
 from engine.run_folder import RunFolder
-from engine.training import KMeansFit, collect_metrics, selection_key, write_files
+from engine.training import collect_metrics, selection_key, write_files
 from evaluation import report
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,11 @@ def evaluate(checkpoint_path: Path, tokens: list[str]) -> dict[str, Any]:
     model = setup.restore_model(checkpoint, cfg, stored if stored.has_labels else data.meta, stored.has_labels)
     if any(key.startswith("evaluation.kmeans.") for key in named):
         model.kmeans_probe.fitted.fill_(False)  # fitted anew, as asked
+    if any(key.startswith("evaluation.posthoc.") for key in named):
+        model.posthoc_probe = None
+    posthoc = PosthocFit(cfg, data)
+    if model.posthoc_probe is None:
+        posthoc.check()
     setup.connect(model, data)
     step = int(checkpoint["global_step"])
     parent = checkpoint_path.resolve().parent
@@ -48,7 +54,7 @@ def evaluate(checkpoint_path: Path, tokens: list[str]) -> dict[str, Any]:
     folder = RunFolder(root / "eval" / checkpoint_path.stem, "new")
     (folder.path / "panels").mkdir(parents=True, exist_ok=True)
     pictures = PanelKeeper(cfg.evaluation.panels)
-    callbacks: list[Callback] = [KMeansFit(cfg, data), pictures, *progress(cfg.trainer.progress)]
+    callbacks: list[Callback] = [KMeansFit(cfg, data), posthoc, pictures, *progress(cfg.trainer.progress)]
     trainer = setup.build_trainer(cfg, step, callbacks, [], folder.path)
     trainer.validate(model, data, verbose=False)
     final = numbers(trainer.callback_metrics, "val/")

@@ -6,20 +6,18 @@ import time
 from typing import Any
 
 import lightning as L
-import torch
 from omegaconf import DictConfig
-from torch.nn import functional as F
 
 import config
-from common import chance
 from common.errors import CheckpointError, ConfigError
 from datamodules.base import SegmentationDataModule
 from engine import environment, setup
 from engine.callbacks import PanelKeeper, RunKeeper, WholeCheckpointIO, numbers, progress
+from engine.fitting import KMeansFit, PosthocFit
 from engine.run_folder import RunFolder, copy_whole, open_run
-from evaluation import panels, readout, report
+from evaluation import panels, report
+from evaluation.probes import LABEL_PROBES
 from lightning_modules.base import UnsupervisedSegmenter
-from retrieval import kmeans
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +37,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         return json.loads(folder.metrics.read_text())
     model = setup.build_model(cfg, data.meta)
     setup.connect(model, data)
+    posthoc = PosthocFit(cfg, data)
+    posthoc.check()
     keeper = RunKeeper(folder, cfg, selection_key(cfg, model))
     if folder.checkpoint is not None:
         check_resume(cfg, model, folder)
@@ -55,6 +55,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         raise KeyboardInterrupt from None
     if not keeper.history.rows and trainer.is_global_zero:  # killed in the closing evaluation: nothing was trained now
         keeper.history.restore(trainer.global_step)
+    trainer.callbacks += [KMeansFit(cfg, data), posthoc]
     metrics = close(cfg, data, model, trainer, keeper, folder)
     if trainer.is_global_zero:
         write_files(model, pictures, folder, loggers)
@@ -125,17 +126,14 @@ def close(
     keeper: RunKeeper,
     folder: RunFolder,
 ) -> dict[str, Any]:
-    """The closing evaluation: fit the k-means probe, validate, put its centroids into last.ckpt, choose the best."""
-    fit = KMeansFit(cfg, data)
-    trainer.callbacks.append(fit)
+    """The closing evaluation: fit the offline probes, validate, put them into last.ckpt, choose the best."""
     trainer.validate(model, data, verbose=False)
     final = numbers(trainer.callback_metrics, "val/")
     improved = keeper.offer(model.total_steps, final)
     if trainer.is_global_zero:
         checkpoint = setup.read_checkpoint(folder.last)
-        for name, value in model.kmeans_probe.state_dict(prefix="kmeans_probe.").items():
-            checkpoint["state_dict"][name] = value.cpu()
-        mapped = {probe: scores.mapping.tolist() for probe, scores in model.validated.items() if probe != "linear"}
+        checkpoint["state_dict"] |= {name: value.cpu() for name, value in model.offline_state().items()}
+        mapped = {name: item.mapping.tolist() for name, item in model.validated.items() if name not in LABEL_PROBES}
         checkpoint["labelfree"]["clusters"] = mapped  # cluster -> class by the labels; `predict` colours with it
         WholeCheckpointIO().save_checkpoint(checkpoint, folder.last)
         if improved or not folder.best.is_file():
@@ -153,7 +151,7 @@ def collect_metrics(
     final: dict[str, float],
 ) -> dict[str, Any]:
     """The flat content of metrics.json. Scores in percent; null where there is none."""
-    probes = [probe for probe in ("cluster", "kmeans", "own", "linear") if probe in model.validated]
+    probes = list(model.validated)
     metrics: dict[str, Any] = {
         f"val/{probe}/{name}": final.get(f"val/{probe}/{name}") for probe in probes for name in ("acc", "miou")
     }
@@ -182,62 +180,13 @@ def collect_metrics(
     return report.plain(metrics)
 
 
-class KMeansFit(L.Callback):
-    """Fits the k-means probe on codes of the training pictures, on the device, before an evaluation that needs it."""
-
-    def __init__(self, cfg: DictConfig, data: SegmentationDataModule) -> None:
-        self.cfg = cfg
-        self.data = data
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: UnsupervisedSegmenter) -> None:
-        if pl_module.kmeans_probe.fitted:
-            return
-        settings = self.cfg.evaluation.kmeans
-        codes = self.training_codes(trainer, pl_module, settings.pictures, settings.points)
-        result = kmeans.fit_distributed(
-            codes,
-            self.cfg.method.num_clusters,
-            spherical=True,
-            seed=self.cfg.seed,
-            iterations=settings.iterations,
-            restarts=settings.restarts,
-            init=settings.init,
-        )
-        pl_module.kmeans_probe.set(result.centroids)
-
-    @torch.no_grad()
-    def training_codes(
-        self, trainer: L.Trainer, pl_module: UnsupervisedSegmenter, pictures: int, points: int
-    ) -> torch.Tensor:
-        """Unit codes of this rank's part of the chosen training pictures, [n,D]: all patches, or as many of each."""
-        rows = []
-        loader = self.data.loader("train", geometry="eval", order="shuffled", limit=pictures, purpose="kmeans")
-        total = min(pictures, len(loader.dataset))
-        for batch in loader:
-            images = batch["image"].to(pl_module.device)
-            with trainer.precision_plugin.forward_context():
-                codes = pl_module.embed(pl_module.features(images)).float()
-            patches = F.normalize(codes.flatten(2), dim=1).transpose(1, 2)
-            inside = readout.valid_patches(batch["valid"], codes.shape[-2:]).flatten(1)
-            share = max(1, points // total)
-            for index, picture, valid in zip(batch["index"].tolist(), patches, inside, strict=True):
-                picture = picture[valid.to(picture.device)]
-                if len(picture) > share:
-                    order = torch.randperm(
-                        len(picture), generator=chance.generator(self.cfg.seed, "kmeans.points", index)
-                    )
-                    picture = picture[order[:share].to(picture.device)]
-                rows.append(picture)
-        return torch.cat(rows) if rows else torch.empty(0, pl_module.code_dim, device=pl_module.device)
-
-
 def write_files(model: UnsupervisedSegmenter, pictures: PanelKeeper, folder: RunFolder, loggers: list[Any]) -> None:
     """Panels, per-class table, clusters and the confusion figure of the closing evaluation."""
     results = model.validated
     if results:
         report.write_scores(folder.path, results, model.meta, main="cluster" if model.trains else "kmeans")
         log.info("%s", report.as_text(report.per_class_table(results, model.meta)))
-    mappings = {probe: scores.mapping for probe, scores in results.items() if probe != "linear"}
+    mappings = {probe: scores.mapping for probe, scores in results.items() if probe not in LABEL_PROBES}
     rows = [panels.Row(kept["image"], kept["maps"], kept["label"], kept["id"]) for kept in pictures.kept.values()]
     for row in rows:
         panels.save(folder.path / "panels" / f"{row.title.replace('/', '_')}.png", [row], model.meta, mappings)

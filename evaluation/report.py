@@ -17,7 +17,7 @@ from common.spec import ClassMeta
 from evaluation import panels
 from evaluation.matching import UNMATCHED, Scores
 
-PROBES = ("cluster", "kmeans", "own", "regions", "linear", "retrieval")
+PROBES = ("cluster", "kmeans", "own", "regions", "linear", "linear_posthoc", "retrieval")
 """Order of the rows; further probes follow in the order of the metrics."""
 
 

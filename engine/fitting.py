@@ -142,7 +142,8 @@ class PosthocFit(L.Callback):
                 optimizer.step()
             kept.close()
             if learned:
-                log.info("post-hoc linear probe: epoch %d of %d, loss %.4f", epoch + 1, settings.epochs, float(loss.detach()))
+                value = float(loss.detach())
+                log.info("post-hoc linear probe: epoch %d of %d, loss %.4f", epoch + 1, settings.epochs, value)
         if not learned:
             raise self.unlabelled()
         return probe

@@ -139,6 +139,7 @@ def test_without_a_labelled_training_picture_it_ends_in_one_line(tmp_path, monke
         fitting_run(folder(tmp_path, labelled=0), "evaluation.posthoc.epochs=2")
     assert str(caught.value) == UNLABELLED
     assert not (tmp_path / "runs").exists()  # known before anything is made
+    last = small_run("kmeans_baseline").folder / "checkpoints" / "last.ckpt"
     read = SceneSource.read
 
     def void(self, index):
@@ -147,7 +148,6 @@ def test_without_a_labelled_training_picture_it_ends_in_one_line(tmp_path, monke
 
     monkeypatch.setattr(SceneSource, "read", void)  # known only once the labels are read
     with pytest.raises(ConfigError) as caught:
-        last = small_run("kmeans_baseline").folder / "checkpoints" / "last.ckpt"
         evaluating.evaluate(last, ["evaluation.posthoc.epochs=2"])
     assert str(caught.value) == UNLABELLED
 

@@ -264,6 +264,14 @@ def check(cfg: DictConfig) -> None:
     for key in NOT_NEGATIVE:
         if flat[key] < 0:
             raise ConfigError(f"{key}={flat[key]}: must not be negative")
+    resolutions = flat["evaluation.resolutions"]
+    sizes = [size if isinstance(size, list) else [size] for size in resolutions]
+    sound = all(len(size) in (1, 2) and all(type(side) is int and side > 0 for side in size) for size in sizes)
+    if not sound or any(size in sizes[:i] for i, size in enumerate(sizes)):
+        raise ConfigError(
+            f"evaluation.resolutions={resolutions}: expected different sizes in pixels (the shorter side, or [H,W]), "
+            "as in [320,448] or [[320,640]]"
+        )
     if cfg.trainer.max_steps is not None and cfg.trainer.max_epochs is not None:
         raise ConfigError(
             f"trainer.max_epochs={cfg.trainer.max_epochs}: trainer.max_steps={cfg.trainer.max_steps} is set too; "

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from common.chance import key
 from engine.run_folder import History, RunFolder, whole
+from engine.selection import Selection
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class RunKeeper(Callback):
     A step that is validated is saved after its validation, so a resumed run has all of it or none of it.
     """
 
-    def __init__(self, folder: RunFolder, cfg: Any, select: str) -> None:
+    def __init__(self, folder: RunFolder, cfg: Any, select: Selection) -> None:
         self.folder = folder
         self.settings = cfg.trainer
         self.seed = cfg.seed
@@ -116,12 +117,17 @@ class RunKeeper(Callback):
 
     def offer(self, step: int, values: dict[str, float]) -> bool:
         """Take these scores as the best if they are (a tie goes to the later step); True if so."""
-        if self.select:  # without a rule the latest is the best
-            new, old = values.get(self.select), self.best.get(self.select)
-            if new is None or (old is not None and new < old):
-                return False
+        new, old = self.select.value(values), self.select.value(self.best) if self.best else None
+        if new is None or (old is not None and new < old):
+            return False
         self.best, self.best_step = dict(values), step
         return True
+
+    def summary(self) -> dict[str, Any]:
+        """`best/*` and `selection/*` of metrics.json."""
+        best = {f"best/{key.removeprefix('val/')}": value for key, value in self.best.items()}
+        chosen = {"selection/rule": self.select.rule, "selection/uses_labels": self.select.uses_labels}
+        return {**best, "best/step": self.best_step, **chosen}
 
     def images_per_second(self, batch_size: int) -> float | None:
         """Training pictures per second over all devices, waiting for data included, evaluation and writing excluded."""

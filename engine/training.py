@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -11,7 +12,7 @@ from omegaconf import DictConfig
 import config
 from common.errors import CheckpointError, ConfigError
 from datamodules.base import SegmentationDataModule
-from engine import environment, setup
+from engine import environment, selection, setup, summary
 from engine.callbacks import PanelKeeper, RunKeeper, WholeCheckpointIO, numbers, progress
 from engine.fitting import KMeansFit, PosthocFit
 from engine.run_folder import RunFolder, copy_whole, open_run
@@ -30,6 +31,11 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     """
     started, commit = time.perf_counter(), environment.git_commit()
     setup.begin()
+    if cfg.evaluation.resolutions:
+        raise ConfigError(
+            f"evaluation.resolutions={list(cfg.evaluation.resolutions)}: training evaluates at data.eval_size alone; "
+            "leave it out, and give it to `run.py eval ckpt=…` afterwards"
+        )
     cfg, data = setup.build_data(cfg)
     folder = open_run(cfg)
     if folder.state == "finished":
@@ -39,7 +45,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     setup.connect(model, data)
     posthoc = PosthocFit(cfg, data)
     posthoc.check()
-    keeper = RunKeeper(folder, cfg, selection_key(cfg, model))
+    keeper = RunKeeper(folder, cfg, selection.choose(cfg, model))
     if folder.checkpoint is not None:
         check_resume(cfg, model, folder)
     folder.create(cfg)
@@ -58,7 +64,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     trainer.callbacks += [KMeansFit(cfg, data), posthoc]
     metrics = close(cfg, data, model, trainer, keeper, folder)
     if trainer.is_global_zero:
-        write_files(model, pictures, folder, loggers)
+        write_files(model, pictures, folder.path, loggers)
         seconds, speed = time.perf_counter() - started, metrics["train_images_per_second"]
         facts = environment.describe(cfg.seed, trainer.strategy.root_device, commit, seconds, speed)
         report.write_json(folder.path / "environment.json", facts)
@@ -82,21 +88,6 @@ def check_resume(cfg: DictConfig, model: UnsupervisedSegmenter, folder: RunFolde
             f"run.resume: {folder.checkpoint} is at step {checkpoint['global_step']} already; "
             f"set trainer.max_steps above it (now {model.total_steps}), or use `run.py eval`"
         )
-
-
-def selection_key(cfg: DictConfig, model: UnsupervisedSegmenter) -> str:
-    """The score that chooses best.ckpt; without labels none does, and the last checkpoint is the best.
-
-    Raises ConfigError for a score that validation during training does not have (val/kmeans/* comes at the end).
-    """
-    if cfg.evaluation.select == "auto":
-        return "val/cluster/miou" if model.meta.has_labels else ""
-    probes = [probe for probe in model.probe_names() if probe != "kmeans"] if model.meta.has_labels else []
-    known = [f"val/{probe}/{name}" for probe in probes for name in ("acc", "miou")]
-    known += ["val/cluster/entropy", "val/cluster/confidence"]
-    if cfg.evaluation.select not in known:
-        raise ConfigError(f"evaluation.select={cfg.evaluation.select}: expected auto or one of {', '.join(known)}")
-    return cfg.evaluation.select
 
 
 def introduce(
@@ -140,58 +131,23 @@ def close(
             copy_whole(folder.last, folder.best)
         keeper.history.add(model.total_steps, final)
     trainer.strategy.barrier()
-    return collect_metrics(cfg, data, model, keeper, final)
+    metrics = summary.scores(model, final) | keeper.summary() | summary.protocol(cfg, data, model)
+    metrics |= summary.facts(cfg, model, model.total_steps)
+    return {**metrics, "train_images_per_second": keeper.images_per_second(cfg.data.batch_size)}
 
 
-def collect_metrics(
-    cfg: DictConfig,
-    data: SegmentationDataModule,
-    model: UnsupervisedSegmenter,
-    keeper: RunKeeper,
-    final: dict[str, float],
-) -> dict[str, Any]:
-    """The flat content of metrics.json. Scores in percent; null where there is none."""
-    probes = list(model.validated)
-    metrics: dict[str, Any] = {
-        f"val/{probe}/{name}": final.get(f"val/{probe}/{name}") for probe in probes for name in ("acc", "miou")
-    }
-    metrics |= {f"val/cluster/{name}": final.get(f"val/cluster/{name}") for name in ("entropy", "confidence")}
-    metrics |= {f"best/{key.removeprefix('val/')}": value for key, value in keeper.best.items()}
-    labels = bool(keeper.select) and keeper.select.rsplit("/", 1)[-1] in ("acc", "miou")
-    metrics |= {
-        "best/step": keeper.best_step,
-        "selection/rule": f"highest {keeper.select}" if keeper.select else "last step",
-        "selection/uses_labels": labels,
-        "protocol/crop": cfg.data.eval_crop,
-        "protocol/resolution": str(cfg.data.eval_size),
-        "protocol/interpolation": cfg.data.interpolation,
-        "protocol/crf": False,
-        "protocol/flip": cfg.evaluation.flip,
-        "protocol/matching": f"{cfg.evaluation.matching}, extra {cfg.evaluation.extra}, absent {cfg.evaluation.absent}",
-        "protocol/list": f"val: {len(data.source('val'))} pictures",
-        "method": cfg.method.name,
-        "uses_labels": model.uses_labels,
-        "data": cfg.data.name,
-        "backbone": cfg.backbone.name,
-        "seed": cfg.seed,
-        "steps": model.total_steps,
-        "train_images_per_second": keeper.images_per_second(cfg.data.batch_size),
-    }
-    return report.plain(metrics)
-
-
-def write_files(model: UnsupervisedSegmenter, pictures: PanelKeeper, folder: RunFolder, loggers: list[Any]) -> None:
+def write_files(model: UnsupervisedSegmenter, pictures: PanelKeeper, folder: Path, loggers: list[Any]) -> None:
     """Panels, per-class table, clusters and the confusion figure of the closing evaluation."""
     results = model.validated
     if results:
-        report.write_scores(folder.path, results, model.meta, main="cluster" if model.trains else "kmeans")
+        report.write_scores(folder, results, model.meta, main="cluster" if model.trains else "kmeans")
         log.info("%s", report.as_text(report.per_class_table(results, model.meta)))
     mappings = {probe: scores.mapping for probe, scores in results.items() if probe not in LABEL_PROBES}
     rows = [panels.Row(kept["image"], kept["maps"], kept["label"], kept["id"]) for kept in pictures.kept.values()]
     for row in rows:
-        panels.save(folder.path / "panels" / f"{row.title.replace('/', '_')}.png", [row], model.meta, mappings)
+        panels.save(folder / "panels" / f"{row.title.replace('/', '_')}.png", [row], model.meta, mappings)
     if rows:
-        panels.save(folder.path / "panels" / "sheet.png", rows, model.meta, mappings)
+        panels.save(folder / "panels" / "sheet.png", rows, model.meta, mappings)
         for logger in loggers:
-            logger.log_image("panels", [str(folder.path / "panels" / "sheet.png")])
-    log.info("panels, tables and checkpoints are in %s", folder.path)
+            logger.log_image("panels", [str(folder / "panels" / "sheet.png")])
+    log.info("panels, tables and checkpoints are in %s", folder)

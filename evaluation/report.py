@@ -66,19 +66,27 @@ def final_table(metrics: Mapping[str, Any], title: str = "") -> Table:
     """The table at the end of a run: a row a probe, columns acc and mIoU, and the same of the best checkpoint.
 
     Reads `val/<probe>/acc|miou` and `best/<probe>/acc|miou` of the flat metrics; without labels it shows the label-free
-    keys instead. The best columns appear only where there are best keys.
+    keys instead. The best columns appear only where there are best keys. Scores at several resolutions
+    (`val@320/<probe>/acc|miou`) stand below each other, with a first column that names the pixels.
     """
     names = ("acc", "miou") if any(key.endswith("/miou") for key in metrics) else ("entropy", "confidence")
-    probes = _probes(metrics, names)
     best = any(key.startswith("best/") for key in metrics)
+    stages = list(dict.fromkeys(key.split("/")[0] for key in metrics if key.startswith(("val/", "val@"))))
+    sized = any("@" in stage for stage in stages)
     table = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold")
+    if sized:
+        table.add_column("px", justify="right")
     table.add_column("probe")
-    for stage in ("", "best ") if best else ("",):
+    for column in ("", "best ") if best else ("",):
         for name in names:
-            table.add_column(stage + {"miou": "mIoU"}.get(name, name), justify="right")
-    for probe in probes:
-        cells = [metrics.get(f"{stage}/{probe}/{name}") for stage in ("val", "best")[: 1 + best] for name in names]
-        table.add_row(probe, *(number(cell) for cell in cells))
+            table.add_column(column + {"miou": "mIoU"}.get(name, name), justify="right")
+    for stage in stages:
+        for probe in _probes(metrics, stage, names):
+            cells = [
+                metrics.get(f"{source}/{probe}/{name}") for source in (stage, "best")[: 1 + best] for name in names
+            ]
+            table.add_row(*[stage.partition("@")[2]] * sized, probe, *(number(cell) for cell in cells))
+        table.add_section()
     return table
 
 
@@ -145,9 +153,9 @@ def write_scores(folder: str | Path, results: Mapping[str, Scores], meta: ClassM
     panels.confusion(folder / "confusion.png", scores, meta, title)
 
 
-def _probes(metrics: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
+def _probes(metrics: Mapping[str, Any], wanted: str, names: tuple[str, ...]) -> list[str]:
     keys = [key.split("/") for key in metrics if key.count("/") == 2]
-    found = list(dict.fromkeys(probe for stage, probe, name in keys if stage == "val" and name in names))
+    found = list(dict.fromkeys(probe for stage, probe, name in keys if stage == wanted and name in names))
     return sorted(found, key=lambda probe: PROBES.index(probe) if probe in PROBES else len(PROBES))
 
 

@@ -105,6 +105,21 @@ def test_final_table_orders_probes_and_shows_the_best():
     ]
 
 
+def test_final_table_of_several_resolutions():
+    metrics = {
+        "val@320/cluster/acc": 50.0, "val@320/cluster/miou": 20.0, "val@320/cluster/entropy": 99.0,
+        "val@448/linear/acc": 70.0, "val@448/linear/miou": 40.0, "val@448/cluster/miou": 21.0,
+        "protocol@320/crop": "none",
+    }  # fmt: skip
+    header, rows = table_rows(metrics)
+    assert header == ["px", "probe", "acc", "mIoU"]
+    assert rows == [
+        ["320", "cluster", "50.0", "20.0"],
+        ["448", "cluster", "-", "21.0"],
+        ["448", "linear", "70.0", "40.0"],
+    ]
+
+
 def test_final_table_without_labels_shows_the_label_free_scores():
     header, rows = table_rows({"val/cluster/entropy": 97.25, "val/cluster/confidence": 31.0, "method": "x"})
     assert header == ["probe", "entropy", "confidence"]

@@ -44,7 +44,7 @@ def evaluate(checkpoint_path: Path, tokens: list[str]) -> dict[str, Any]:
             f"data.root={cfg.data.root}: its {data.meta.num_classes} classes are not the {stored.num_classes} that the "
             "linear probe of this checkpoint was trained for"
         )
-    model = setup.restore_model(checkpoint, cfg, stored if stored.has_labels else data.meta, stored.has_labels)
+    model = setup.restore_model(checkpoint, cfg, data.meta if data.meta.has_labels else stored, stored.has_labels)
     if any(key.startswith("evaluation.kmeans.") for key in named):
         model.kmeans_probe.fitted.fill_(False)  # fitted anew, as asked
     if any(key.startswith("evaluation.posthoc.") for key in named):

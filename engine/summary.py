@@ -11,7 +11,9 @@ from lightning_modules.base import UnsupervisedSegmenter
 
 def scores(model: UnsupervisedSegmenter, final: dict[str, float]) -> dict[str, Any]:
     """`val/<probe>/<metric>` of the validation that has just ended; `final`: the values that it logged."""
-    keys = [f"val/{probe}/{name}" for probe in model.validated for name in ("acc", "miou")]
+    groups = [] if model.cfg.evaluation.partition == "none" else [f"_{group}" for group in model.meta.groups]
+    names = [f"{name}{group}" for group in ("", *groups) for name in ("acc", "miou")]
+    keys = [f"val/{probe}/{name}" for probe in model.validated for name in names]
     keys += [f"val/cluster/{name}" for name in ("entropy", "confidence")]
     return plain({key: final.get(key) for key in [*keys, *(key for key in final if key not in keys)]})
 
@@ -28,6 +30,8 @@ def protocol(cfg: DictConfig, data: SegmentationDataModule, model: UnsupervisedS
         "protocol/matching": f"{rules.matching}, extra {rules.extra}, absent {rules.absent}",
         "protocol/list": f"val: {len(data.source('val'))} pictures",
     }
+    if model.meta.groups and rules.partition != "none":
+        found["protocol/partition"] = rules.partition
     if model.posthoc_probe is not None:
         posthoc = rules.posthoc
         found["protocol/linear_posthoc"] = (

@@ -4,7 +4,7 @@ import csv
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,27 @@ from rich.table import Table
 
 from common.spec import ClassMeta
 from evaluation import panels
-from evaluation.matching import UNMATCHED, Scores
+from evaluation.matching import UNMATCHED, Scores, partition
 
 PROBES = ("cluster", "kmeans", "own", "regions", "linear", "linear_posthoc", "retrieval")
 """Order of the rows; further probes follow in the order of the metrics."""
 
 
-def flatten(stage: str, probe: str, scores: Scores | Mapping[str, float]) -> dict[str, float | None]:
+def flatten(
+    stage: str,
+    probe: str,
+    scores: Scores | Mapping[str, float],
+    groups: Mapping[str, Sequence[int]] | None = None,
+    restricted: bool = False,
+) -> dict[str, float | None]:
     """The result of a metric's compute() as flat metrics.json entries: `<stage>/<probe>/<metric>`, percent.
 
-    Scores give `acc` and `miou`; a mapping gives its own names. NaN and infinity become None.
+    Scores give `acc` and `miou`, and `acc_<group>` and `miou_<group>` of every group of classes (`matching.partition`);
+    a mapping gives its own names. NaN and infinity become None.
     """
     values = {"acc": scores.acc, "miou": scores.miou} if isinstance(scores, Scores) else scores
+    for name, (acc, miou) in partition(scores, groups, restricted).items() if groups else ():
+        values |= {f"acc_{name}": acc, f"miou_{name}": miou}
     return {f"{stage}/{probe}/{name}": plain(value) for name, value in values.items()}
 
 
@@ -120,11 +129,16 @@ def as_text(table: Table, width: int = 120) -> str:
 
 
 def per_class_csv(path: str | Path, results: Mapping[str, Scores], meta: ClassMeta) -> None:
-    """Columns class_id, class, pixels, then IoU in percent under each probe; empty where a class is skipped."""
+    """Columns class_id, class, pixels, then IoU in percent under each probe; empty where a class is skipped.
+
+    Where the data set tells them apart, a column `group` behind the class says things or stuff.
+    """
     pixels = next(iter(results.values())).counts.sum(0)
-    rows = [["class_id", "class", "pixels", *results]]
+    group = {i: name for name, ids in meta.groups.items() for i in ids}
+    rows = [["class_id", "class", *["group"] * bool(group), "pixels", *results]]
     for i, name in enumerate(meta.names):
-        rows.append([i, name, int(pixels[i]), *(_digits(scores.iou[i]) for scores in results.values())])
+        known = [group[i]] if group else []
+        rows.append([i, name, *known, int(pixels[i]), *(_digits(scores.iou[i]) for scores in results.values())])
     write_text(path, _csv(rows))
 
 

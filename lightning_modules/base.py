@@ -257,8 +257,10 @@ class UnsupervisedSegmenter(L.LightningModule):
         scores = {probe: self.confusion[probe].compute() for probe in ready}
         self.validated = {probe: found for probe, found in scores.items() if found.counts.any()}
         values = report.flatten("val", "cluster", self.usage.compute())
+        partition = self.cfg.evaluation.partition
+        groups = {} if partition == "none" else self.meta.groups
         for probe, scores in self.validated.items():
-            values |= report.flatten("val", probe, scores)
+            values |= report.flatten("val", probe, scores, groups, restricted=partition == "within")
         known = {name: value for name, value in values.items() if value is not None}
         self.log_dict(known, rank_zero_only=True)
         shown = ("cluster/miou", "linear/miou") if self.validated else ("cluster/entropy",)

@@ -1,5 +1,8 @@
 """Several resolutions in one command."""
 
+import csv
+
+import numpy as np
 import pytest
 
 import config
@@ -47,6 +50,27 @@ def test_probes_are_fitted_once_at_the_size_of_the_run(tmp_path, monkeypatch):
     WholeCheckpointIO().save_checkpoint(checkpoint, path)
     metrics = evaluating.evaluate(path, ["evaluation.resolutions=[64,48]"])
     assert metrics["val@48/kmeans/miou"] == run.metrics["val/kmeans/miou"]
+
+
+def test_things_and_stuff_are_scored_apart(small_run):
+    run = small_run("kmeans_baseline")
+    last = run.folder / "checkpoints" / "last.ckpt"
+    all_of_them = evaluating.evaluate(last, [])
+    within = evaluating.evaluate(last, ["evaluation.partition=within"])
+    none = evaluating.evaluate(last, ["evaluation.partition=none"])
+    for group in ("things", "stuff"):
+        for name in ("acc", "miou"):
+            key = f"val/linear/{name}_{group}"
+            assert run.metrics[key] == all_of_them[key]
+            assert within[key] is None or within[key] >= all_of_them[key]  # no confusions with the other group
+            assert key not in none
+    assert within["val/linear/miou_stuff"] > all_of_them["val/linear/miou_stuff"]
+    with (run.folder / "classes.csv").open(newline="") as handle:
+        rows = [row for row in csv.DictReader(handle) if row["linear"]]
+    for group in ("things", "stuff"):
+        mean = np.mean([float(row["linear"]) for row in rows if row["group"] == group])
+        assert all_of_them[f"val/linear/miou_{group}"] == pytest.approx(mean, abs=1e-3)
+    assert [found.get("protocol/partition") for found in (all_of_them, within, none)] == ["all", "within", None]
 
 
 def refusal(action) -> str:

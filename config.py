@@ -4,6 +4,7 @@ Groups are chosen by bare words (`method=stego data=folder`), values by dotted k
 strict: only what the layers define exists, a wrong key or type ends in one line with the nearest valid name.
 """
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common.errors import ConfigError, did_you_mean
+from common.errors import CheckpointError, ConfigError, did_you_mean
+from common.files import write_text
+
+log = logging.getLogger("labelfree.config")
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 GROUPS = ("backbone", "data", "method")
@@ -302,8 +306,25 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def restore(tree: dict[str, Any], tokens: Iterable[str] = ()) -> DictConfig:
-    """A configuration out of a checkpoint, with command-line values on top; group words cannot be changed."""
-    base = OmegaConf.create(tree)
+    """A configuration out of a checkpoint, with command-line values on top; group words cannot be changed.
+
+    Keys that are younger than the checkpoint have their defaults. Keys that are gone since are left out with a warning;
+    of the method or the backbone they raise CheckpointError, because what they meant cannot be built any more.
+    """
+    for group in GROUPS:
+        load_group(group, tree[group]["name"])  # a method that is gone ends here
+    known = flatten(current(tree))
+    free = tuple(f"{key}." for key, value in known.items() if value == {})
+    gone = [key for key in flatten(tree) if key not in known and not key.startswith(free)]
+    for key in gone:
+        if key.startswith(("method.", "backbone.")):
+            raise CheckpointError(
+                f"{key}: the checkpoint was written with this key, which this version does not have; "
+                "use the version it was made with (environment.json in its run folder names the commit)"
+            )
+    if gone:
+        log.warning("the checkpoint holds keys that this version does not have; they are left out: %s", ", ".join(gone))
+    base = OmegaConf.create(without(with_defaults(tree), gone))
     known = flatten(base)
     for key, raw in parse_words(tokens).items():
         if key in WORDS:
@@ -318,6 +339,32 @@ def restore(tree: dict[str, Any], tokens: Iterable[str] = ()) -> DictConfig:
     return freeze(base)
 
 
+def current(tree: dict[str, Any]) -> dict[str, Any]:
+    """This version's configuration of the method, data set and backbone that a stored tree names, where they exist."""
+    named = {group: tree.get(group, {}).get("name") for group in GROUPS}
+    return plain(compose([f"{group}={name}" for group, name in named.items() if name in names(group)]))
+
+
+def with_defaults(tree: dict[str, Any]) -> dict[str, Any]:
+    """A stored tree, with the defaults of keys that it does not have yet."""
+
+    def merged(default: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+        pairs = {key: (default.get(key), value) for key, value in stored.items()}
+        nested = [key for key, pair in pairs.items() if all(isinstance(side, dict) for side in pair)]
+        return {**default, **stored, **{key: merged(*pairs[key]) for key in nested}}
+
+    return merged(current(tree), tree)
+
+
+def without(tree: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """A copy of a tree without these dotted keys, and without groups that hold no key then."""
+    left = OmegaConf.create()
+    for key, value in flatten(tree).items():
+        if key not in keys:
+            OmegaConf.update(left, key, value)
+    return OmegaConf.to_container(left)
+
+
 def changed(cfg: DictConfig, values: dict[str, Any]) -> DictConfig:
     """A copy with some values replaced (by our own code: values that become known late)."""
     tree = OmegaConf.create(plain(cfg))
@@ -327,7 +374,7 @@ def changed(cfg: DictConfig, values: dict[str, Any]) -> DictConfig:
 
 
 def save(cfg: DictConfig, path: Path) -> None:
-    path.write_text(OmegaConf.to_yaml(cfg))
+    write_text(path, OmegaConf.to_yaml(cfg))
 
 
 def first_difference(old: dict[str, Any], new: dict[str, Any], ignore: tuple[str, ...] = ()) -> str | None:

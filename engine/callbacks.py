@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -16,7 +15,8 @@ from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTh
 from torch import Tensor
 
 from common.chance import key
-from engine.run_folder import History, RunFolder, whole
+from common.files import whole
+from engine.run_folder import History, RunFolder
 from engine.selection import Selection
 
 log = logging.getLogger(__name__)
@@ -28,10 +28,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as temporary, temporary.open("wb") as handle:
-            torch.save(checkpoint, handle)
-            handle.flush()
-            os.fsync(handle.fileno())
+        with whole(path) as temporary:
+            torch.save(checkpoint, temporary)
 
 
 class RunKeeper(Callback):

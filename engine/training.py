@@ -11,11 +11,12 @@ from omegaconf import DictConfig
 
 import config
 from common.errors import CheckpointError, ConfigError
+from common.files import copy_whole
 from datamodules.base import SegmentationDataModule
 from engine import environment, selection, setup, summary
 from engine.callbacks import PanelKeeper, RunKeeper, WholeCheckpointIO, numbers, progress
 from engine.fitting import KMeansFit, PosthocFit
-from engine.run_folder import RunFolder, copy_whole, open_run
+from engine.run_folder import RunFolder, open_run
 from evaluation import panels, report
 from evaluation.probes import LABEL_PROBES
 from lightning_modules.base import UnsupervisedSegmenter
@@ -75,7 +76,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 def check_resume(cfg: DictConfig, model: UnsupervisedSegmenter, folder: RunFolder) -> None:
     """Raises CheckpointError where the checkpoint to go on from is cut, foreign, of other settings, or at its end."""
     checkpoint = setup.read_checkpoint(folder.checkpoint)
-    stored, own = checkpoint["labelfree"]["config"], config.plain(cfg)
+    stored, own = config.with_defaults(checkpoint["labelfree"]["config"]), config.plain(cfg)
     for group in ("method", "backbone", "optim"):
         difference = config.first_difference({group: stored[group]}, {group: own[group]})
         if difference is not None:

@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from common.files import write_text
 from common.spec import ClassMeta
 from evaluation import panels
 from evaluation.matching import UNMATCHED, Scores, partition
@@ -55,20 +55,6 @@ def plain(value: Any) -> Any:
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write JSON atomically: a reader sees the old file or the whole new one. NaN is written as null."""
     write_text(path, json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file atomically (a temporary file in the same folder, then a rename)."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def final_table(metrics: Mapping[str, Any], title: str = "") -> Table:

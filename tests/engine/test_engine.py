@@ -17,14 +17,15 @@ def test_a_checkpoint_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "last.ckpt"
     WholeCheckpointIO().save_checkpoint({"step": 1}, path)
 
-    def half(checkpoint, handle):
-        handle.write(b"half of it")
+    def half(checkpoint, file):
+        file.write_bytes(b"half of it")
         raise OSError("disk full")
 
     monkeypatch.setattr(callbacks.torch, "save", half)
     with pytest.raises(OSError, match="disk full"):
         WholeCheckpointIO().save_checkpoint({"step": 2}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
+    assert [item.name for item in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_the_best_is_the_highest_and_the_later_of_equals(tmp_path):

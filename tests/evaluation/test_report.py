@@ -60,14 +60,6 @@ def test_write_json_never_holds_nan_and_leaves_nothing_behind(tmp_path):
     assert [item.name for item in tmp_path.iterdir()] == ["metrics.json"]
 
 
-def test_failed_replace_removes_the_temporary_file(tmp_path):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "x").touch()
-    with pytest.raises(OSError):
-        report.write_text(tmp_path / "folder", "text")
-    assert [item.name for item in tmp_path.iterdir()] == ["folder"]
-
-
 def test_clusters_csv(tmp_path):
     result = scores(extra="drop")
     report.clusters_csv(tmp_path / "clusters.csv", result, META)

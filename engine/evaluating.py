@@ -49,14 +49,16 @@ def evaluate(checkpoint_path: Path, tokens: list[str]) -> dict[str, Any]:
         model.kmeans_probe.fitted.fill_(False)  # fitted anew, as asked
     if any(key.startswith("evaluation.posthoc.") for key in named):
         model.posthoc_probe = None
-    posthoc = PosthocFit(cfg, data)
+    centroids, posthoc = KMeansFit(cfg, data), PosthocFit(cfg, data)
+    if not model.kmeans_probe.fitted:
+        centroids.check(model)
     if model.posthoc_probe is None:
         posthoc.check()
     setup.connect(model, data)
     step = int(checkpoint["global_step"])
     parent = checkpoint_path.resolve().parent
     root = (parent.parent if parent.name == "checkpoints" else parent) / "eval"
-    fits: list[Callback] = [KMeansFit(cfg, data), posthoc]  # at data.eval_size, once, where they are not there yet
+    fits: list[Callback] = [centroids, posthoc]  # at data.eval_size, once, where they are not there yet
     sizes = config.plain(cfg)["evaluation"]["resolutions"]
     metrics: dict[str, Any] = {}
     if not sizes:

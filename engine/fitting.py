@@ -32,6 +32,25 @@ class KMeansFit(L.Callback):
         self.cfg = cfg
         self.data = data
 
+    def check(self, model: UnsupervisedSegmenter) -> None:
+        """Raises ConfigError where there will be fewer codes than clusters, as far as that is known before reading.
+
+        Counted are the patches of the finest level; whole pictures (`data.eval_crop=keep`) differ in size, and are not.
+        """
+        settings, clusters = self.cfg.evaluation.kmeans, self.cfg.method.num_clusters
+        if self.cfg.data.eval_crop == "keep":
+            return
+        pictures = min(settings.pictures, len(self.data.source("train")))
+        size, patch = self.cfg.data.eval_size, min(model.backbone.strides)
+        height, width = (size, size) if isinstance(size, int) else size
+        patches = min(-(-height // patch) * -(-width // patch), max(1, settings.points // pictures))
+        if pictures * patches < clusters:
+            raise ConfigError(
+                f"method.num_clusters={clusters}: the k-means probe needs a point a cluster, and {pictures} training "
+                f"pictures with {patches} codes each give {pictures * patches}; lower method.num_clusters, give more "
+                "pictures, or raise evaluation.kmeans.pictures and evaluation.kmeans.points"
+            )
+
     def on_validation_start(self, trainer: L.Trainer, pl_module: UnsupervisedSegmenter) -> None:
         if pl_module.kmeans_probe.fitted:
             return

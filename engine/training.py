@@ -44,7 +44,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         return json.loads(folder.metrics.read_text())
     model = setup.build_model(cfg, data.meta)
     setup.connect(model, data)
-    posthoc = PosthocFit(cfg, data)
+    centroids, posthoc = KMeansFit(cfg, data), PosthocFit(cfg, data)
+    centroids.check(model)
     posthoc.check()
     keeper = RunKeeper(folder, cfg, selection.choose(cfg, model))
     if folder.checkpoint is not None:
@@ -62,7 +63,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         raise KeyboardInterrupt from None
     if not keeper.history.rows and trainer.is_global_zero:  # killed in the closing evaluation: nothing was trained now
         keeper.history.restore(trainer.global_step)
-    trainer.callbacks += [KMeansFit(cfg, data), posthoc]
+    trainer.callbacks += [centroids, posthoc]
     metrics = close(cfg, data, model, trainer, keeper, folder)
     if trainer.is_global_zero:
         write_files(model, pictures, folder.path, loggers)

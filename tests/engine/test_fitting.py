@@ -9,7 +9,7 @@ import config
 from common.errors import ConfigError
 from common.spec import IGNORE
 from datamodules.scenes import SceneSource
-from engine import evaluating, fitting, setup
+from engine import evaluating, fitting, setup, training
 from engine.fitting import Kept, PosthocFit
 from tests.conftest import Run, read_json, run_small, small_words
 
@@ -122,8 +122,6 @@ def test_half_labelled_pictures_do(tmp_path, monkeypatch):
 
 
 def fitting_run(words, *more):
-    from engine import training
-
     return training.train(config.compose([*words, *more]))
 
 
@@ -163,6 +161,21 @@ def test_settings_are_checked():
         with pytest.raises(ConfigError) as caught:
             config.compose([word])
         assert str(caught.value) == text
+
+
+def test_more_clusters_than_codes_are_noticed_at_the_start(tmp_path):
+    """22 pictures of 6x6 patches give 792 codes; the run folder is not made."""
+    words = small_words("kmeans_baseline", f"run.dir={tmp_path}/runs")
+    with pytest.raises(ConfigError) as caught:
+        training.train(config.compose([*words, "method.num_clusters=793"]))
+    assert str(caught.value) == (
+        "method.num_clusters=793: the k-means probe needs a point a cluster, and 22 training pictures with 36 codes "
+        "each give 792; lower method.num_clusters, give more pictures, or raise evaluation.kmeans.pictures and "
+        "evaluation.kmeans.points"
+    )
+    with pytest.raises(ConfigError, match=r"2 training pictures with 5 codes each give 10;"):
+        training.train(config.compose([*words, "evaluation.kmeans.pictures=2", "evaluation.kmeans.points=10"]))
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(("world", "pictures", "batch"), [(1, 10, 4), (2, 10, 4), (2, 3, 8), (4, 1, 8), (2, 8, 4)])

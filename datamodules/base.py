@@ -30,7 +30,8 @@ class Source(Protocol):
     is a pure function of i: it is called in worker processes, in any order. A picture that cannot be read raises
     `datamodules.reading.UnreadableError` (a DataError): it is named, counted and skipped. Any other LabelfreeError
     stops the run at once with its line.
-    A source may also have `check() -> dict[file, message]`: the unreadable files that a quick look at the start finds.
+    A source may also have `check() -> dict[file, message]`: the unreadable files that a quick look at the start finds;
+    and `labelled() -> list[int]`: the indices of the pictures that have a label, where not all of them have.
     """
 
     def __len__(self) -> int: ...

@@ -33,9 +33,7 @@ def export_backbone(
     return path
 
 
-def card(
-    cfg: DictConfig, data: SegmentationDataModule, model: UnsupervisedSegmenter, metrics: dict[str, Any]
-) -> str:
+def card(cfg: DictConfig, data: SegmentationDataModule, model: UnsupervisedSegmenter, metrics: dict[str, Any]) -> str:
     """What a user of the weights has to know, as markdown: network, training, scores, licence."""
     parameters = sum(value.numel() for value in model.backbone.exported().values() if value.dtype != torch.int64)
     pictures = len(data.source("train"))
@@ -63,8 +61,6 @@ def card(
         "|---|---|",
         *scores,
         "",
-        "Use: `backbone={0} backbone.weights=<this folder>/backbone.safetensors`. The settings are in config.yaml.".format(
-            cfg.backbone.name
-        ),
+        f"Use: `backbone={cfg.backbone.name} backbone.weights=<folder>/backbone.safetensors`; settings: config.yaml.",
     ]
     return "\n".join(lines) + "\n"

@@ -1,12 +1,10 @@
-"""The folder of one run: its name, whether it goes on, and files that are written whole or not at all."""
+"""The folder of one run: its name, whether it goes on, and the history in metrics.csv."""
 
 import csv
 import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from omegaconf import DictConfig
 
 import config
 from common.errors import CheckpointError, ConfigError
+from common.files import whole
 
 SAME_RUN = ("run.", "wandb.", "logger", "trainer.progress", "trainer.threads", "data.workers")
 """Keys that may differ between the parts of one run."""
@@ -105,7 +104,8 @@ def open_run(cfg: DictConfig) -> RunFolder:
                 f"run.name={name}: {path} already holds a run; choose another name, run.resume=auto to go on, "
                 "or run.overwrite=true to empty it"
             )
-        difference = config.first_difference(yaml.safe_load(stored.read_text()), config.plain(cfg), ignore=SAME_RUN)
+        before = config.with_defaults(yaml.safe_load(stored.read_text()))
+        difference = config.first_difference(before, config.plain(cfg), ignore=SAME_RUN)
         if difference is not None:
             raise ConfigError(
                 f"run.name={name}: {path} holds a run with another configuration, first difference {difference}; "
@@ -117,20 +117,6 @@ def open_run(cfg: DictConfig) -> RunFolder:
         elif last.is_file():
             state, checkpoint = "resume", last
     return RunFolder(path, state, checkpoint)
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A temporary neighbour to write to, which takes the place of `path` at the end: it is never seen half written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    yield temporary
-    temporary.replace(path)
-
-
-def copy_whole(source: Path, target: Path) -> None:
-    """Copy a file so that `target` is never seen half written."""
-    with whole(target) as temporary:
-        shutil.copyfile(source, temporary)
 
 
 class History:

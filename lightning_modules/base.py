@@ -21,7 +21,7 @@ from common.spec import ClassMeta, ViewSpec
 from evaluation import readout, report
 from evaluation.matching import Scores
 from evaluation.metrics import ClusterUsage, SegmentationScore
-from evaluation.probes import ClusterProbe, KMeansProbe, LinearProbe
+from evaluation.probes import LABEL_PROBES, ClusterProbe, KMeansProbe, LinearProbe
 from lightning_modules.optim import CompositeOptimizer, clip_gradients, scheduled
 from models.backbone import Backbone, Features
 
@@ -78,6 +78,7 @@ class UnsupervisedSegmenter(L.LightningModule):
         self.linear_probe = (
             LinearProbe(self.code_dim, meta.num_classes, cfg.seed) if meta.has_labels and linear_probe else None
         )
+        self.posthoc_probe: LinearProbe | None = None  # `set_posthoc` gives one, after training
         self.has_own_scores = type(self).scores is not UnsupervisedSegmenter.scores
         self.confusion = nn.ModuleDict(
             {probe: self._confusion(probe) for probe in self.probe_names()} if meta.has_labels else {}
@@ -216,12 +217,13 @@ class UnsupervisedSegmenter(L.LightningModule):
     def probe_names(self) -> list[str]:
         """Read-outs that exist, in the order of tables."""
         own = ["own"] if type(self).scores is not UnsupervisedSegmenter.scores else []
-        return ["cluster", "kmeans", *own, *(["linear"] if self.linear_probe is not None else [])]
+        learned = {"linear": self.linear_probe, "linear_posthoc": self.posthoc_probe}
+        return ["cluster", "kmeans", *own, *(name for name, probe in learned.items() if probe is not None)]
 
     def _confusion(self, probe: str) -> SegmentationScore:
-        rows = self.meta.num_classes if probe == "linear" else self.cfg.method.num_clusters
+        rows = self.meta.num_classes if probe in LABEL_PROBES else self.cfg.method.num_clusters
         rules = self.cfg.evaluation
-        matching = "identity" if probe == "linear" else rules.matching
+        matching = "identity" if probe in LABEL_PROBES else rules.matching
         return SegmentationScore(
             rows, self.meta.num_classes, matching, rules.extra, rules.absent, background=rules.background
         )
@@ -239,6 +241,8 @@ class UnsupervisedSegmenter(L.LightningModule):
             scores["own"] = self.scores(features)
         if self.linear_probe is not None:
             scores["linear"] = self.linear_probe(codes)
+        if self.posthoc_probe is not None:
+            scores["linear_posthoc"] = self.posthoc_probe(codes)
         return codes, scores
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
@@ -261,8 +265,10 @@ class UnsupervisedSegmenter(L.LightningModule):
         scores = {probe: self.confusion[probe].compute() for probe in ready}
         self.validated = {probe: found for probe, found in scores.items() if found.counts.any()}
         values = report.flatten("val", "cluster", self.usage.compute())
+        partition = self.cfg.evaluation.partition
+        groups = {} if partition == "none" else self.meta.groups
         for probe, scores in self.validated.items():
-            values |= report.flatten("val", probe, scores)
+            values |= report.flatten("val", probe, scores, groups, restricted=partition == "within")
         known = {name: value for name, value in values.items() if value is not None}
         self.log_dict(known, rank_zero_only=True)
         shown = ("cluster/miou", "linear/miou") if self.validated else ("cluster/entropy",)
@@ -271,6 +277,17 @@ class UnsupervisedSegmenter(L.LightningModule):
                 self.log(name, known[f"val/{name}"], prog_bar=True, logger=False, rank_zero_only=True)
 
     # ------------------------------------------------------------------ checkpoints
+
+    def set_posthoc(self, probe: LinearProbe) -> None:
+        """Take a linear probe that was trained after the network; it is scored as val/linear_posthoc/*."""
+        self.posthoc_probe = probe.to(self.device).requires_grad_(False)
+        if self.meta.has_labels:
+            self.confusion["linear_posthoc"] = self._confusion("linear_posthoc").to(self.device)
+
+    def offline_state(self) -> dict[str, Tensor]:
+        """The part of the state dict that is fitted after training: k-means centroids, post-hoc linear probe."""
+        fitted = ("kmeans_probe.", "posthoc_probe.")
+        return {name: value for name, value in self.state_dict().items() if name.startswith(fitted)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # A frozen backbone is made again from the config; the fingerprint proves that it is the same.
@@ -292,6 +309,14 @@ class UnsupervisedSegmenter(L.LightningModule):
                 f"backbone.weights: the checkpoint was trained on {found}, the configured backbone is {own}; "
                 "point backbone.weights at the file it was trained with"
             )
+        posthoc = {name: value for name, value in checkpoint["state_dict"].items() if name.startswith("posthoc_probe.")}
+        training = self._trainer is not None and self._trainer.state.fn == "fit"
+        if posthoc and (training or not self.cfg.evaluation.posthoc.epochs):  # codes will change, or it is switched off
+            for name in posthoc:
+                del checkpoint["state_dict"][name]
+        elif posthoc:
+            classes, dim = posthoc["posthoc_probe.classifier.weight"].shape[:2]
+            self.set_posthoc(LinearProbe(dim, classes))
         if self.backbone.frozen:
             checkpoint["state_dict"] |= {f"backbone.{key}": value for key, value in self.backbone.state_dict().items()}
 

@@ -1,4 +1,4 @@
-"""DINO: self-distillation without labels (Caron et al., ICCV 2021), with the dense term of iBOT (Zhou et al., ICLR 2022).
+"""DINO: self-distillation without labels (Caron et al., ICCV 2021), with iBOT's dense term (Zhou et al., ICLR 2022).
 
 A student sees crops of a picture, large and small, and predicts what a teacher, its slow copy, makes of the large ones.
 The dense term hides patches of the large crops from the student, which predicts the teacher's output at them through
@@ -118,7 +118,9 @@ class Dino(UnsupervisedSegmenter):
         rows = summary(teacher)
         temperature = self._temperature(step)
         targets = self._targets(self.teacher_head(rows), "centre", temperature)
-        parts = {"pictures": distil.multi_crop_loss(logits, targets.unflatten(0, (2, -1)), settings.temperature.student)}
+        parts = {
+            "pictures": distil.multi_crop_loss(logits, targets.unflatten(0, (2, -1)), settings.temperature.student)
+        }
         total = parts["pictures"]
         if self.dense:
             parts["patches"] = self._patch_loss(student, teacher, mask, temperature)

@@ -20,7 +20,8 @@ class CompositeOptimizer(Optimizer):
 
     A group is `{name, params, optimizer, lr, weight_decay, schedule, warmup, clip_norm, clip_value, owner}`; `owner` is
     `method` or `probe`. It may also have `lr_end` (where the schedule ends, default 0), `weight_decay_end` (the decay
-    follows a cosine from `weight_decay` to it) and `clip_each` (norm limit of every single parameter). With `skip_method` set, the next step leaves parameters and state of the method's groups as they are.
+    follows a cosine from `weight_decay` to it), `clip_each` (norm limit of every single parameter) and `momentum` (of
+    sgd). With `skip_method` set, the next step leaves parameters and state of the method's groups as they are.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
@@ -106,7 +107,8 @@ def schedule_factor(schedule: str, step: int, total: int, warmup: int = 0) -> fl
 
 def cosine(start: float, end: float, step: int, total: int) -> float:
     """From `start` at step 0 to `end` at `total` and after, along half a cosine."""
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, total))))
+    share = 0.5 * (1 - math.cos(math.pi * min(1.0, step / max(1, total))))
+    return start * (1 - share) + end * share
 
 
 def scheduled(group: dict[str, Any], step: int, total: int) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """The projection head of DINO and iBOT: an MLP to a unit sphere, then prototypes."""
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,11 +15,13 @@ class DinoHead(nn.Module):
     are divided by temperatures of a few hundredths. Source: DINO (ICCV 2021), appendix C.
     """
 
-    def __init__(self, in_dim: int, hidden: int, bottleneck: int, out_dim: int, layers: int = 3, norm_last: bool = True):
+    def __init__(
+        self, in_dim: int, hidden: int, bottleneck: int, out_dim: int, layers: int = 3, norm_last: bool = True
+    ):
         super().__init__()
         widths = [in_dim, *[hidden] * (layers - 1), bottleneck]
         steps: list[nn.Module] = []
-        for wide, narrow in zip(widths[:-1], widths[1:], strict=True):
+        for wide, narrow in itertools.pairwise(widths):
             steps += [nn.Linear(wide, narrow), nn.GELU()]
         self.mlp = nn.Sequential(*steps[:-1])
         for layer in self.mlp:

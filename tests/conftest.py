@@ -30,7 +30,7 @@ SMALL_OF = {
     "method.head.hidden": "32", "method.head.bottleneck": "16", "method.head.out_dim": "48", "method.drop_path": "0",
     "method.crops.global_size": "32", "method.crops.local_size": "16", "method.crops.local_count": "2",
 }  # fmt: skip
-"""Method keys made small where a method has them; chance inside libraries (drop path) is off, because it is not keyed."""
+"""Method keys made small where a method has them. Drop path is off: a library draws it, so it has no key."""
 
 
 def small_words(method: str, *more: str) -> list[str]:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import config
 from common.errors import ConfigError, WeightsError
-from engine import setup, training
+from engine import setup
 from lightning_modules import dino
 from lightning_modules.optim import CompositeOptimizer, clip_gradients, cosine, scheduled
 from models.dino_head import DinoHead
@@ -52,7 +52,10 @@ def test_the_teacher_sees_large_crops_and_the_student_all(monkeypatch, tmp_path)
     def watch(self):
         for name, network in (("teacher", self.backbone), ("student", self.student)):
             features = network.features
-            network.features = lambda x, *a, _f=features, _n=name, **k: (seen[_n].append(tuple(x.shape)), _f(x, *a, **k))[1]
+            network.features = lambda x, *a, _f=features, _n=name, **k: (
+                seen[_n].append(tuple(x.shape)),
+                _f(x, *a, **k),
+            )[1]
         started(self)
 
     monkeypatch.setattr(dino.distil, "multi_crop_loss", loss)
@@ -177,7 +180,7 @@ def test_a_convolutional_network_learns_without_the_dense_term(tmp_path):
     with pytest.raises(ConfigError) as caught:
         run_small("dino", tmp_path, "x", *words)
     assert str(caught.value) == (
-        "method.dense.weight=1: masked patches need a transformer, and resnet18.a1_in1k is none; set "
+        "method.dense.weight=1: masked patches need a transformer, and resnet18.tv_in1k is none; set "
         "method.dense.weight=0"
     )
     run = run_small("dino", tmp_path, "x", *words, "method.dense.weight=0")
@@ -233,7 +236,9 @@ def test_the_run_exports_its_teacher_with_a_card(small_run, tmp_path):
         assert line in card.splitlines(), line
     assert str(run.folder) not in card
     other = run_small("hidden_positives", tmp_path, "hp", f"backbone.weights={path}", "trainer.max_steps=1", *ONE)
-    assert other.checkpoint["labelfree"]["backbone"] != small_run("hidden_positives").checkpoint["labelfree"]["backbone"]
+    assert (
+        other.checkpoint["labelfree"]["backbone"] != small_run("hidden_positives").checkpoint["labelfree"]["backbone"]
+    )
 
 
 def test_a_foreign_or_cut_file_is_refused(small_run, tmp_path):
@@ -281,13 +286,3 @@ def test_errors_have_one_clear_line(word, line):
     with pytest.raises(ConfigError) as caught:
         build(word)
     assert str(caught.value) == line
-
-
-def test_the_loss_falls_and_the_features_change(tmp_path):
-    """Not a proof of quality (the recorded bands are), but training is not a no-op."""
-    cfg = config.compose(small_words("dino", f"run.dir={tmp_path}", "run.name=x", *ONE, "trainer.max_steps=8"))
-    training.train(cfg)
-    weights = setup.read_checkpoint(tmp_path / "x" / "checkpoints" / "last.ckpt")["state_dict"]
-    start = build().backbone.net.state_dict()["blocks.0.attn.qkv.weight"]
-    moved = weights["backbone.net.blocks.0.attn.qkv.weight"] - start
-    assert 0 < moved.abs().max() < weights["student.net.blocks.0.attn.qkv.weight"].sub(start).abs().max()

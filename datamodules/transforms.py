@@ -287,6 +287,21 @@ def replay(
     return out if tensor.dim() == 4 else out.squeeze(1)
 
 
+def meeting(own: Replay, other: Replay, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Where the cells of one view lie in another view of the same pictures.
+
+    own, other: geometries from one source frame. grid: (h, w) cells of `own`. Returns the centres of its cells in
+    `other` as `grid_sample` wants them, float32 [B,h,w,2] (x, y in -1..1, align_corners False), and bool [B,h,w]:
+    whether the centre lies inside `other`.
+    """
+    y, x = _positions(own, (1.0, 1.0), grid)
+    top, left, height, width = (side[:, None] for side in other.boxes.unbind(1))
+    y, x = 2 * (y - top) / height - 1, 2 * (x - left) / width - 1
+    x = torch.where(other.flip[:, None], -x, x)
+    places = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)
+    return places, (places.abs() <= 1).all(-1)
+
+
 def _positions(params: Replay, scale: tuple[float, float], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Source coordinates (pixel edges at whole numbers) of the result's rows [B,h] and columns [B,w]."""
     top, left, height, width = params.boxes.unbind(1)

@@ -1,8 +1,10 @@
 """DINO: self-distillation without labels (Caron et al., ICCV 2021), with iBOT's dense term (Zhou et al., ICLR 2022).
 
 A student sees crops of a picture, large and small, and predicts what a teacher, its slow copy, makes of the large ones.
-The dense term hides patches of the large crops from the student, which predicts the teacher's output at them through
-the same head. The teacher is the result: it is the backbone that probes read, checkpoints keep and the run exports.
+Two terms for patches go through the same head, both as options: `dense` hides patches of the large crops from the
+student, which predicts the teacher's output at them (iBOT); `place` lets it predict, for each patch of a large crop,
+the teacher's output at the same place of the other large crop, under other colours (ours; SwAV on patches, in the
+manner of Leopart). The teacher is the result: it is the backbone that probes read, checkpoints keep and the run exports.
 """
 
 import logging
@@ -11,10 +13,12 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from common import chance, distributed
 from common.errors import ConfigError
 from common.spec import Geometric, Photometric, ViewSpec
+from datamodules.transforms import Replay, meeting
 from evaluation.collapse import CollapseWatch
 from lightning_modules.base import Loss, UnsupervisedSegmenter
 from lightning_modules.optim import cosine
@@ -38,7 +42,7 @@ class Dino(UnsupervisedSegmenter):
 
     def build(self) -> None:
         settings = self.cfg.method
-        self.dense = settings.dense.weight > 0
+        self.dense, self.place = settings.dense.weight > 0, settings.place.weight > 0
         check_settings(settings, self.backbone)
         self.code_dim = self.backbone.dim
         self.student = self._student()
@@ -49,6 +53,7 @@ class Dino(UnsupervisedSegmenter):
         self.register_buffer("centre", torch.zeros(settings.head.out_dim))
         if self.dense:
             self.mask_token = nn.Parameter(torch.zeros(width))
+        if self.dense or self.place:
             self.register_buffer("patch_centre", torch.zeros(settings.head.out_dim))
         self.watch = CollapseWatch(grace=max(50, (self.cfg.trainer.max_steps or 0) // 20))
 
@@ -121,10 +126,14 @@ class Dino(UnsupervisedSegmenter):
         parts = {
             "pictures": distil.multi_crop_loss(logits, targets.unflatten(0, (2, -1)), settings.temperature.student)
         }
-        total = parts["pictures"]
+        total = settings.picture_weight * parts["pictures"]
         if self.dense:
             parts["patches"] = self._patch_loss(student, teacher, mask, temperature)
             total = total + settings.dense.weight * parts["patches"]
+        if self.place:
+            geometry = views["global0.params"], views["global1.params"]
+            parts["places"] = self._place_loss(student, teacher, geometry, temperature)
+            total = total + settings.place.weight * parts["places"]
         parts |= self._health(step, rows, targets)
         codes = self.embed(Features([level[:count] for level in teacher.levels]))
         logged = {name: value.detach() for name, value in parts.items()}
@@ -140,6 +149,22 @@ class Dino(UnsupervisedSegmenter):
         student_rows, teacher_rows = (found.map.permute(0, 2, 3, 1)[mask] for found in (student, teacher))
         targets = self._targets(self.teacher_head(teacher_rows), "patch_centre", temperature)
         return distil.masked_patch_loss(self.head(student_rows), targets, mask, self.cfg.method.temperature.student)
+
+    def _place_loss(
+        self, student: Features, teacher: Features, geometry: tuple[Replay, Replay], temperature: float
+    ) -> Tensor:
+        grid = tuple(student.map.shape[-2:])
+        maps = teacher.map.chunk(2)
+        sampled, inside = [], []
+        for number, own in enumerate(geometry):
+            places, meets = meeting(own, geometry[1 - number], grid)
+            sampled.append(F.grid_sample(maps[1 - number], places, "bilinear", "border", align_corners=False))
+            inside.append(meets)
+        mask = torch.cat(inside)
+        rows = torch.cat(sampled).permute(0, 2, 3, 1)[mask]
+        targets = self._targets(self.teacher_head(rows), "patch_centre", temperature)
+        predicted = self.head(student.map.permute(0, 2, 3, 1)[mask])
+        return distil.masked_patch_loss(predicted, targets, mask, self.cfg.method.temperature.student)
 
     def _targets(self, logits: Tensor, centre: str, temperature: float) -> Tensor:
         """Targets of teacher logits [n,K]; the centre moves after it was used, as in the release."""
@@ -229,7 +254,8 @@ def check_settings(settings: Any, backbone: Backbone) -> None:
     for name, least in (("hidden", 1), ("bottleneck", 1), ("layers", 1), ("out_dim", 2)):
         if settings.head[name] < least:
             raise ConfigError(f"method.head.{name}={settings.head[name]}: must be at least {least}")
-    amounts = {"dense.weight": dense.weight, "crops.local_count": crops.local_count}
+    amounts = {"dense.weight": dense.weight, "place.weight": settings.place.weight}
+    amounts |= {"picture_weight": settings.picture_weight, "crops.local_count": crops.local_count}
     amounts |= {"freeze_last_epochs": settings.freeze_last_epochs, "temperature.warmup": settings.temperature.warmup}
     for name, value in amounts.items():
         if value < 0:

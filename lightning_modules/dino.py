@@ -3,8 +3,8 @@
 A student sees crops of a picture, large and small, and predicts what a teacher, its slow copy, makes of the large ones.
 Two terms for patches go through the same head, both as options: `dense` hides patches of the large crops from the
 student, which predicts the teacher's output at them (iBOT); `place` lets it predict, for each patch of a large crop,
-the teacher's output at the same place of the other large crop, under other colours (ours; SwAV on patches, in the
-manner of Leopart). The teacher is the result: it is the backbone that probes read, checkpoints keep and the run exports.
+the teacher's output at the same place of the other one, under other colours (ours; in the manner of Leopart). The
+teacher is the result: it is the backbone that probes read, checkpoints keep and the run exports.
 """
 
 import logging

@@ -296,3 +296,23 @@ def test_views_that_cannot_be(name, spec, text):
     with pytest.raises(ConfigError) as error:
         views.make_views(batch_of(), {name: spec}, 0, 0)
     assert str(error.value) == text
+
+
+def test_places_of_one_view_in_another():
+    """Source coordinates read in the second view, where the first one says, are those of the first one's cells."""
+    size = (64, 96)
+    spec = Geometric(size=32, scale=(0.3, 0.6))
+    one, two = (transforms.draw_geometry(spec, 16, size, np.random.default_rng(n)) for n in range(2))
+    rows, columns = torch.meshgrid(torch.arange(64) + 0.5, torch.arange(96) + 0.5, indexing="ij")
+    coordinates = torch.stack([rows, columns]).expand(16, -1, -1, -1)
+    places, inside = transforms.meeting(one, two, (8, 8))
+    assert places.shape == (16, 8, 8, 2)
+    assert 0.1 < inside.float().mean() < 0.9
+    assert one.flip.any()
+    assert not one.flip.all()
+    wanted = transforms.replay(coordinates, one, size=(8, 8))
+    view = transforms.replay(coordinates, two)
+    found = torch.nn.functional.grid_sample(view, places, padding_mode="border", align_corners=False)
+    away = (found - wanted).abs().amax(1)[inside]
+    assert away.max() < 1.2  # pixels of the source: bilinear at the border of the second view is off by half a cell
+    assert away.median() < 1e-3

@@ -98,6 +98,10 @@ class SegmentationDataModule(L.LightningDataModule):
         self.setup()
         return self._sources[split]
 
+    def describe(self, split: str) -> str:
+        """What a split is, for metrics.json: its pictures, and the list they come from where there is one."""
+        return f"{split}: {len(self.source(split))} pictures"
+
     def dataset(
         self,
         split: str | Source,

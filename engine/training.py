@@ -170,7 +170,7 @@ def collect_metrics(
         "protocol/crf": False,
         "protocol/flip": cfg.evaluation.flip,
         "protocol/matching": f"{cfg.evaluation.matching}, extra {cfg.evaluation.extra}, absent {cfg.evaluation.absent}",
-        "protocol/list": f"val: {len(data.source('val'))} pictures",
+        "protocol/list": data.describe("val"),
         "method": cfg.method.name,
         "uses_labels": model.uses_labels,
         "data": cfg.data.name,

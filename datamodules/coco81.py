@@ -5,6 +5,8 @@ COMUS painted the instance annotations instead, where what nobody labelled is ba
 (`data.unlabelled=background` comes nearest; overlaps of instances may still differ). evaluation_protocol.md 5.5.
 """
 
+from dataclasses import replace
+
 from common.errors import ConfigError
 from common.palette import default_palette
 from common.spec import ClassMeta
@@ -18,6 +20,8 @@ GREY = (96, 96, 96)
 
 class Coco81DataModule(CocoDataModule):
     """`data=coco81`."""
+
+    facts = replace(CocoDataModule.facts, title="COCO 2017 in 81 classes, read from the pixel labels of COCO-Stuff")
 
     def label_map(self) -> LabelMap:
         if self.data.unlabelled not in ("ignore", "background"):

@@ -5,6 +5,8 @@ evaluated on the 2,175 pictures of the "_7" list; 15 classes use the "_7" lists 
 "Few_Stuff_6". evaluation_protocol.md section 5.1.
 """
 
+from dataclasses import replace
+
 from common.palette import default_palette
 from common.spec import ClassMeta
 from datamodules.coco_files import COARSE_NAMES, FIRST_STUFF, LISTS, CocoDataModule, fine_to_coarse
@@ -20,6 +22,9 @@ class CocoStuff27DataModule(CocoDataModule):
     """`data=cocostuff27 data.classes=27|15|3`."""
 
     variants = (27, 15, 3)
+    facts = replace(
+        CocoDataModule.facts, title="COCO 2017 with the pixel labels of COCO-Stuff in 27 classes (or 15, or 3)"
+    )
 
     def list_name(self, split: str) -> str:
         name = super().list_name(split)

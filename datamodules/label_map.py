@@ -8,7 +8,9 @@ import logging
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+import torch.distributed as dist
 
+from common import distributed
 from common.spec import IGNORE
 
 log = logging.getLogger(__name__)
@@ -60,6 +62,13 @@ class ForeignIds:
                     "is this value wherever else it occurs in '%s'",
                     file, values[value], value, self.split,
                 )  # fmt: skip
+
+    def sync(self) -> None:
+        """The values of all ranks together, on every rank (a collective)."""
+        if distributed.active():
+            parts: list[Foreign] = [{} for _ in range(distributed.world_size())]
+            dist.all_gather_object(parts, self.files)
+            self.add({file: values for part in parts for file, values in part.items()}, told=True)
 
     @property
     def pixels(self) -> dict[int, int]:

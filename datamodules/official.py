@@ -222,7 +222,9 @@ class OfficialDataModule(SegmentationDataModule):
             good = found > 0 if part.count is None else found == part.count
             expected = "" if part.count is None or good else f" of {part.count:,}"
             remedy = f"get {part.fetch}; it belongs into {part.places[0]}"
-            yield Check(good, f"{part.places[0]}", f"{found:,}{expected} {part.what}", "" if good else remedy)
+            folder = self.find(name)
+            place = part.places[0] if folder is None else folder.relative_to(self.base).as_posix()
+            yield Check(good, place, f"{found:,}{expected} {part.what}", "" if good else remedy)
         yield from self.more_checks(rebuild)
         for split in ("train", "val"):
             try:

@@ -196,7 +196,7 @@ def build(plan: Plan) -> Iterator[None]:
             writer.finish(foreign)
     except OSError as error:
         raise DataError(
-            f"data.cache={plan.mode}: {plan.path} cannot be written ({error.strerror or error}); nothing of it is kept; "
+            f"data.cache={plan.mode}: {plan.path} cannot be written ({error.strerror or error}); it is gone again; "
             "set cache.dir to a larger disk, or data.cache=none"
         ) from error
 

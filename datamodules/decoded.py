@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import struct
 from pathlib import Path
 
@@ -89,7 +90,7 @@ class DecodedWriter:
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         self.path, self.fingerprint = path, fingerprint
-        self.part = path.with_name(f"{path.name}.part-{os.getpid()}")
+        self.part = path.with_name(f"{path.name}.part-{secrets.token_hex(4)}")
         self.rows: list[tuple[int, ...]] = []
         self.broken: dict[int, list[str]] = {}
 

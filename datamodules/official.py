@@ -175,10 +175,10 @@ class OfficialDataModule(SegmentationDataModule):
     def files(self, name: str, needed: bool = True) -> dict[str, str]:
         """{stem: path} of a part's files; with `needed` raises DataError where there are none."""
         if name not in self._files:
-            part, folder = self.parts()[name], self.find(name)
-            if folder is None and needed:
-                raise DataError(f"data.root={self.data.root}: holds no {part.wanted}; {self._help}")
-            self._files[name] = {} if folder is None else part.files(folder)
+            folder = self.find(name)
+            self._files[name] = {} if folder is None else self.parts()[name].files(folder)
+        if needed and not self._files[name]:
+            raise DataError(f"data.root={self.data.root}: holds no {self.parts()[name].wanted}; {self._help}")
         return self._files[name]
 
     def paired(self, pictures: str, labels: str | None, prefix: str = "") -> list[Entry]:

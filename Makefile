@@ -23,7 +23,7 @@ WORDS = $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(if $(or $(filter-out file
 	$(if $(DATA),data=$(DATA)) $(if $(BACKBONE),backbone=$(BACKBONE)) $(if $(TRAINER),trainer=$(TRAINER)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train eval predict list show-config doctor test test-fast test-ddp test-slow test-realdata test-gpu \
+.PHONY: help setup train eval predict data list show-config doctor test test-fast test-ddp test-slow test-realdata test-gpu \
 	reference bench lint lock clean
 
 help: ## this page
@@ -54,6 +54,9 @@ eval: $(READY) ## CKPT=runs/x/checkpoints/last.ckpt [ARGS=…]: the scores of a 
 
 predict: $(READY) ## CKPT=… INPUT=folder OUTPUT=folder [ARGS=…]: cluster maps and overlays of any pictures
 	@$(PY) run.py predict ckpt=$(CKPT) input=$(INPUT) output=$(OUTPUT) $(ARGS)
+
+data: $(READY) ## DATA=cocostuff27 [ARGS="root=folder rebuild=true"]: what to fetch, from where, under which terms; checks what is there
+	@$(PY) run.py data $(if $(DATA),name=$(DATA)) $(ARGS)
 
 list: $(READY) ## methods, data sets, backbones, trainers, experiments
 	@$(PY) run.py list

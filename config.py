@@ -32,6 +32,8 @@ NULLABLE = {
     "trainer.devices": (int, str),
     "predict.size": int,
     "data.root": str,
+    "data.lists": str,
+    "cache.dir": str,
     "data.train_size": (int, list),
     "data.eval_size": (int, list),
     "backbone.weights": str,
@@ -69,7 +71,8 @@ CHOICES = {
     "search.backend": ("auto", "faiss_gpu", "faiss_cpu", "torch"),
     "data.train_crop": ("center", "random", "five", "none", "keep"),
     "data.eval_crop": ("center", "none", "keep"),
-    "data.interpolation": ("nearest", "bilinear"),
+    "data.interpolation": ("faithful", "nearest", "bilinear"),
+    "data.cache": ("none", "ram", "disk"),
     "backbone.pos_interp": ("dino", "timm"),
     "backbone.precision": ("float32", "bf16", "fp16"),
 }

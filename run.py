@@ -50,6 +50,29 @@ def predict(words: list[str]) -> None:
     run(Path(named["ckpt"]), Path(named["input"]), Path(named["output"]), rest)
 
 
+def data(words: list[str]) -> None:
+    """data [name=… [root=…] [rebuild=true] [key=value …]]: what to fetch and under which terms; checks what is there"""
+    import config
+    from datamodules import inventory
+
+    named = config.parse_words(words)
+    name, root, rebuild = (named.pop(key, None) for key in ("name", "root", "rebuild"))
+    if name is None:
+        if words:
+            raise ConfigError(f"{words[0]}: name the data set first, as in run.py data name=cocostuff27 root=<folder>")
+        print("\n".join(inventory.names()))
+        return
+    if rebuild not in (None, "true", "false"):
+        raise ConfigError(f"rebuild={rebuild}: expected true or false")
+    keys = {key if "." in key else f"data.{key}": value for key, value in named.items()}
+    keys |= {} if root is None else {"data.root": root}
+    cfg = config.compose([f"data={name}", *(f"{key}={value}" for key, value in keys.items())])
+    for line in inventory.describe(cfg):
+        print(line)
+    for line in inventory.examine(cfg, rebuild == "true"):
+        print(line)
+
+
 def list_names(words: list[str]) -> None:
     """list: methods, data sets, backbones, trainers, experiments"""
     import config
@@ -87,6 +110,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "eval": evaluate,
     "predict": predict,
+    "data": data,
     "list": list_names,
     "show-config": show_config,
     "doctor": doctor,

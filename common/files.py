@@ -1,10 +1,14 @@
-"""Files that are written whole or not at all: a reader, and the next start after a kill, see the old one or the new."""
+"""Files of ours: written whole or not at all, and the folder that keeps what can be computed again.
+
+A reader, and the next start after a kill, see the old file or the new one.
+"""
 
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -34,3 +38,20 @@ def copy_whole(source: str | Path, target: str | Path) -> None:
     """Copy a file so that `target` is never seen half written."""
     with whole(target) as temporary:
         shutil.copyfile(source, temporary)
+
+
+def cache_folder(cfg: Any) -> Path:
+    """`cache.dir`, or labelfree in the user's own cache folder; the folder may not exist yet."""
+    chosen = cfg.cache.get("dir") if cfg.get("cache") else None
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "labelfree"
+
+
+def size_text(count: float) -> str:
+    """Bytes for people: 912 B, 3.4 MB, 73.5 GB (powers of 1000, as disks are sold)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

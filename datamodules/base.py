@@ -15,9 +15,12 @@ import torch
 
 from common import distributed
 from common.errors import ConfigError, DataError, did_you_mean
+from common.files import cache_folder
 from common.spec import ClassMeta, ViewSpec
-from datamodules import sampling, views
+from datamodules import cache, sampling, views
 from datamodules.dataset import BrokenFiles, CheckedLoader, Collate, PictureDataset
+from datamodules.decoded import DecodedStore
+from datamodules.label_map import ForeignIds
 from datamodules.transforms import Geometry
 
 __all__ = ["SegmentationDataModule", "Source", "available", "load_datamodule"]
@@ -31,7 +34,9 @@ class Source(Protocol):
     `datamodules.reading.UnreadableError` (a DataError): it is named, counted and skipped. Any other LabelfreeError
     stops the run at once with its line.
     A source may also have `check() -> dict[file, message]`: the unreadable files that a quick look at the start finds;
-    and `labelled() -> list[int]`: the indices of the pictures that have a label, where not all of them have.
+    and `labelled() -> list[int]`: the indices of the pictures that have a label, where not all of them have;
+    `fingerprint() -> str`, which changes whenever a picture or label does (`data.cache` needs it); `size(i)`, the
+    (height, width) of a picture without decoding it; `take_foreign()`, see `label_map.py`.
     """
 
     def __len__(self) -> int: ...
@@ -65,6 +70,8 @@ class SegmentationDataModule(L.LightningDataModule):
         self.pad_multiple = 1
         self.meta = ClassMeta()
         self.broken = {split: BrokenFiles(split, float(self.data.max_broken)) for split in ("train", "val")}
+        self.foreign = {split: ForeignIds(split) for split in ("train", "val")}
+        self._stores: dict[tuple[str, Geometry], DecodedStore] = {}
         self._sources: dict[str, Source] = {}
         self.train_geometry = Geometry.from_config(self.data, "train")
         self.eval_geometry = Geometry.from_config(self.data, "eval")
@@ -99,6 +106,10 @@ class SegmentationDataModule(L.LightningDataModule):
         self.setup()
         return self._sources[split]
 
+    def describe(self, split: str) -> str:
+        """What a split is, for metrics.json: its pictures, and the list they come from where there is one."""
+        return f"{split}: {len(self.source(split))} pictures"
+
     def dataset(
         self,
         split: str | Source,
@@ -106,13 +117,37 @@ class SegmentationDataModule(L.LightningDataModule):
         purpose: str,
         replace: bool = False,
         flip: bool = False,
-        cache: float = 0.0,
+        room: float = 0.0,
+        store: DecodedStore | None = None,
     ) -> PictureDataset:
         """The map-style data set behind a loader; takes keys (pass, index) or plain indices."""
         source = self.source(split) if isinstance(split, str) else split
         return PictureDataset(
-            source, geometry, self.meta.has_labels, self.seed, purpose, replace_broken=replace, flip=flip, cache=cache
+            source, geometry, self.meta.has_labels, self.seed, purpose, replace, flip, cache=room, store=store
         )
+
+    def _decoded(self, split: str, geometry: Geometry, make: bool) -> DecodedStore | None:
+        """The decoded pictures of a split (`data.cache`); None without. `make`: all ranks call, and one writes them."""
+        mode = str(self.data.get("cache") or "none")
+        if mode == "none" or (split, geometry) in self._stores:
+            return self._stores.get((split, geometry))
+        if mode == "ram" and not make:
+            return None
+        plan = cache.Plan(
+            name=str(self.data.name),
+            split=split,
+            source=self.source(split),
+            geometry=geometry,
+            has_labels=self.meta.has_labels,
+            mode=mode,
+            folder=cache_folder(self.cfg) / "decoded" if mode == "disk" else cache.memory_folder(),
+            workers=self._workers(len(self.source(split))),
+        )
+        store = cache.provide(plan) if make else plan.find()
+        if store is not None:
+            self._stores[split, geometry] = store
+            self.foreign[split].add(store.foreign)
+        return store
 
     @property
     def local_batch(self) -> int:
@@ -167,9 +202,9 @@ class SegmentationDataModule(L.LightningDataModule):
             seed=self.seed,
             start=(lambda: 0) if trainer is None else (lambda: trainer.global_step),
         )
-        data = self.dataset(
-            "train", self.train_geometry, "train", replace=True, flip=True, cache=self._cache(self.train_items)
-        )
+        store = self._decoded("train", self.train_geometry, make=True)
+        room = self._cache(self.train_items)
+        data = self.dataset("train", self.train_geometry, "train", replace=True, flip=True, room=room, store=store)
         return self._loader(data, order, "train", len(order) * local, persistent=True)
 
     def val_dataloader(self) -> CheckedLoader:
@@ -182,7 +217,8 @@ class SegmentationDataModule(L.LightningDataModule):
                 f"trainer.devices: the validation split has {len(self.source('val'))} pictures for "
                 f"{distributed.world_size()} devices, and each needs at least one; use fewer devices or add pictures"
             )
-        data = self.dataset("val", self.eval_geometry, "val", cache=self._cache(len(self.source("val"))))
+        store = self._decoded("val", self.eval_geometry, make=True)
+        data = self.dataset("val", self.eval_geometry, "val", room=self._cache(len(self.source("val"))), store=store)
         indices = sampling.stride(len(data), distributed.rank(), distributed.world_size())
         batches = sampling.FixedBatches(
             [(0, i) for i in indices], self._share(int(self.data.eval_batch_size), "data.eval_batch_size")
@@ -215,7 +251,8 @@ class SegmentationDataModule(L.LightningDataModule):
             raise ValueError(f"geometry={geometry!r}: 'train', 'eval' or a Geometry")
         training = geometry == "train"
         chosen = geometry if isinstance(geometry, Geometry) else self.train_geometry if training else self.eval_geometry
-        data = self.dataset(split, chosen, purpose, replace=training)
+        store = self._decoded(split, chosen, make=False) if isinstance(split, str) else None
+        data = self.dataset(split, chosen, purpose, replace=training, store=store)
         keys = sampling.pass_keys(len(data), order, limit, repeat, self.seed, purpose)
         rank, world = distributed.rank(), distributed.world_size()
         key = "batch_size" if training else "eval_batch_size"
@@ -250,6 +287,7 @@ class SegmentationDataModule(L.LightningDataModule):
         return CheckedLoader(
             data,
             broken,
+            self.foreign[split] if split else ForeignIds("given"),
             batch_sampler=batches,
             num_workers=workers,
             collate_fn=Collate(self.pad_multiple),
@@ -266,10 +304,13 @@ class SegmentationDataModule(L.LightningDataModule):
         return views.make_views(batch, self.views, self.seed, self.trainer.global_step)
 
     def sync_broken(self) -> None:
-        """Puts the unreadable files of all ranks together; raises DataError on every rank when there are too many.
+        """Puts the unreadable files and foreign label values of all ranks together; raises DataError on every rank when
+        there are too many unreadable ones.
 
         A collective: all ranks call it at the same place (the end of validation). In between every rank counts its own.
         """
+        for foreign in self.foreign.values():
+            foreign.sync()
         for broken in self.broken.values():
             broken.sync()
 

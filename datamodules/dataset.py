@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from common import chance, distributed
 from common.errors import DataError, LabelfreeError
 from common.spec import IGNORE
+from datamodules.decoded import DecodedStore
+from datamodules.label_map import Foreign, ForeignIds
 from datamodules.reading import UnreadableError
 from datamodules.transforms import Geometry
 
@@ -39,6 +41,7 @@ class Item:
     id: str = ""
     size: tuple[int, int] = (0, 0)
     broken: list[tuple[str, str]] = field(default_factory=list)
+    foreign: Foreign = field(default_factory=dict)
     error: LabelfreeError | None = None
 
 
@@ -48,8 +51,9 @@ class PictureDataset(Dataset):
     With five crops item i is crop i % 5 of picture i // 5. A picture that cannot be read is left out, or, with
     `replace_broken`, another one takes its place, keyed as well.
 
-    cache: megabytes of resized pictures that each reading process keeps, so that small sets are decoded once. What does
-    not fit any more is read again each time.
+    store: pictures decoded and resized before (`decoded.DecodedStore`); then nothing is decoded here.
+    cache: without a store, megabytes of resized pictures that each reading process keeps, so that small sets are
+    decoded once. What does not fit any more is read again each time.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class PictureDataset(Dataset):
         replace_broken: bool = False,
         flip: bool = False,
         cache: float = 0.0,
+        store: DecodedStore | None = None,
     ) -> None:
         self.source = source
         self.geometry = geometry
@@ -70,7 +75,8 @@ class PictureDataset(Dataset):
         self.purpose = purpose
         self.replace_broken = replace_broken
         self.flip = flip
-        self.room = int(cache * 2**20)
+        self.store = store
+        self.room = 0 if store is not None else int(cache * 2**20)
         self.kept: dict[int, tuple[np.ndarray, np.ndarray | None, tuple[int, int]]] = {}
 
     def __len__(self) -> int:
@@ -95,7 +101,11 @@ class PictureDataset(Dataset):
             return Item(error=error)
 
     def _read(self, item: Item, number: int, index: int, taken: int) -> Item:
-        image, label, item.size = self.kept.get(taken) or self._resized(taken)
+        if self.store is not None:
+            image, label, item.size = self.store[taken]
+        else:
+            image, label, item.size = self.kept.get(taken) or self._resized(taken)
+            item.foreign |= take_foreign(self.source)
         draw = chance.numpy_generator(self.seed, f"{self.purpose}.crop", number, index)
         item.image, item.label = self.geometry.finish(image, label, draw, flip=self.flip)
         item.index, item.id = taken, self.source.id(taken // self.geometry.crops)
@@ -103,18 +113,27 @@ class PictureDataset(Dataset):
 
     def _resized(self, index: int) -> tuple[np.ndarray, np.ndarray | None, tuple[int, int]]:
         picture, crop = divmod(index, self.geometry.crops)
-        image, label = self.source.read(picture)
+        image, label = read_pair(self.source, picture, self.has_labels)
         size = image.shape[:2]
-        if not self.has_labels:
-            label = None
-        elif label is None:
-            label = np.full(size, IGNORE, dtype=np.uint8)
         image, label = self.geometry.resize(image, label, crop)
         needed = image.nbytes + (0 if label is None else label.nbytes)
         if needed <= self.room:
             self.room -= needed
             self.kept[index] = image, label, size
         return image, label, size
+
+
+def read_pair(source: Any, picture: int, has_labels: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """Picture uint8 [H,W,3] and label [H,W], all 255 where this one has none; None where the data set has none."""
+    image, label = source.read(picture)
+    if not has_labels:
+        return image, None
+    return image, np.full(image.shape[:2], IGNORE, dtype=np.uint8) if label is None else label
+
+
+def take_foreign(source: Any) -> Foreign:
+    """Label values outside the table that a source has met since the last call; none where it has no table."""
+    return source.take_foreign() if hasattr(source, "take_foreign") else {}
 
 
 class Collate:
@@ -131,9 +150,10 @@ class Collate:
             if item.error is not None:
                 return {"error": item.error}
         broken = [entry for item in items for entry in item.broken]
+        foreign = {file: values for item in items for file, values in item.foreign.items()}
         items = [item for item in items if item.image is not None]
         if not items:
-            return {"broken": broken}
+            return {"broken": broken, "foreign": foreign}
         images = [item.image for item in items]
         height, width = (max(image.shape[side] for image in images) for side in (0, 1))
         height, width = (-(-side // self.multiple) * self.multiple for side in (height, width))
@@ -148,7 +168,7 @@ class Collate:
         batch["index"] = torch.tensor([item.index for item in items])
         batch["id"] = [item.id for item in items]
         batch["size"] = torch.tensor([item.size for item in items])
-        batch["broken"] = broken
+        batch["broken"], batch["foreign"] = broken, foreign
         return batch
 
 
@@ -195,20 +215,23 @@ class BrokenFiles:
 
 
 class CheckedLoader(DataLoader):
-    """A DataLoader that raises the errors of the user's data in the main process and keeps account of broken files.
+    """A DataLoader that raises the errors of the user's data in the main process and keeps account of broken files and
+    of label values that no table knows.
 
     Batches in which no picture could be read are not given out. Raises LabelfreeError while iterating.
     """
 
-    def __init__(self, dataset: PictureDataset, broken: BrokenFiles, **settings: Any) -> None:
+    def __init__(self, dataset: PictureDataset, broken: BrokenFiles, foreign: ForeignIds, **settings: Any) -> None:
         super().__init__(dataset, **settings)
         self.account = broken
+        self.foreign = foreign
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in super().__iter__():
             if "error" in batch:
                 raise batch["error"]
             self.account.add(dict(batch["broken"]))
+            self.foreign.add(batch.pop("foreign"))
             batch["broken"] = [message for _, message in batch["broken"]]
             if "image" in batch:
                 yield batch

@@ -23,77 +23,36 @@ from common.errors import ConfigError, DataError
 from common.palette import default_palette
 from common.spec import ClassMeta
 from datamodules.base import SegmentationDataModule
-from datamodules.reading import (
-    ENDINGS,
-    UnreadableError,
-    check_label,
-    header_size,
-    is_picture,
-    read_classes,
-    read_label,
-    read_picture,
-)
+from datamodules.listed import Entry, ListedSource
+from datamodules.reading import ENDINGS, check_label, is_picture, read_classes, read_label
 
 log = logging.getLogger(__name__)
 
 HELD_OUT = 10
 """Without `images/val`, one picture in this many is held out for validation."""
-LOOKED_AT = 5000
-"""Pictures whose first bytes are read at the start; of larger sets this many, evenly spread."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A picture file, its name for people (relative stem), and its label file if there is one."""
+class FolderSource(ListedSource):
+    """Pictures of a list of files, whose labels are class ids already.
 
-    id: str
-    picture: str
-    label: str | None = None
-
-
-class FolderSource:
-    """Pictures of a list of files; a `datamodules.base.Source`.
-
-    `read(i)` gives the picture uint8 [H,W,3] and its label uint8 [H,W] (None without). Raises UnreadableError for a
-    broken picture or label file; DataError for a label of another size or with a value that is no class.
+    Raises DataError for a label value that is no class, beside what `ListedSource` raises.
     """
 
     def __init__(self, entries: list[Entry], classes: int) -> None:
-        self.entries = entries
+        super().__init__(entries)
         self.classes = classes
 
-    def __len__(self) -> int:
-        return len(self.entries)
+    @property
+    def has_classes(self) -> bool:
+        return self.classes > 0
 
-    def id(self, index: int) -> str:
-        return self.entries[index].id
+    def mapped(self, entry: Entry, image: np.ndarray) -> np.ndarray | None:
+        if not self.classes:
+            return None
+        return check_label(read_label(entry.label), entry.label, image, entry.picture, self.classes)
 
-    def read(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        entry = self.entries[index]
-        image = read_picture(entry.picture)
-        if entry.label is None or not self.classes:
-            return image, None
-        return image, check_label(read_label(entry.label), entry.label, image, entry.picture, self.classes)
-
-    def labelled(self) -> list[int]:
-        """Indices of the pictures that have a label."""
-        return [index for index, entry in enumerate(self.entries) if entry.label is not None and self.classes]
-
-    def check(self) -> dict[str, str]:
-        """{file: message} of the files whose first bytes are no picture; raises DataError for a label of another size.
-
-        Reads headers only, of 5000 pictures at most; what lies deeper is found when the picture is read.
-        """
-        broken = {}
-        for index in range(0, len(self), -(-len(self) // LOOKED_AT) or 1):
-            entry = self.entries[index]
-            try:
-                size = header_size(entry.picture)
-                if entry.label is not None and self.classes and header_size(entry.label) != size:
-                    self.read(index)
-            except UnreadableError as error:
-                broken[error.file] = str(error)
-        return broken
+    def fingerprint(self) -> str:
+        return f"{super().fingerprint()}/{self.classes}"
 
 
 @dataclass(frozen=True)

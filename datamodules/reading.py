@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+from scipy.io import loadmat
 
 from common.errors import DataError
 
@@ -80,6 +81,44 @@ def read_label(path: str | Path) -> np.ndarray:
     )
 
 
+def read_first_channel(path: str | Path) -> np.ndarray:
+    """uint8 [H,W]: red of an RGB png, where KITTI-STEP keeps the class. Raises UnreadableError, DataError."""
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            if opened.mode in ("RGB", "RGBA"):
+                return np.asarray(opened)[..., 0]
+            mode = opened.mode
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise UnreadableError(path, _reason(error)) from error
+    raise DataError(
+        f"{path}: a panoptic map is an RGB png with the class in its red channel, but this is a picture of mode {mode}"
+    )
+
+
+def read_mat(path: str | Path, variable: str) -> np.ndarray:
+    """The array of one variable of a MATLAB file; of a struct with the field Segmentation (SBD), that field.
+
+    Raises UnreadableError for a file that is absent, cut, or without the variable.
+    """
+    try:
+        found = loadmat(path, variable_names=[variable])
+        value = found[variable]
+        if value.dtype.names:
+            value = value["Segmentation"][0, 0]
+    except MemoryError:
+        raise
+    except KeyError as error:
+        raise UnreadableError(path, f"it holds no variable {error.args[0]}") from error
+    except Exception as error:
+        raise UnreadableError(path, _reason(error)) from error
+    if value.ndim not in (2, 3) or value.size == 0:
+        raise UnreadableError(path, f"{variable} is no picture but an array of shape {value.shape}")
+    return value
+
+
 def header_size(path: str | Path) -> tuple[int, int]:
     """(height, width) as displayed, from the first bytes of a file: fast, but no proof that the body is whole.
 
@@ -101,11 +140,7 @@ def check_label(
     label: np.ndarray, path: str | Path, image: np.ndarray, picture: str | Path, classes: int
 ) -> np.ndarray:
     """uint8 [H,W] of a label that fits its picture and its classes. Raises DataError naming the file and the rule."""
-    if label.shape != image.shape[:2]:
-        raise DataError(
-            f"{path}: the label is {_pixels(label)} pixels (width x height) but its picture {picture} is "
-            f"{_pixels(image)}; save the label at the picture's own size{_hint(label, image)}"
-        )
+    check_size(label, path, image, picture)
     wrong = (label < 0) | ((label >= classes) & (label != 255))
     if wrong.any():
         raise DataError(
@@ -113,6 +148,15 @@ def check_label(
             f"value must be 0..{classes - 1}, or 255 for pixels to ignore; mend the label or classes.json"
         )
     return label.astype(np.uint8, copy=False)
+
+
+def check_size(label: np.ndarray, path: str | Path, image: np.ndarray, picture: str | Path) -> None:
+    """Raises DataError, naming both files, for a label of another size than its picture."""
+    if label.shape != image.shape[:2]:
+        raise DataError(
+            f"{path}: the label is {_pixels(label)} pixels (width x height) but its picture {picture} is "
+            f"{_pixels(image)}; save the label at the picture's own size{_hint(label, image)}"
+        )
 
 
 def read_classes(path: str | Path) -> tuple[str, ...]:

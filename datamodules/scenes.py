@@ -37,6 +37,14 @@ class SceneSource:
         """Image uint8 [H,W,3] and label uint8 [H,W] (every pixel has a class)."""
         return draw_scene(self.seed, self.split, index, self.height, self.width)
 
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of every scene."""
+        return self.height, self.width
+
+    def fingerprint(self) -> str:
+        """The drawing is frozen, so its parameters tell the pictures."""
+        return f"scenes/{self.seed}/{self.split}/{self.count}/{self.height}x{self.width}"
+
 
 class ScenesDataModule(SegmentationDataModule):
     """`data=scenes`: drawn directly at data.train_size and data.eval_size (a number: square pictures).

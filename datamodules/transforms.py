@@ -17,7 +17,12 @@ from common.errors import ConfigError
 from common.spec import IGNORE, Geometric
 
 CROPS = ("center", "random", "five", "none", "keep")
-INTERPOLATIONS = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR}
+INTERPOLATIONS = {
+    "faithful": Image.Resampling.NEAREST,
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+}
+"""How pictures are resized; "faithful": as STEGO, HP and EAGLE released it, which is Pillow's nearest."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +74,24 @@ class Geometry:
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """The part that is the same each time: uint8 [H,W,3] and label [H,W] resized, before random crop and flip.
 
-        crop: which of the five crops, with "five"; they are cut out of the whole picture first, then resized.
+        crop: which of the five crops, with "five"; they are cut out of the whole picture first, then resized. A central
+        window is cut out here as well, so that nothing is kept that is never seen.
         """
         if self.crop == "five":
             top, left, height, width = five_crop_boxes(*image.shape[:2], self.five_crop_ratio)[crop]
             image = image[top : top + height, left : left + width]
             label = None if label is None else label[top : top + height, left : left + width]
-        return resize_pair(image, label, self.size, self._window, self.interpolation)
+        image, label = resize_pair(image, label, self.size, self._window, self.interpolation)
+        if self._window == "center":
+            image, label = crop_pair(image, label, self.size, "center")
+            image, label = np.ascontiguousarray(image), None if label is None else np.ascontiguousarray(label)
+        return image, label
+
+    def kept_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of what `resize` gives for a picture of this size."""
+        if self._window == "center":
+            return (self.size, self.size) if isinstance(self.size, int) else self.size
+        return resized_size(height, width, self.size, self._window)
 
     def finish(
         self, image: np.ndarray, label: np.ndarray | None, draw: np.random.Generator, flip: bool = False
@@ -116,7 +132,7 @@ def resize_and_crop(
     size: the shorter side in pixels, or (H, W). crop "center" and "random": resize until `size` is covered, the aspect
     kept (int: shorter side = size and a square crop), then crop in the middle or at a position drawn uniformly from
     `draw`; "none": resize to exactly `size`, the aspect not kept; "keep": only the shorter side is resized.
-    interpolation: of the picture, "nearest" (Pillow's, as STEGO and HP released) or "bilinear" (with antialias).
+    interpolation: of the picture, "nearest" (Pillow's; "faithful" is the same) or "bilinear" (with antialias).
     """
     return crop_pair(*resize_pair(image, label, size, crop, interpolation), size, crop, draw)
 
@@ -125,15 +141,18 @@ def resize_pair(
     image: np.ndarray, label: np.ndarray | None, size: int | tuple[int, int], crop: str, interpolation: str
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """The first half of `resize_and_crop`."""
-    height, width = image.shape[:2]
-    if crop == "none":
-        resized = (size, size) if isinstance(size, int) else tuple(size)
-    elif isinstance(size, int):
-        resized = (size, int(size * width / height)) if height <= width else (int(size * height / width), size)
-    else:
-        resized = _cover(height, width, tuple(size))
+    resized = resized_size(*image.shape[:2], size, crop)
     image = _resize(image, resized, INTERPOLATIONS[interpolation])
     return image, None if label is None else _resize(label, resized, Image.Resampling.NEAREST)
+
+
+def resized_size(height: int, width: int, size: int | tuple[int, int], crop: str) -> tuple[int, int]:
+    """(height, width) that a picture is resized to before it is cropped."""
+    if crop == "none":
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+    if isinstance(size, int):
+        return (size, int(size * width / height)) if height <= width else (int(size * height / width), size)
+    return _cover(height, width, tuple(size))
 
 
 def crop_pair(

@@ -28,7 +28,7 @@ def protocol(cfg: DictConfig, data: SegmentationDataModule, model: UnsupervisedS
         "protocol/crf": False,
         "protocol/flip": rules.flip,
         "protocol/matching": f"{rules.matching}, extra {rules.extra}, absent {rules.absent}",
-        "protocol/list": f"val: {len(data.source('val'))} pictures",
+        "protocol/list": data.describe("val"),
     }
     if model.meta.groups and rules.partition != "none":
         found["protocol/partition"] = rules.partition

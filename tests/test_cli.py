@@ -13,6 +13,7 @@ import config
 import run
 from lightning_modules import registry
 from tests.conftest import small_words
+from tests.datamodules import trees
 
 
 def call(capsys: pytest.CaptureFixture, *words: str) -> tuple[int, str, str]:
@@ -75,6 +76,85 @@ def test_list_names_everything(capsys):
     for group in ("method", "data", "backbone", "trainer"):
         for name in config.names(group):
             assert name in out
+
+
+def test_data_without_a_name_lists_the_sets(capsys):
+    code, out, _ = call(capsys, "data")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == config.names("data")
+    assert error_line(capsys, "data", "root=x") == (
+        "error: root=x: name the data set first, as in run.py data name=cocostuff27 root=<folder>"
+    )
+    assert error_line(capsys, "data", "name=camvidd").endswith("did you mean camvid?")
+    assert error_line(capsys, "data", "name=camvid", "rebuild=1") == "error: rebuild=1: expected true or false"
+
+
+@pytest.mark.parametrize("name", config.names("data"))
+def test_data_says_what_to_fetch(capsys, name):
+    code, out, err = call(capsys, "data", f"name={name}")
+    assert out.startswith(f"{name}: ")
+    if name in ("scenes", "folder"):
+        assert code == (2 if name == "folder" else 0)
+        return
+    assert code == 2
+    assert err.strip().splitlines()[-1] == (
+        f"error: root: not given, so nothing was checked; `run.py data name={name} root=<folder>` checks a folder"
+    )
+    for word in ("home     http", "terms    ", "fetch    ", "expects  "):
+        assert f"\n{word}" in out
+
+
+def test_data_checks_a_folder(capsys, tmp_path, monkeypatch):
+    trees.camvid(tmp_path)
+    words = ("data", "name=camvid", f"root={tmp_path}")
+    assert (
+        error_line(capsys, *words)
+        == f"error: data.root={tmp_path}: 6 of 6 checks failed; what to do stands behind each"
+    )
+    monkeypatch.setattr("datamodules.camvid.COUNTS", {"train": 4, "val": 2, "test": 3})
+    code, out, _ = call(capsys, *words)
+    assert code == 0
+    assert out.splitlines()[-7:] == [
+        f"checking {tmp_path}",
+        "ok       train: 4 pictures of train",
+        "ok       trainannot: 4 labels of train",
+        "ok       val: 2 pictures of val",
+        "ok       valannot: 2 labels of val",
+        "ok       split train: 4 pictures",
+        "ok       split val: 2 pictures",
+    ]
+    assert call(capsys, *words, "eval_split=test")[0] == 0
+    (tmp_path / "testannot" / "test_00001.png").unlink()
+    code, out, _ = call(capsys, *words, "eval_split=test")
+    assert code == 2
+    assert (
+        "missing  testannot: 2 of 3 labels of test -> get the folder CamVid of the SegNet tutorial; it belongs into "
+        "testannot\n"
+    ) in out
+
+
+@pytest.mark.parametrize(
+    ("name", "builder", "words", "failed"),
+    [
+        ("cityscapes27", trees.cityscapes, (), {"train", "val"}),
+        ("potsdam3", trees.potsdam, (), {"train", "val"}),
+        ("pascal_voc", trees.voc, (), {"train", "val"}),
+        ("kitti", trees.kitti_step, (), {"train", "val"}),
+        ("kitti", trees.kitti_semantics, ("release=semantics",), set()),
+        ("cocostuff171", trees.coco, (), {"train", "val"}),
+        ("coco81", trees.coco, (), {"train", "val"}),
+    ],
+)
+def test_data_of_an_incomplete_download(capsys, tmp_path, name, builder, words, failed):
+    builder(tmp_path)
+    code, out, err = call(capsys, "data", f"name={name}", f"root={tmp_path}", *words)
+    assert code == 2
+    assert "checks failed; what to do stands behind each" in err
+    lines = out.splitlines()
+    assert {
+        split for split in ("train", "val") if any(line.startswith(f"missing  split {split}") for line in lines)
+    } == (failed)
+    assert all(" -> " in line for line in lines if line.startswith("missing "))
 
 
 def test_show_config_prints_what_a_run_would_use(capsys):
@@ -169,6 +249,26 @@ def test_predict_errors(capsys, small_run, tmp_path):
     )
     line = error_line(capsys, "predict", f"ckpt={checkpoint}", f"input={tmp_path}/no", f"output={tmp_path}/o")
     assert line == f"error: input={tmp_path}/no: there is no such folder"
+
+
+@pytest.mark.train
+@pytest.mark.parametrize("name", trees.TREES)
+def test_every_published_set_trains(capsys, tmp_path, name):
+    """One step on a made-up official tree, decoded once, to the end of the run."""
+    trees.TREES[name](tmp_path / "data")
+    kept = [word for word in small_words("kmeans_baseline", f"run.dir={tmp_path}", "run.name=x") if word[:5] != "data."]
+    kept = [word for word in kept if word != "data=scenes"]
+    words = [f"data={name}", f"data.root={tmp_path}/data", "data.workers=0"]
+    size = 64 if name in ("cocostuff171", "coco81") else 32  # k-means wants a patch a cluster
+    words += [f"data.train_size={size}", f"data.eval_size={size}"]
+    words += ["data.batch_size=2", "data.cache=disk", f"cache.dir={tmp_path}/cache", "trainer.max_steps=1"]
+    code, _, err = call(capsys, "train", *kept, *words)
+    assert code == 0, err
+    metrics = json.loads((tmp_path / "x" / "metrics.json").read_text())
+    assert metrics["val/kmeans/miou"] is not None
+    assert metrics["protocol/list"].startswith(
+        "val: 2 pictures" if name not in ("cocostuff171", "coco81") else "val: 3"
+    )
 
 
 @pytest.mark.train

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from datamodules import transforms
+from common.spec import IGNORE
+from datamodules import cityscapes27, coco_files, cocostuff27, potsdam3, transforms
 from evaluation import matching, readout
 from evaluation.metrics import SegmentationScore
 from evaluation.probes import ClusterProbe
@@ -113,6 +114,32 @@ def seen_by_network(image: torch.Tensor) -> np.ndarray:
     network().features(image[None])
     handle.remove()
     return seen[0].numpy()
+
+
+def released(label: np.ndarray) -> np.ndarray:
+    """Class ids with the released void: -1 where ours is 255."""
+    return np.where(label == IGNORE, -1, label.astype(np.int64))
+
+
+def cocostuff_labels(case: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    fine = case["in_fine_label"]
+    coarse, stuff, three = (released(cocostuff27.coarse_map(classes)(fine)[0]) for classes in (27, 15, 3))
+    # the release shifts the coarse ids by twelve and lets things and void go negative; ours are all ignored
+    return {
+        "out_coarse27": coarse,
+        "out_stuff15": np.where(stuff >= 0, stuff, coarse - coco_files.FIRST_STUFF),
+        "out_stuff15_valid": stuff >= 0,
+        "out_cocostuff3": three,
+    }
+
+
+def cityscapes_labels(case: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    label = released(cityscapes27.label_map(27)(case["in_label_id"])[0])
+    return {"out_label27": label, "out_void_mask": label == -1}
+
+
+def potsdam_labels(case: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {"out_label3": released(potsdam3.label_map(3)(case["in_label6"])[0])}
 
 
 def five_crop_boxes(case: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

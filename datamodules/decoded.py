@@ -1,0 +1,144 @@
+"""One file of decoded and resized pictures, memory-mapped: written in one go, read at random by any process.
+
+Layout: the bytes of all pictures and labels, one after the other; a table of where each lies; a json of what else is
+known; a tail that names both and ends with MAGIC. The tail is written last and the file gets its name after that, so
+a file that was cut, or belongs to other pictures or another geometry, is told by its tail and never read.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from datamodules.label_map import Foreign
+from datamodules.reading import UnreadableError
+
+MAGIC = b"labelfree.decoded.1\n"
+TAIL = struct.Struct(f"<QQQ{len(MAGIC)}s")
+COLUMNS = 7
+"""Of the table, int64: place of the picture (-1: unreadable), height, width, place of the label (-1: none), bytes of a
+label's pixel, height and width of the picture in its file."""
+
+
+class DecodedStore:
+    """Items of a finished file: `store[i]` -> picture uint8 [h,w,3], label [h,w] or None, (height, width) before.
+
+    Arrays are read-only views. Raises UnreadableError for a picture that could not be decoded when the file was made.
+    """
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        self.path, self.fingerprint = Path(path), fingerprint
+        self.data = np.memmap(self.path, dtype=np.uint8, mode="r")
+        meta = _meta(self.data)
+        if meta is None or meta["fingerprint"] != fingerprint:
+            raise ValueError(f"{path}: cut, or made from other pictures or settings")
+        first = meta["table"]
+        self.table = np.frombuffer(
+            self.data[first : first + 8 * COLUMNS * meta["items"]].tobytes(), dtype=np.int64
+        ).reshape(-1, COLUMNS)
+        self.broken: dict[str, list[str]] = meta["broken"]
+        self.foreign: Foreign = {
+            file: {int(value): count for value, count in values.items()} for file, values in meta["foreign"].items()
+        }
+
+    @classmethod
+    def find(cls, path: Path, fingerprint: str) -> "DecodedStore | None":
+        """The store of a file; None where there is no file, or one that is cut or stale."""
+        try:
+            return cls(path, fingerprint)
+        except (OSError, ValueError):
+            return None
+
+    def __reduce__(self) -> tuple:
+        return DecodedStore, (self.path, self.fingerprint)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray | None, tuple[int, int]]:
+        place, height, width, label_place, depth, *size = self.table[index].tolist()
+        if place < 0:
+            raise UnreadableError(*self.broken[str(index)])
+        image = self.data[place : place + 3 * height * width].reshape(height, width, 3)
+        label = None
+        if label_place >= 0:
+            values = self.data[label_place : label_place + depth * height * width]
+            label = values.view(np.uint8 if depth == 1 else np.int32).reshape(height, width)
+        return image, label, (size[0], size[1])
+
+
+def _meta(data: np.ndarray) -> dict | None:
+    """The json of a file; None where its tail does not fit its length."""
+    if len(data) < TAIL.size:
+        return None
+    table, place, length, magic = TAIL.unpack(data[-TAIL.size :].tobytes())
+    if magic != MAGIC or place + length + TAIL.size != len(data) or table > place:
+        return None
+    return json.loads(data[place : place + length].tobytes()) | {"table": table}
+
+
+class DecodedWriter:
+    """Writes a store beside its final name; `finish` gives it the name, leaving the context without it removes it.
+
+    A lock marks the unfinished file as somebody's work; leftovers of killed processes have none and are removed.
+    """
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        self.path, self.fingerprint = path, fingerprint
+        self.part = path.with_name(f"{path.name}.part-{secrets.token_hex(4)}")
+        self.rows: list[tuple[int, ...]] = []
+        self.broken: dict[int, list[str]] = {}
+
+    def __enter__(self) -> "DecodedWriter":
+        remove_leftovers(self.path)
+        self.file = self.part.open("wb")
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(self.file, fcntl.LOCK_EX)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with contextlib.suppress(OSError):  # a full disk: what is still in the buffer cannot be written either
+            self.file.close()
+        self.part.unlink(missing_ok=True)
+
+    def add(self, image: np.ndarray, label: np.ndarray | None, size: tuple[int, int]) -> None:
+        """The next item: uint8 [h,w,3], uint8 or int32 [h,w] or None."""
+        place = self._write(image)
+        label_place, depth = -1, 0
+        if label is not None:
+            label_place, depth = self._write(label), label.dtype.itemsize
+        self.rows.append((place, *image.shape[:2], label_place, depth, *size))
+
+    def add_broken(self, error: UnreadableError) -> None:
+        """The next item, which cannot be read."""
+        self.broken[len(self.rows)] = [error.file, error.reason]
+        self.rows.append((-1, 0, 0, -1, 0, 0, 0))
+
+    def finish(self, foreign: Foreign) -> None:
+        """Everything is in: table, json and tail, then the name."""
+        table = self._write(np.array(self.rows, dtype=np.int64).reshape(-1, COLUMNS))
+        facts = {"fingerprint": self.fingerprint, "items": len(self.rows), "broken": self.broken, "foreign": foreign}
+        text = json.dumps(facts).encode()
+        place = self.file.tell()
+        self.file.write(text + TAIL.pack(table, place, len(text), MAGIC))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.part.replace(self.path)
+
+    def _write(self, array: np.ndarray) -> int:
+        place = self.file.tell()
+        self.file.write(np.ascontiguousarray(array).data)
+        return place
+
+
+def remove_leftovers(path: Path) -> None:
+    """Deletes unfinished files of `path` that no living process writes."""
+    for part in path.parent.glob(f"{path.name}.part-*"):
+        with contextlib.suppress(OSError), part.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink()

@@ -1,0 +1,128 @@
+"""ISPRS Potsdam in three classes, or in its six: blocks of 200 x 200 pixels, as IIC cut them.
+
+The blocks have random names, so the lists of the release are indispensable. Of 8,550 blocks 5,400 have labels: 4,545 to
+train on, 855 to evaluate. Infrared, the fourth channel, is left out. evaluation_protocol.md section 5.3.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import ConfigError, DataError
+from common.spec import ClassMeta
+from datamodules.label_map import LabelMap
+from datamodules.listed import Entry, ListedSource
+from datamodules.official import Check, Facts, OfficialDataModule, Part
+from datamodules.reading import UnreadableError, read_mat
+
+SIX = (
+    ("roads", (255, 255, 255)), ("buildings", (0, 0, 255)), ("vegetation", (0, 255, 255)), ("trees", (0, 255, 0)),
+    ("cars", (255, 255, 0)), ("clutter", (255, 0, 0)),
+)  # fmt: skip
+THREE = (("roads and cars", (255, 255, 255)), ("buildings and clutter", (0, 0, 255)), ("vegetation", (0, 255, 0)))
+SIX_TO_THREE = {0: 0, 4: 0, 1: 1, 5: 1, 2: 2, 3: 2}
+COUNTS = {"labelled_train": 4545, "unlabelled_train": 3150, "labelled_test": 855, "all": 8550}
+"""Blocks of each list."""
+TRAIN_LISTS = ("labelled_train", "unlabelled_train", "all")
+
+
+class BlockSource(ListedSource):
+    """Blocks in .mat files."""
+
+    headers = False
+
+    def __init__(self, entries: list[Entry], labels: LabelMap) -> None:
+        super().__init__(entries, labels, read_block, read_ids)
+
+
+class Potsdam3DataModule(OfficialDataModule):
+    """`data=potsdam3 data.classes=3|6`."""
+
+    variants = (3, 6)
+    folders = ("potsdam",)
+    facts = Facts(
+        title="ISPRS 2D Semantic Labelling, Potsdam, in the blocks of IIC",
+        home="https://www.isprs.org (2D Semantic Labeling Contest, Potsdam; registration)",
+        terms="ISPRS and BSF Swissphoto: research use, with acknowledgement",
+        downloads=(
+            "the archive `potsdam` of the STEGO release (github.com/mhamilton723/STEGO): imgs/*.mat, gt/*.mat and the "
+            "lists; or the tiles of the home page, cut by potsdam_prepare.py of github.com/xu-ji/IIC",
+        ),
+        notes=("blocks cut anew get new random names: they do not fit lists of another cut",),
+    )
+
+    def parts(self) -> dict[str, Part]:
+        archive = "the archive `potsdam` of the STEGO release"
+        return {
+            "images": Part("blocks", ("imgs",), (".mat",), COUNTS["all"], archive),
+            "labels": Part("labels", ("gt",), (".mat",), 5400, archive),
+        }
+
+    def entries(self, split: str) -> list[Entry]:
+        name = self._list(split)
+        path = self._list_file(name)
+        if not path.is_file():
+            raise DataError(f"data.root={self.data.root}: holds no {name}.txt, the list of {split}; {self._help}")
+        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        blocks, labels = self.files("images"), self.files("labels", needed=split == "val")
+        missing = [item for item in names if item not in blocks]
+        if missing or not names:
+            raise DataError(
+                f"data.root={self.data.root}: {len(missing)} of the {len(names)} blocks of {name}.txt are not in imgs"
+                f"{f', the first is {missing[0]}.mat' if missing else ''}; {self._help}"
+            )
+        return [Entry(item, blocks[item], labels.get(item)) for item in names]
+
+    def _list(self, split: str) -> str:
+        chosen = self.data.train_list if split == "train" else "labelled_test"
+        if split == "train" and chosen not in TRAIN_LISTS:
+            raise ConfigError(f"data.train_list={chosen}: not one of {', '.join(TRAIN_LISTS)}")
+        return chosen
+
+    def _list_file(self, name: str) -> Path:
+        return self.base / f"{name}.txt"
+
+    def describe(self, split: str) -> str:
+        return f"{super().describe(split)} of {self._list(split)}"
+
+    def official_count(self, split: str) -> int:
+        return COUNTS[self._list(split)]
+
+    def more_checks(self, rebuild: bool) -> Iterator[Check]:
+        for name, count in COUNTS.items():
+            path = self._list_file(name)
+            found = len(path.read_text().split()) if path.is_file() else 0
+            remedy = "" if found == count else "get the lists that belong to these blocks; they cannot be made anew"
+            yield Check(found == count, path.name, f"{found:,} of {count:,} names", remedy)
+
+    def make_source(self, entries: list[Entry]) -> BlockSource:
+        return BlockSource(entries, self.label_map())
+
+    def label_map(self) -> LabelMap:
+        return label_map(self.data.classes)
+
+    def build_meta(self) -> ClassMeta:
+        chosen = THREE if self.data.classes == 3 else SIX
+        return ClassMeta(tuple(name for name, _ in chosen), tuple(colour for _, colour in chosen))
+
+
+def label_map(classes: int) -> LabelMap:
+    """The six ids of the blocks -> 3 or 6 classes."""
+    return LabelMap(SIX_TO_THREE if classes == 3 else {value: value for value in range(len(SIX))})
+
+
+def read_block(path: str) -> np.ndarray:
+    """uint8 [H,W,3] of a block with red, green, blue and infrared. Raises UnreadableError."""
+    block = read_mat(path, "img")
+    if block.ndim != 3 or block.shape[2] < 3 or block.dtype != np.uint8:
+        raise UnreadableError(path, f"img is {block.dtype} of shape {block.shape}, not uint8 [H,W,4]")
+    return np.ascontiguousarray(block[..., :3])
+
+
+def read_ids(path: str) -> np.ndarray:
+    """Class ids [H,W] of a block. Raises UnreadableError."""
+    ids = read_mat(path, "gt")
+    if ids.ndim != 2 or ids.dtype.kind not in "iu":
+        raise UnreadableError(path, f"gt is {ids.dtype} of shape {ids.shape}, not whole numbers [H,W]")
+    return ids

@@ -21,6 +21,7 @@ DEFAULT_WORDS = {"method": "kmeans_baseline", "data": "scenes", "backbone": "tin
 
 NULLABLE = {
     "run.name": str,
+    "cache.dir": str,
     "wandb.entity": str,
     "trainer.max_steps": int,
     "trainer.max_epochs": int,

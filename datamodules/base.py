@@ -4,6 +4,8 @@ A data set is one file with one subclass of `SegmentationDataModule` that says w
 and what the classes are called (`build_meta`). Splitting over devices, order, crops, broken files and views are here.
 """
 
+import dataclasses
+import hashlib
 import importlib
 import inspect
 from pathlib import Path
@@ -30,7 +32,9 @@ class Source(Protocol):
     is a pure function of i: it is called in worker processes, in any order. A picture that cannot be read raises
     `datamodules.reading.UnreadableError` (a DataError): it is named, counted and skipped. Any other LabelfreeError
     stops the run at once with its line.
-    A source may also have `check() -> dict[file, message]`: the unreadable files that a quick look at the start finds.
+    A source may also have `check() -> dict[file, message]`: the unreadable files that a quick look at the start finds;
+    and `stamp(i) -> str`, which changes when the picture does (for files: size and time), so that what was computed
+    from it is not used any more.
     """
 
     def __len__(self) -> int: ...
@@ -45,12 +49,14 @@ class SegmentationDataModule(L.LightningDataModule):
 
     After `setup`: `meta` (class names; empty without labels) and `source(split)`. The runner assigns `views`
     ({name: ViewSpec}, made on the device in training) and `pad_multiple` (pixels; every batch is padded to a multiple
-    of it, for backbones that need whole patches), both before the loaders are made.
+    of it, for backbones that need whole patches), both before the loaders are made. So it does with `neighbours`, an
+    int64 array [training items, k], where the method wants a near picture beside each.
 
     A batch: `image` float32 [B,3,H,W] in 0..1, not normalised; `label` int64 [B,H,W], 255 = ignore (absent when the
     data has none); `valid` bool [B,H,W], false on padding; `index` int64 [B], position in the data set (with
     five crops 5 * picture + crop); `id` list of B names; `size` int64 [B,2], height and width of the picture in its
-    file; `broken` list of messages on unreadable files; in training the views, see `views.py`.
+    file; `broken` list of messages on unreadable files; in training the views, see `views.py`, and with `neighbours`
+    `neighbour` float32 [B,3,H',W'], `neighbour.valid` bool [B,H',W'] and `neighbour.index` int64 [B], never a label.
 
     Raises ConfigError where a `data.*` key does not fit the rest.
     """
@@ -62,6 +68,7 @@ class SegmentationDataModule(L.LightningDataModule):
         self.seed = int(cfg.seed)
         self.views: dict[str, ViewSpec] = {}
         self.pad_multiple = 1
+        self.neighbours: np.ndarray | None = None
         self.meta = ClassMeta()
         self.broken = {split: BrokenFiles(split, float(self.data.max_broken)) for split in ("train", "val")}
         self._sources: dict[str, Source] = {}
@@ -106,12 +113,30 @@ class SegmentationDataModule(L.LightningDataModule):
         replace: bool = False,
         flip: bool = False,
         cache: float = 0.0,
+        neighbours: np.ndarray | None = None,
     ) -> PictureDataset:
         """The map-style data set behind a loader; takes keys (pass, index) or plain indices."""
         source = self.source(split) if isinstance(split, str) else split
         return PictureDataset(
-            source, geometry, self.meta.has_labels, self.seed, purpose, replace_broken=replace, flip=flip, cache=cache
+            source, geometry, self.meta.has_labels, self.seed, purpose, replace, flip, cache, neighbours
         )
+
+    @property
+    def fixed_geometry(self) -> Geometry:
+        """That of training without chance: the same crop of a picture each time (the middle for random crops)."""
+        crop = "center" if self.train_geometry.crop == "random" else self.train_geometry.crop
+        return dataclasses.replace(self.train_geometry, crop=crop, flip_p=0.0)
+
+    def fingerprint(self, split: str, geometry: Geometry) -> str:
+        """Names the pictures of a split and their geometry: for files that hold what was computed from them.
+
+        sha256, hexadecimal, of the data set's name, the geometry, and id and stamp of every picture, in order.
+        """
+        source, found = self.source(split), hashlib.sha256(f"{self.data.name} {geometry}".encode())
+        stamp = getattr(source, "stamp", lambda index: "")
+        for index in range(len(source)):
+            found.update(f"\n{source.id(index)} {stamp(index)}".encode())
+        return found.hexdigest()
 
     @property
     def local_batch(self) -> int:
@@ -166,8 +191,9 @@ class SegmentationDataModule(L.LightningDataModule):
             seed=self.seed,
             start=(lambda: 0) if trainer is None else (lambda: trainer.global_step),
         )
+        cache = self._cache(self.train_items)
         data = self.dataset(
-            "train", self.train_geometry, "train", replace=True, flip=True, cache=self._cache(self.train_items)
+            "train", self.train_geometry, "train", replace=True, flip=True, cache=cache, neighbours=self.neighbours
         )
         return self._loader(data, order, "train", len(order) * local, persistent=True)
 

@@ -68,6 +68,14 @@ class FolderSource:
     def id(self, index: int) -> str:
         return self.entries[index].id
 
+    def stamp(self, index: int) -> str:
+        """Size and time of the picture's file; 0 where it is gone."""
+        try:
+            facts = os.stat(self.entries[index].picture)
+        except OSError:
+            return "0"
+        return f"{facts.st_size} {facts.st_mtime_ns}"
+
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         entry = self.entries[index]
         image = read_picture(entry.picture)

@@ -33,6 +33,10 @@ class SceneSource:
     def id(self, index: int) -> str:
         return f"{self.split}/{index:06d}"
 
+    def stamp(self, index: int) -> str:
+        """What the drawing depends on beside its id."""
+        return f"{self.seed} {self.height} {self.width}"
+
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Image uint8 [H,W,3] and label uint8 [H,W] (every pixel has a class)."""
         return draw_scene(self.seed, self.split, index, self.height, self.width)

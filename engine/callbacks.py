@@ -16,7 +16,8 @@ from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTh
 from torch import Tensor
 
 from common.chance import key
-from engine.run_folder import History, RunFolder, whole
+from common.files import whole
+from engine.run_folder import History, RunFolder
 
 log = logging.getLogger(__name__)
 

@@ -5,8 +5,6 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,9 @@ from omegaconf import DictConfig
 
 import config
 from common.errors import CheckpointError, ConfigError
+from common.files import whole
 
-SAME_RUN = ("run.", "wandb.", "logger", "trainer.progress", "trainer.threads", "data.workers")
+SAME_RUN = ("run.", "cache.", "wandb.", "logger", "trainer.progress", "trainer.threads", "data.workers")
 """Keys that may differ between the parts of one run."""
 
 NAME_VARIABLE = "LABELFREE_RUN_NAME"
@@ -117,14 +116,6 @@ def open_run(cfg: DictConfig) -> RunFolder:
         elif last.is_file():
             state, checkpoint = "resume", last
     return RunFolder(path, state, checkpoint)
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A temporary neighbour to write to, which takes the place of `path` at the end: it is never seen half written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    yield temporary
-    temporary.replace(path)
 
 
 def copy_whole(source: Path, target: Path) -> None:

@@ -17,11 +17,12 @@ import config
 from common import distributed
 from common.chance import library_draws
 from common.errors import CheckpointError, ConfigError
-from common.spec import ClassMeta, ViewSpec
+from common.spec import ClassMeta, NeighbourSpec, ViewSpec
 from evaluation import readout, report
 from evaluation.matching import Scores
 from evaluation.metrics import ClusterUsage, SegmentationScore
 from evaluation.probes import ClusterProbe, KMeansProbe, LinearProbe
+from lightning_modules.near import near_pictures
 from lightning_modules.optim import CompositeOptimizer, schedule_factor
 from models.backbone import Backbone, Features
 
@@ -77,6 +78,7 @@ class UnsupervisedSegmenter(L.LightningModule):
         )
         self.usage = ClusterUsage(clusters)
         self.total_steps = cfg.trainer.max_steps or 1
+        self.neighbour_table: str | None = None
         self.validated: dict[str, Scores] = {}
 
     # ------------------------------------------------------------------ what a method writes
@@ -101,6 +103,11 @@ class UnsupervisedSegmenter(L.LightningModule):
         """Views that the batch must carry beside `image`, by name."""
         return {}
 
+    @property
+    def neighbours(self) -> NeighbourSpec | None:
+        """Where set, a batch carries a near training picture of each picture as `neighbour`."""
+        return None
+
     def param_groups(self) -> list[dict[str, Any]]:
         """`{name, params}` of each group; its settings are `optim.<name>.*`."""
         return []
@@ -123,6 +130,12 @@ class UnsupervisedSegmenter(L.LightningModule):
     def features(self, images: Tensor) -> Features:
         """Backbone features of pictures [B,3,H,W] in 0..1; no graph where the backbone is frozen."""
         return self.backbone.features(images, grad=not self.backbone.frozen, attention=self.wants_attention)
+
+    def on_fit_start(self) -> None:
+        """Before the training loader is made: the table of near pictures, where the method wants one."""
+        if self.neighbours is not None:
+            self.neighbour_table, table = near_pictures(self, self.trainer.datamodule, self.neighbours)
+            self.trainer.datamodule.neighbours = table.numpy()[:, : self.neighbours.drawn]
 
     def on_train_start(self) -> None:
         self.kmeans_probe.fitted.fill_(False)  # centroids of a run that is prolonged belong to its old codes
@@ -275,9 +288,11 @@ class UnsupervisedSegmenter(L.LightningModule):
             "classes": list(self.meta.names),
             "palette": [list(colour) for colour in self.meta.palette],
             "backbone": self.backbone.fingerprint,
+            "neighbours": self.neighbour_table,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.neighbour_table = checkpoint["labelfree"].get("neighbours")
         found, own = checkpoint["labelfree"]["backbone"], self.backbone.fingerprint
         if self.backbone.frozen and found != own:
             raise CheckpointError(

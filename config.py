@@ -21,7 +21,6 @@ DEFAULT_WORDS = {"method": "kmeans_baseline", "data": "scenes", "backbone": "tin
 
 NULLABLE = {
     "run.name": str,
-    "cache.dir": str,
     "wandb.entity": str,
     "trainer.max_steps": int,
     "trainer.max_epochs": int,
@@ -29,6 +28,7 @@ NULLABLE = {
     "trainer.devices": (int, str),
     "predict.size": int,
     "data.root": str,
+    "cache.dir": str,
     "data.train_size": (int, list),
     "data.eval_size": (int, list),
     "backbone.weights": str,
@@ -56,6 +56,7 @@ CHOICES = {
     "evaluation.matching": ("hungarian", "hungarian_iou", "many_to_one", "many_to_one_iou"),
     "evaluation.extra": ("drop", "background", "merge", "stego_compat"),
     "evaluation.absent": ("skip", "zero"),
+    "evaluation.crf": ("none", "dense"),
     "evaluation.cluster_init": ("normal", "first_batch"),
     "evaluation.kmeans.init": ("k-means++", "random"),
     "predict.probe": ("auto", "cluster", "kmeans"),

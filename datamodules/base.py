@@ -33,8 +33,8 @@ class Source(Protocol):
     `datamodules.reading.UnreadableError` (a DataError): it is named, counted and skipped. Any other LabelfreeError
     stops the run at once with its line.
     A source may also have `check() -> dict[file, message]`: the unreadable files that a quick look at the start finds;
-    and `stamp(i) -> str`, which changes when the picture does (for files: size and time), so that what was computed
-    from it is not used any more.
+    `fingerprint() -> str`, which changes whenever a picture does (for files: name, size and time), so that what was
+    computed from them is not used any more.
     """
 
     def __len__(self) -> int: ...
@@ -130,12 +130,14 @@ class SegmentationDataModule(L.LightningDataModule):
     def fingerprint(self, split: str, geometry: Geometry) -> str:
         """Names the pictures of a split and their geometry: for files that hold what was computed from them.
 
-        sha256, hexadecimal, of the data set's name, the geometry, and id and stamp of every picture, in order.
+        sha256, hexadecimal, of the data set's name, the geometry, the source's own fingerprint where it has one, and
+        the id of every picture, in order.
         """
-        source, found = self.source(split), hashlib.sha256(f"{self.data.name} {geometry}".encode())
-        stamp = getattr(source, "stamp", lambda index: "")
+        source = self.source(split)
+        own = source.fingerprint() if hasattr(source, "fingerprint") else ""
+        found = hashlib.sha256(f"{self.data.name} {geometry} {own}".encode())
         for index in range(len(source)):
-            found.update(f"\n{source.id(index)} {stamp(index)}".encode())
+            found.update(f"\n{source.id(index)}".encode())
         return found.hexdigest()
 
     @property

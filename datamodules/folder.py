@@ -9,6 +9,7 @@ Layouts of a folder, tried in this order:
 may lack a label. Further folders beside `images` and `labels` are not looked at.
 """
 
+import hashlib
 import logging
 import os
 from collections import Counter
@@ -68,13 +69,14 @@ class FolderSource:
     def id(self, index: int) -> str:
         return self.entries[index].id
 
-    def stamp(self, index: int) -> str:
-        """Size and time of the picture's file; 0 where it is gone."""
-        try:
-            facts = os.stat(self.entries[index].picture)
-        except OSError:
-            return "0"
-        return f"{facts.st_size} {facts.st_mtime_ns}"
+    def fingerprint(self) -> str:
+        """Name, size and time of every picture file; a file that is gone counts as empty."""
+        found = hashlib.sha256()
+        for entry in self.entries:
+            facts = os.stat(entry.picture) if os.path.exists(entry.picture) else None
+            size = "0" if facts is None else f"{facts.st_size} {facts.st_mtime_ns}"
+            found.update(f"{entry.picture} {size}\n".encode())
+        return found.hexdigest()
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         entry = self.entries[index]

@@ -33,9 +33,9 @@ class SceneSource:
     def id(self, index: int) -> str:
         return f"{self.split}/{index:06d}"
 
-    def stamp(self, index: int) -> str:
-        """What the drawing depends on beside its id."""
-        return f"{self.seed} {self.height} {self.width}"
+    def fingerprint(self) -> str:
+        """The drawing is frozen, so its parameters tell the pictures."""
+        return f"scenes/{self.seed}/{self.split}/{self.count}/{self.height}x{self.width}"
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Image uint8 [H,W,3] and label uint8 [H,W] (every pixel has a class)."""

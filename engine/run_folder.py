@@ -17,7 +17,7 @@ import config
 from common.errors import CheckpointError, ConfigError
 from common.files import whole
 
-SAME_RUN = ("run.", "cache.", "wandb.", "logger", "trainer.progress", "trainer.threads", "data.workers")
+SAME_RUN = ("run.", "wandb.", "logger", "trainer.progress", "trainer.threads", "data.workers", "cache.")
 """Keys that may differ between the parts of one run."""
 
 NAME_VARIABLE = "LABELFREE_RUN_NAME"

@@ -135,7 +135,7 @@ def close(
         checkpoint = setup.read_checkpoint(folder.last)
         for name, value in model.kmeans_probe.state_dict(prefix="kmeans_probe.").items():
             checkpoint["state_dict"][name] = value.cpu()
-        mapped = {probe: scores.mapping.tolist() for probe, scores in model.validated.items() if probe != "linear"}
+        mapped = {probe: scores.mapping.tolist() for probe, scores in model.validated.items() if clusters(probe)}
         checkpoint["labelfree"]["clusters"] = mapped  # cluster -> class by the labels; `predict` colours with it
         WholeCheckpointIO().save_checkpoint(checkpoint, folder.last)
         if improved or not folder.best.is_file():
@@ -143,6 +143,11 @@ def close(
         keeper.history.add(model.total_steps, final)
     trainer.strategy.barrier()
     return collect_metrics(cfg, data, model, keeper, final)
+
+
+def clusters(probe: str) -> bool:
+    """Whether a read-out predicts clusters, which become classes by matching, or classes at once."""
+    return not probe.startswith("linear")
 
 
 def collect_metrics(
@@ -153,9 +158,8 @@ def collect_metrics(
     final: dict[str, float],
 ) -> dict[str, Any]:
     """The flat content of metrics.json. Scores in percent; null where there is none."""
-    probes = [probe for probe in ("cluster", "kmeans", "own", "linear") if probe in model.validated]
     metrics: dict[str, Any] = {
-        f"val/{probe}/{name}": final.get(f"val/{probe}/{name}") for probe in probes for name in ("acc", "miou")
+        f"val/{probe}/{name}": final.get(f"val/{probe}/{name}") for probe in model.validated for name in ("acc", "miou")
     }
     metrics |= {f"val/cluster/{name}": final.get(f"val/cluster/{name}") for name in ("entropy", "confidence")}
     metrics |= {f"best/{key.removeprefix('val/')}": value for key, value in keeper.best.items()}
@@ -167,7 +171,7 @@ def collect_metrics(
         "protocol/crop": cfg.data.eval_crop,
         "protocol/resolution": str(cfg.data.eval_size),
         "protocol/interpolation": cfg.data.interpolation,
-        "protocol/crf": False,
+        "protocol/crf": model.crf is not None and str(model.crf.constants),
         "protocol/flip": cfg.evaluation.flip,
         "protocol/matching": f"{cfg.evaluation.matching}, extra {cfg.evaluation.extra}, absent {cfg.evaluation.absent}",
         "protocol/list": f"val: {len(data.source('val'))} pictures",
@@ -237,7 +241,7 @@ def write_files(model: UnsupervisedSegmenter, pictures: PanelKeeper, folder: Run
     if results:
         report.write_scores(folder.path, results, model.meta, main="cluster" if model.trains else "kmeans")
         log.info("%s", report.as_text(report.per_class_table(results, model.meta)))
-    mappings = {probe: scores.mapping for probe, scores in results.items() if probe != "linear"}
+    mappings = {probe: scores.mapping for probe, scores in results.items() if clusters(probe)}
     rows = [panels.Row(kept["image"], kept["maps"], kept["label"], kept["id"]) for kept in pictures.kept.values()]
     for row in rows:
         panels.save(folder.path / "panels" / f"{row.title.replace('/', '_')}.png", [row], model.meta, mappings)

@@ -19,6 +19,7 @@ from common.chance import library_draws
 from common.errors import CheckpointError, ConfigError
 from common.spec import ClassMeta, NeighbourSpec, ViewSpec
 from evaluation import readout, report
+from evaluation.crf import Constants, DenseCRF
 from evaluation.matching import Scores
 from evaluation.metrics import ClusterUsage, SegmentationScore
 from evaluation.probes import ClusterProbe, KMeansProbe, LinearProbe
@@ -77,6 +78,10 @@ class UnsupervisedSegmenter(L.LightningModule):
             {probe: self._confusion(probe) for probe in self.probe_names()} if meta.has_labels else {}
         )
         self.usage = ClusterUsage(clusters)
+        constants = Constants(**rules.crf_constants)
+        constants.check("evaluation.crf_constants")
+        self.crf = DenseCRF(constants) if rules.crf == "dense" else None
+        self.refining = False
         self.total_steps = cfg.trainer.max_steps or 1
         self.neighbour_table: str | None = None
         self.validated: dict[str, Scores] = {}
@@ -251,18 +256,43 @@ class UnsupervisedSegmenter(L.LightningModule):
         codes, scores = self.read(batch["image"])
         maps = {probe: readout.predict(values, batch["image"].shape[-2:]) for probe, values in scores.items()}
         self.usage.update(scores["cluster"], codes, batch["valid"])
+        if self.refining:
+            maps |= self.refined(batch["image"], batch["valid"], codes, scores)
         if "label" in batch:
             for probe in maps:
                 self.confusion[probe].update(maps[probe], batch["label"])
         return maps
 
+    def log_probs(self, codes: Tensor, scores: dict[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+        """Log-probabilities [B,K,H,W] of each read-out: softmax of logits, or of twice the cosine to centroids."""
+        probes = {"cluster": self.cluster_probe, "kmeans": self.kmeans_probe}
+        return {
+            name: probes[name].log_probs(codes, size) if name in probes else readout.log_probs(values, size)
+            for name, values in scores.items()
+        }
+
+    def refined(self, images: Tensor, valid: Tensor, codes: Tensor, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Id maps [B,H,W] of every read-out after the dense CRF, as `<probe>_crf`; one lattice serves all read-outs."""
+        parts: list[list[Tensor]] = []
+        step = self.crf.at_once(images)
+        for first in range(0, len(images), step):  # so that no more upsampled probabilities are held than needed
+            rows = slice(first, first + step)
+            own = {probe: values[rows] for probe, values in scores.items()}
+            probs = self.log_probs(codes[rows], own, tuple(images.shape[-2:]))
+            parts.append(self.crf.predict(images[rows], valid[rows], list(probs.values())))
+        return {f"{probe}_crf": torch.cat(maps) for probe, maps in zip(scores, zip(*parts, strict=True), strict=True)}
+
     def on_validation_epoch_start(self) -> None:
+        self.refining = self.crf is not None and self.trainer.state.fn != "fit"  # not while training: it takes long
+        for probe in [name for name in self.confusion if self.refining and not name.endswith("_crf")]:
+            self.confusion[f"{probe}_crf"] = self._confusion(probe).to(self.device)
         for metric in (*self.confusion.values(), self.usage):
             metric.reset()
 
     def on_validation_epoch_end(self) -> None:
         self.trainer.datamodule.sync_broken()
-        ready = [probe for probe in self.confusion if probe != "kmeans" or self.kmeans_probe.fitted]
+        fitted = bool(self.kmeans_probe.fitted)
+        ready = [probe for probe in self.confusion if fitted or not probe.startswith("kmeans")]
         scores = {probe: self.confusion[probe].compute() for probe in ready}
         self.validated = {probe: found for probe, found in scores.items() if found.counts.any()}
         values = report.flatten("val", "cluster", self.usage.compute())

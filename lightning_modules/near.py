@@ -1,7 +1,6 @@
 """The table of near training pictures, for methods that want a neighbour beside every picture (`neighbours`)."""
 
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from common import chance
 from common.errors import ConfigError
+from common.files import cache_folder
 from common.spec import NeighbourSpec
 from models.heads import drop_channels
 from retrieval import neighbours
@@ -65,9 +65,7 @@ def near_pictures(method: "UnsupervisedSegmenter", data: Any, spec: NeighbourSpe
         per_picture = 1 if spec.same_picture else geometry.crops
         return neighbours.table(vectors, found, data.train_items, spec.stored, per_picture)
 
-    cfg = method.cfg
-    folder = Path(cfg.run.dir) / ".cache" if cfg.cache.dir is None else Path(cfg.cache.dir)
-    return name, neighbours.cached(folder, name, make)
+    return name, neighbours.cached(cache_folder(method.cfg) / "neighbours", name, make)
 
 
 def dropout_mask(seed: int, items: Tensor, channels: int, p: float) -> Tensor | None:

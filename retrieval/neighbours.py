@@ -93,7 +93,7 @@ def cached(folder: Path, name: str, make: Callable[[], Tensor]) -> Tensor:
     Rank 0 reads and writes; all ranks get its table. A file that is cut or holds another fingerprint is made anew. A
     folder that cannot be written to is a warning: the run needs the table, not the file.
     """
-    path = folder / f"neighbours-{name}.npz"
+    path = folder / f"{name}.npz"
     stored = _read(path, name) if distributed.rank() == 0 else None
     shape = distributed.broadcast(_on_device(torch.tensor([0, 0] if stored is None else list(stored.shape))))
     if bool(shape[0]):

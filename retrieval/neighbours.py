@@ -116,7 +116,7 @@ def _read(path: Path, name: str) -> Tensor | None:
         with np.load(path, allow_pickle=False) as file:
             if str(file["fingerprint"]) == name and file["neighbours"].ndim == 2:
                 return torch.from_numpy(file["neighbours"].astype(np.int64))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:  # numpy and zipfile raise several kinds for cut and foreign files
         log.warning("%s cannot be read (%s); the table is made anew", path, type(error).__name__)

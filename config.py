@@ -4,6 +4,7 @@ Groups are chosen by bare words (`method=stego data=folder`), values by dotted k
 strict: only what the layers define exists, a wrong key or type ends in one line with the nearest valid name.
 """
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common.errors import ConfigError, did_you_mean
+from common.errors import CheckpointError, ConfigError, did_you_mean
+from common.files import write_text
+
+log = logging.getLogger("labelfree.config")
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 GROUPS = ("backbone", "data", "method")
@@ -39,6 +43,7 @@ NULLABLE = {
     "backbone.pad_type": str,
     "backbone.licence": str,
     "method.num_clusters": int,
+    "method.licence": str,
 }
 """Types of keys whose default does not tell them: null, or one of several types."""
 
@@ -57,8 +62,11 @@ CHOICES = {
     "evaluation.extra": ("drop", "background", "merge", "stego_compat"),
     "evaluation.absent": ("skip", "zero"),
     "evaluation.crf": ("none", "dense"),
+    "evaluation.partition": ("all", "within", "none"),
     "evaluation.cluster_init": ("normal", "first_batch"),
     "evaluation.kmeans.init": ("k-means++", "random"),
+    "evaluation.posthoc.optimizer": ("adam", "adamw", "sgd"),
+    "evaluation.posthoc.schedule": ("constant", "cosine", "linear"),
     "predict.probe": ("auto", "cluster", "kmeans"),
     "search.backend": ("auto", "faiss_gpu", "faiss_cpu", "torch"),
     "data.train_crop": ("center", "random", "five", "none", "keep"),
@@ -68,12 +76,20 @@ CHOICES = {
     "backbone.precision": ("float32", "bf16", "fp16"),
 }
 GROUP_CHOICES = {"optimizer": ("adam", "adamw", "sgd"), "schedule": ("constant", "cosine", "linear")}
+OPTIONAL = (".clip_norm", ".clip_value", ".clip_each", ".weight_decay_end")
+"""Keys of optimiser groups that may be null."""
+OPTIM_NOT_NEGATIVE = (".lr", ".lr_end", ".weight_decay", ".weight_decay_end", ".warmup")
 POSITIVE = (
     "trainer.max_steps", "trainer.max_epochs", "trainer.val_every", "trainer.checkpoint_every", "trainer.log_every",
     "trainer.num_nodes", "trainer.threads", "data.batch_size", "data.eval_batch_size", "method.num_clusters",
     "evaluation.kmeans.restarts", "evaluation.kmeans.iterations", "evaluation.kmeans.points",
     "evaluation.kmeans.pictures",
     "predict.size",
+)  # fmt: skip
+
+NOT_NEGATIVE = (
+    "seed", "evaluation.posthoc.epochs", "evaluation.posthoc.lr", "evaluation.posthoc.weight_decay",
+    "evaluation.posthoc.keep_mb",
 )  # fmt: skip
 
 
@@ -196,7 +212,7 @@ def parse_value(key: str, raw: str, known: dict[str, Any]) -> Any:
 
 def expected_type(key: str, known: dict[str, Any]) -> tuple[type, ...]:
     """The types a key takes; empty where any value goes (free-form mappings and null defaults of methods)."""
-    if key.startswith("optim.") and key.endswith((".clip_norm", ".clip_value")):
+    if key.startswith("optim.") and key.endswith(OPTIONAL):
         return (float,)
     if key in NULLABLE:
         types = NULLABLE[key]
@@ -210,7 +226,7 @@ def checked(key: str, value: Any, known: dict[str, Any], source: str = "") -> An
     expect_known(key, known)
     types = expected_type(key, known)
     if value is None:
-        nullable = key in NULLABLE or (key.startswith("optim.") and ".clip_" in key)
+        nullable = key in NULLABLE or (key.startswith("optim.") and key.endswith(OPTIONAL))
         if (types and not nullable) or key in NEVER_NULL:
             raise ConfigError(f"{source}{key}=null: this key needs a value ({type_names(types)})")
         return None
@@ -249,13 +265,24 @@ def check(cfg: DictConfig) -> None:
         choices = GROUP_CHOICES.get(key.rsplit(".", 1)[-1]) if key.startswith("optim.") else None
         if choices and value not in choices:
             raise ConfigError(f"{key}={value}: not one of {', '.join(choices)}")
-        if key.startswith("optim.") and key.endswith((".lr", ".weight_decay", ".warmup")) and value < 0:
+        if key.startswith("optim.") and key.endswith(OPTIM_NOT_NEGATIVE) and value is not None and value < 0:
             raise ConfigError(f"{key}={value}: must not be negative")
         if key.startswith("optim.") and ".clip_" in key and value is not None and value <= 0:
             raise ConfigError(f"{key}={value}: must be above 0, or null for no clipping")
     for key in POSITIVE:
         if flat.get(key) is not None and flat[key] < 1:
             raise ConfigError(f"{key}={flat[key]}: must be at least 1")
+    for key in NOT_NEGATIVE:
+        if flat[key] < 0:
+            raise ConfigError(f"{key}={flat[key]}: must not be negative")
+    resolutions = flat["evaluation.resolutions"]
+    sizes = [size if isinstance(size, list) else [size] for size in resolutions]
+    sound = all(len(size) in (1, 2) and all(type(side) is int and side > 0 for side in size) for size in sizes)
+    if not sound or any(size in sizes[:i] for i, size in enumerate(sizes)):
+        raise ConfigError(
+            f"evaluation.resolutions={resolutions}: expected different sizes in pixels (the shorter side, or [H,W]), "
+            "as in [320,448] or [[320,640]]"
+        )
     if cfg.trainer.max_steps is not None and cfg.trainer.max_epochs is not None:
         raise ConfigError(
             f"trainer.max_epochs={cfg.trainer.max_epochs}: trainer.max_steps={cfg.trainer.max_steps} is set too; "
@@ -271,8 +298,6 @@ def check(cfg: DictConfig) -> None:
         )
     if not 0 <= cfg.predict.overlay_alpha <= 1:
         raise ConfigError(f"predict.overlay_alpha={cfg.predict.overlay_alpha}: expected a number from 0 to 1")
-    if cfg.seed < 0:
-        raise ConfigError(f"seed={cfg.seed}: must not be negative")
 
 
 def freeze(cfg: DictConfig) -> DictConfig:
@@ -287,8 +312,25 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def restore(tree: dict[str, Any], tokens: Iterable[str] = ()) -> DictConfig:
-    """A configuration out of a checkpoint, with command-line values on top; group words cannot be changed."""
-    base = OmegaConf.create(tree)
+    """A configuration out of a checkpoint, with command-line values on top; group words cannot be changed.
+
+    Keys that are younger than the checkpoint have their defaults. Keys that are gone since are left out with a warning;
+    of the method or the backbone they raise CheckpointError, because what they meant cannot be built any more.
+    """
+    for group in GROUPS:
+        load_group(group, tree[group]["name"])  # a method that is gone ends here
+    known = flatten(current(tree))
+    free = tuple(f"{key}." for key, value in known.items() if value == {})
+    gone = [key for key in flatten(tree) if key not in known and not key.startswith(free)]
+    for key in gone:
+        if key.startswith(("method.", "backbone.")):
+            raise CheckpointError(
+                f"{key}: the checkpoint was written with this key, which this version does not have; "
+                "use the version it was made with (environment.json in its run folder names the commit)"
+            )
+    if gone:
+        log.warning("the checkpoint holds keys that this version does not have; they are left out: %s", ", ".join(gone))
+    base = OmegaConf.create(without(with_defaults(tree), gone))
     known = flatten(base)
     for key, raw in parse_words(tokens).items():
         if key in WORDS:
@@ -303,6 +345,32 @@ def restore(tree: dict[str, Any], tokens: Iterable[str] = ()) -> DictConfig:
     return freeze(base)
 
 
+def current(tree: dict[str, Any]) -> dict[str, Any]:
+    """This version's configuration of the method, data set and backbone that a stored tree names, where they exist."""
+    named = {group: tree.get(group, {}).get("name") for group in GROUPS}
+    return plain(compose([f"{group}={name}" for group, name in named.items() if name in names(group)]))
+
+
+def with_defaults(tree: dict[str, Any]) -> dict[str, Any]:
+    """A stored tree, with the defaults of keys that it does not have yet."""
+
+    def merged(default: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+        pairs = {key: (default.get(key), value) for key, value in stored.items()}
+        nested = [key for key, pair in pairs.items() if all(isinstance(side, dict) for side in pair)]
+        return {**default, **stored, **{key: merged(*pairs[key]) for key in nested}}
+
+    return merged(current(tree), tree)
+
+
+def without(tree: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """A copy of a tree without these dotted keys, and without groups that hold no key then."""
+    left = OmegaConf.create()
+    for key, value in flatten(tree).items():
+        if key not in keys:
+            OmegaConf.update(left, key, value)
+    return OmegaConf.to_container(left)
+
+
 def changed(cfg: DictConfig, values: dict[str, Any]) -> DictConfig:
     """A copy with some values replaced (by our own code: values that become known late)."""
     tree = OmegaConf.create(plain(cfg))
@@ -312,7 +380,7 @@ def changed(cfg: DictConfig, values: dict[str, Any]) -> DictConfig:
 
 
 def save(cfg: DictConfig, path: Path) -> None:
-    path.write_text(OmegaConf.to_yaml(cfg))
+    write_text(path, OmegaConf.to_yaml(cfg))
 
 
 def first_difference(old: dict[str, Any], new: dict[str, Any], ignore: tuple[str, ...] = ()) -> str | None:

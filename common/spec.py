@@ -16,6 +16,8 @@ class ClassMeta:
 
     names: tuple[str, ...] = ()
     palette: tuple[tuple[int, int, int], ...] = ()
+    things: tuple[int, ...] = ()
+    """Ids of the classes that are things, the others being stuff; empty where the data set does not tell them apart."""
 
     @property
     def num_classes(self) -> int:
@@ -24,6 +26,12 @@ class ClassMeta:
     @property
     def has_labels(self) -> bool:
         return bool(self.names)
+
+    @property
+    def groups(self) -> dict[str, tuple[int, ...]]:
+        """Class ids of `things` and `stuff`, a group that has any; empty where they are not told apart."""
+        stuff = tuple(i for i in range(self.num_classes) if i not in self.things)
+        return {name: ids for name, ids in (("things", self.things), ("stuff", stuff)) if ids} if self.things else {}
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,8 @@ class Photometric:
     blur_p: float = 0.5
     blur_kernel: int = 5
     blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarize_p: float = 0.0
+    """Probability that values of 0.5 and more are inverted (BYOL, DINO); comes last."""
     faithful: bool = False
     """As released by HP: the jitter acts on ImageNet-normalised floats and clamps them to 0..1."""
 

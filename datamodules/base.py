@@ -34,7 +34,8 @@ class Source(Protocol):
     stops the run at once with its line.
     A source may also have `check() -> dict[file, message]`: the unreadable files that a quick look at the start finds;
     `fingerprint() -> str`, which changes whenever a picture does (for files: name, size and time), so that what was
-    computed from them is not used any more.
+    computed from them is not used any more;
+    and `labelled() -> list[int]`: the indices of the pictures that have a label, where not all of them have.
     """
 
     def __len__(self) -> int: ...

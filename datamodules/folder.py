@@ -85,6 +85,10 @@ class FolderSource:
             return image, None
         return image, check_label(read_label(entry.label), entry.label, image, entry.picture, self.classes)
 
+    def labelled(self) -> list[int]:
+        """Indices of the pictures that have a label."""
+        return [index for index, entry in enumerate(self.entries) if entry.label is not None and self.classes]
+
     def check(self) -> dict[str, str]:
         """{file: message} of the files whose first bytes are no picture; raises DataError for a label of another size.
 

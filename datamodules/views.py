@@ -94,6 +94,8 @@ class Colour:
     """bool [B]"""
     sigma: np.ndarray
     """float32 [B], pixels."""
+    solarize: np.ndarray
+    """bool [B]"""
 
     def take(self, rows: slice) -> "Colour":
         return Colour(*(getattr(self, f.name)[rows] for f in fields(self)))
@@ -110,11 +112,12 @@ def draw_colour(spec: Photometric, count: int, draw: np.random.Generator) -> Col
         gray=draw.random(count) < spec.gray_p,
         blur=draw.random(count) < spec.blur_p,
         sigma=draw.uniform(*spec.blur_sigma, size=count).astype(np.float32),
+        solarize=draw.random(count) < spec.solarize_p,
     )
 
 
 def recolour(image: Tensor, spec: Photometric, drawn: Colour) -> Tensor:
-    """ColorJitter, grey, Gaussian blur on pictures float32 [B,3,H,W] in 0..1; torchvision's formulas.
+    """ColorJitter, grey, Gaussian blur, solarisation on pictures float32 [B,3,H,W] in 0..1; torchvision's formulas.
 
     `spec.faithful`: on ImageNet-normalised values, as HP released it; each jitter step clamps them to 0..1, which loses
     everything below the mean and above one deviation. The result is un-normalised again, so that a backbone that
@@ -131,6 +134,7 @@ def recolour(image: Tensor, spec: Photometric, drawn: Colour) -> Tensor:
     kernel = (spec.blur_kernel, spec.blur_kernel)
     sigma = torch.from_numpy(drawn.sigma[drawn.blur]).view(-1, 1).expand(-1, 2)  # on the host, where kornia checks it
     _apply(out, drawn.blur, lambda part, _: gaussian_blur2d(part, kernel, sigma))
+    _apply(out, drawn.solarize, lambda part, _: torch.where(part >= 0.5, 1 - part, part))
     return out * std + mean if spec.faithful else out
 
 

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from common.chance import key
 from common.files import whole
 from engine.run_folder import History, RunFolder
+from engine.selection import Selection
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +28,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as temporary, temporary.open("wb") as handle:
-            torch.save(checkpoint, handle)
-            handle.flush()
-            os.fsync(handle.fileno())
+        with whole(path) as temporary:
+            torch.save(checkpoint, temporary)
 
 
 class RunKeeper(Callback):
@@ -40,7 +38,7 @@ class RunKeeper(Callback):
     A step that is validated is saved after its validation, so a resumed run has all of it or none of it.
     """
 
-    def __init__(self, folder: RunFolder, cfg: Any, select: str) -> None:
+    def __init__(self, folder: RunFolder, cfg: Any, select: Selection) -> None:
         self.folder = folder
         self.settings = cfg.trainer
         self.seed = cfg.seed
@@ -117,12 +115,17 @@ class RunKeeper(Callback):
 
     def offer(self, step: int, values: dict[str, float]) -> bool:
         """Take these scores as the best if they are (a tie goes to the later step); True if so."""
-        if self.select:  # without a rule the latest is the best
-            new, old = values.get(self.select), self.best.get(self.select)
-            if new is None or (old is not None and new < old):
-                return False
+        new, old = self.select.value(values), self.select.value(self.best) if self.best else None
+        if new is None or (old is not None and new < old):
+            return False
         self.best, self.best_step = dict(values), step
         return True
+
+    def summary(self) -> dict[str, Any]:
+        """`best/*` and `selection/*` of metrics.json."""
+        best = {f"best/{key.removeprefix('val/')}": value for key, value in self.best.items()}
+        chosen = {"selection/rule": self.select.rule, "selection/uses_labels": self.select.uses_labels}
+        return {**best, "best/step": self.best_step, **chosen}
 
     def images_per_second(self, batch_size: int) -> float | None:
         """Training pictures per second over all devices, waiting for data included, evaluation and writing excluded."""

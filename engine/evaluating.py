@@ -5,14 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig
 
 import config
 from common.errors import ConfigError
-from engine import setup
-from engine.callbacks import PanelKeeper, RunKeeper, numbers, progress
-from engine.run_folder import RunFolder
-from engine.training import KMeansFit, collect_metrics, selection_key, write_files
+from datamodules.base import SegmentationDataModule
+from engine import setup, summary
+from engine.callbacks import PanelKeeper, numbers, progress
+from engine.fitting import KMeansFit, PosthocFit
+from engine.training import write_files
 from evaluation import report
+from lightning_modules.base import UnsupervisedSegmenter
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +26,8 @@ def evaluate(checkpoint_path: Path, tokens: list[str]) -> dict[str, Any]:
 
     Writes metrics.json, tables and panels into `<run folder>/eval/<checkpoint name>/` and returns the metrics. A
     checkpoint written before its run ended has no k-means centroids: they are fitted here.
+    `evaluation.resolutions=[320,448]`: all of it at each resolution, into `eval/<checkpoint name>@320+448/`, with keys
+    `val@320/<probe>/<metric>` and `protocol@320/…`; probes that have to be fitted are fitted once, at data.eval_size.
     """
     setup.begin()
     checkpoint = setup.read_checkpoint(checkpoint_path)
@@ -38,26 +44,56 @@ def evaluate(checkpoint_path: Path, tokens: list[str]) -> dict[str, Any]:
             f"data.root={cfg.data.root}: its {data.meta.num_classes} classes are not the {stored.num_classes} that the "
             "linear probe of this checkpoint was trained for"
         )
-    model = setup.restore_model(checkpoint, cfg, stored if stored.has_labels else data.meta, stored.has_labels)
+    model = setup.restore_model(checkpoint, cfg, data.meta if data.meta.has_labels else stored, stored.has_labels)
     if any(key.startswith("evaluation.kmeans.") for key in named):
         model.kmeans_probe.fitted.fill_(False)  # fitted anew, as asked
+    if any(key.startswith("evaluation.posthoc.") for key in named):
+        model.posthoc_probe = None
+    centroids, posthoc = KMeansFit(cfg, data), PosthocFit(cfg, data)
+    if not model.kmeans_probe.fitted:
+        centroids.check(model)
+    if model.posthoc_probe is None:
+        posthoc.check()
     setup.connect(model, data)
     step = int(checkpoint["global_step"])
     parent = checkpoint_path.resolve().parent
-    root = parent.parent if parent.name == "checkpoints" else parent
-    folder = RunFolder(root / "eval" / checkpoint_path.stem, "new")
-    (folder.path / "panels").mkdir(parents=True, exist_ok=True)
+    root = (parent.parent if parent.name == "checkpoints" else parent) / "eval"
+    fits: list[Callback] = [centroids, posthoc]  # at data.eval_size, once, where they are not there yet
+    sizes = config.plain(cfg)["evaluation"]["resolutions"]
+    metrics: dict[str, Any] = {}
+    if not sizes:
+        folder = root / checkpoint_path.stem
+        metrics |= evaluate_once(cfg, data, model, fits, step, folder)
+    else:
+        for size in sizes:
+            model.backbone.check_size(size, "evaluation.resolutions")
+        folder = root / f"{checkpoint_path.stem}@{'+'.join(map(summary.size_name, sizes))}"
+        sized = [setup.build_data(config.changed(cfg, {"data.eval_size": size})) for size in sizes]
+        for size, (changed, other) in zip(sizes, sized, strict=True):
+            log.info("at %s px", summary.size_name(size))
+            setup.connect(model, other)
+            found = evaluate_once(changed, other, model, fits, step, folder / summary.size_name(size))
+            metrics |= summary.at_resolution(found, size)
+    metrics |= {**summary.facts(cfg, model, step), "checkpoint": checkpoint_path.name}
+    if rank_zero_only.rank == 0:
+        report.write_json(folder / "metrics.json", metrics)
+    return metrics
+
+
+def evaluate_once(
+    cfg: DictConfig,
+    data: SegmentationDataModule,
+    model: UnsupervisedSegmenter,
+    fits: list[Callback],
+    step: int,
+    folder: Path,
+) -> dict[str, Any]:
+    """One validation; panels and tables go into `folder`. Returns its `val/*` and `protocol/*`."""
+    (folder / "panels").mkdir(parents=True, exist_ok=True)
     pictures = PanelKeeper(cfg.evaluation.panels)
-    callbacks: list[Callback] = [KMeansFit(cfg, data), pictures, *progress(cfg.trainer.progress)]
-    trainer = setup.build_trainer(cfg, step, callbacks, [], folder.path)
+    callbacks = [*fits, pictures, *progress(cfg.trainer.progress)]
+    trainer = setup.build_trainer(cfg, step, callbacks, [], folder)
     trainer.validate(model, data, verbose=False)
-    final = numbers(trainer.callback_metrics, "val/")
-    keeper = RunKeeper(folder, cfg, selection_key(cfg, model))
-    metrics = {**collect_metrics(cfg, data, model, keeper, final), "steps": step, "checkpoint": checkpoint_path.name}
-    metrics = {
-        key: value for key, value in metrics.items() if not key.startswith(("best/", "selection/", "train_images"))
-    }
     if trainer.is_global_zero:
         write_files(model, pictures, folder, [])
-        report.write_json(folder.metrics, metrics)
-    return metrics
+    return summary.scores(model, numbers(trainer.callback_metrics, "val/")) | summary.protocol(cfg, data, model)

@@ -1,4 +1,4 @@
-"""The folder of one run: its name, whether it goes on, and files that are written whole or not at all."""
+"""The folder of one run: its name, whether it goes on, and the history in metrics.csv."""
 
 import csv
 import hashlib
@@ -104,7 +104,8 @@ def open_run(cfg: DictConfig) -> RunFolder:
                 f"run.name={name}: {path} already holds a run; choose another name, run.resume=auto to go on, "
                 "or run.overwrite=true to empty it"
             )
-        difference = config.first_difference(yaml.safe_load(stored.read_text()), config.plain(cfg), ignore=SAME_RUN)
+        before = config.with_defaults(yaml.safe_load(stored.read_text()))
+        difference = config.first_difference(before, config.plain(cfg), ignore=SAME_RUN)
         if difference is not None:
             raise ConfigError(
                 f"run.name={name}: {path} holds a run with another configuration, first difference {difference}; "
@@ -116,12 +117,6 @@ def open_run(cfg: DictConfig) -> RunFolder:
         elif last.is_file():
             state, checkpoint = "resume", last
     return RunFolder(path, state, checkpoint)
-
-
-def copy_whole(source: Path, target: Path) -> None:
-    """Copy a file so that `target` is never seen half written."""
-    with whole(target) as temporary:
-        shutil.copyfile(source, temporary)
 
 
 class History:

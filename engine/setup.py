@@ -199,7 +199,7 @@ def restore_model(
 ) -> UnsupervisedSegmenter:
     """The trained method, in evaluation mode, on the CPU.
 
-    `meta`: classes of the data it is evaluated on, where it was trained without any (`linear_probe` False then).
+    `meta`: classes of the data it is evaluated on. `linear_probe`: False where it was trained without any.
     """
     model = build_model(cfg, stored_meta(checkpoint) if meta is None else meta, linear_probe)
     model.on_load_checkpoint(checkpoint)

@@ -199,7 +199,7 @@ def partition(
 
     For a group G: acc = sum_{c in G} h_cc / sum_{c in G} t_c; miou = mean of IoU_c over G. With `restricted` the
     histogram is cut to G x G first (pixels predicted outside the group are left out): what PiCIE (Cho et al., CVPR
-    2021) set out to report. Raises ValueError for a class id out of range.
+    2021) set out to report; its release cuts by cluster id. Raises ValueError for a class id out of range.
     """
     classes = scores.histogram.shape[1]
     result = {}
@@ -215,41 +215,3 @@ def partition(
             hits = int(scores.histogram[ids, ids].sum())
             result[name] = (100 * hits / pixels if pixels else float("nan"), mean(scores.iou[ids]))
     return result
-
-
-def adjusted_rand(counts) -> float:
-    """Adjusted Rand index of the clusters and the classes, -0.5..1 (Hubert and Arabie 1985), from [K,C] counts.
-
-    Exact integer sums: pairs of pixels of a whole set overflow 64 bits. NaN below two pixels; 1 for equal partitions.
-    """
-    table = as_counts(counts)
-
-    def pairs(values: np.ndarray) -> int:
-        return sum(int(n) * (int(n) - 1) // 2 for n in values.ravel())
-
-    total = int(table.sum())
-    if total < 2:
-        return float("nan")
-    joint, rows, columns, everything = pairs(table), pairs(table.sum(1)), pairs(table.sum(0)), total * (total - 1) // 2
-    expected = rows * columns / everything
-    highest = (rows + columns) / 2
-    return 1.0 if highest == expected else (joint - expected) / (highest - expected)
-
-
-def normalised_mutual_information(counts) -> float:
-    """2 I(cluster; class) / (H(cluster) + H(class)), 0..1, from [K,C] counts.
-
-    NaN without pixels; 1 where there is one cluster and one class.
-    """
-    table = as_counts(counts).astype(np.float64)
-    if not table.sum():
-        return float("nan")
-    joint = table / table.sum()
-    rows, columns = joint.sum(1), joint.sum(0)
-
-    def entropy(p: np.ndarray) -> float:
-        p = p[p > 0]
-        return float(-(p * np.log(p)).sum())
-
-    marginal = entropy(rows) + entropy(columns)
-    return 1.0 if marginal == 0 else max(0.0, 2 * (marginal - entropy(joint.ravel())) / marginal)

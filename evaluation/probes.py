@@ -14,8 +14,15 @@ from common import chance, distributed
 from common.errors import CheckpointError, ConfigError
 from evaluation import readout
 
+LABEL_PROBES = ("linear", "linear_posthoc")
+"""Probes that learn from labels: they predict classes, all others clusters."""
 SEEDING_POINTS = 4096
 """Patches, over all ranks, that seeding of centroids looks at."""
+
+
+def predicts_clusters(probe: str) -> bool:
+    """Whether a read-out (or the refined one of it, `_crf`) predicts clusters, which become classes by matching."""
+    return probe.removesuffix("_crf") not in LABEL_PROBES
 
 
 class LinearProbe(nn.Module):

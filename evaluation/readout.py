@@ -29,10 +29,33 @@ def predict(scores: Tensor, size: tuple[int, int]) -> Tensor:
     """The best of K score maps at every pixel: [B,K,h,w] -> int64 [B,H,W].
 
     `scores` are linear logits, or dot products of the un-normalised code with unit centroids. Works through the
-    pictures in blocks; no gradient.
+    pictures in blocks, and through the maps of a picture too large for one block, to the same bits; no gradient.
     """
     with torch.no_grad():
-        return torch.cat([upsample(block, size).argmax(1) for block in picture_blocks(scores, size)])
+        return torch.cat([best_map(block, size) for block in picture_blocks(scores, size)])
+
+
+def best_map(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """The first of the highest of K upsampled maps, [B,K,h,w] -> int64 [B,H,W], a block of maps at a time.
+
+    Beside the block it holds the maximum and the ids of one picture, whatever K is. Every map is upsampled as a picture
+    of one channel: torch chooses its kernel, and so the last bit, by the number of channels, never by that of pictures.
+    NaN counts as the highest, as in torch.
+    """
+    count = max(1, BLOCK // max(1, len(scores) * size[0] * size[1]))
+    best, ids, number = None, None, 0
+    for maps in scores.split(count, dim=1):
+        upsampled = upsample(maps.flatten(0, 1).unsqueeze(1), size).view(*maps.shape[:2], *size)
+        if count >= scores.shape[1]:
+            return upsampled.argmax(1)
+        for value in upsampled.unbind(1):
+            if best is None:
+                best, ids = value.clone(), torch.zeros(value.shape, dtype=torch.int64, device=value.device)
+            else:
+                ids.masked_fill_((value <= best).logical_not_().logical_and_(best == best), number)
+                torch.maximum(best, value, out=best)
+            number += 1
+    return ids
 
 
 def log_probs(logits: Tensor, size: tuple[int, int]) -> Tensor:

@@ -3,8 +3,7 @@
 import csv
 import json
 import math
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,30 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from common.files import write_text
 from common.spec import ClassMeta
 from evaluation import panels
-from evaluation.matching import UNMATCHED, Scores
+from evaluation.matching import UNMATCHED, Scores, partition
 
-PROBES = ("cluster", "kmeans", "own", "regions", "linear", "retrieval")
+PROBES = ("cluster", "kmeans", "own", "regions", "linear", "linear_posthoc", "retrieval")
 """Order of the rows; further probes follow in the order of the metrics."""
 
 
-def flatten(stage: str, probe: str, scores: Scores | Mapping[str, float]) -> dict[str, float | None]:
+def flatten(
+    stage: str,
+    probe: str,
+    scores: Scores | Mapping[str, float],
+    groups: Mapping[str, Sequence[int]] | None = None,
+    restricted: bool = False,
+) -> dict[str, float | None]:
     """The result of a metric's compute() as flat metrics.json entries: `<stage>/<probe>/<metric>`, percent.
 
-    Scores give `acc` and `miou`; a mapping gives its own names. NaN and infinity become None.
+    Scores give `acc` and `miou`, and `acc_<group>` and `miou_<group>` of every group of classes (`matching.partition`);
+    a mapping gives its own names. NaN and infinity become None.
     """
     values = {"acc": scores.acc, "miou": scores.miou} if isinstance(scores, Scores) else scores
+    for name, (acc, miou) in partition(scores, groups, restricted).items() if groups else ():
+        values |= {f"acc_{name}": acc, f"miou_{name}": miou}
     return {f"{stage}/{probe}/{name}": plain(value) for name, value in values.items()}
 
 
@@ -48,37 +57,31 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file atomically (a temporary file in the same folder, then a rename)."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def final_table(metrics: Mapping[str, Any], title: str = "") -> Table:
     """The table at the end of a run: a row a probe, columns acc and mIoU, and the same of the best checkpoint.
 
     Reads `val/<probe>/acc|miou` and `best/<probe>/acc|miou` of the flat metrics; without labels it shows the label-free
-    keys instead. The best columns appear only where there are best keys.
+    keys instead. The best columns appear only where there are best keys. Scores at several resolutions
+    (`val@320/<probe>/acc|miou`) stand below each other, with a first column that names the pixels.
     """
     names = ("acc", "miou") if any(key.endswith("/miou") for key in metrics) else ("entropy", "confidence")
-    probes = _probes(metrics, names)
     best = any(key.startswith("best/") for key in metrics)
+    stages = list(dict.fromkeys(key.split("/")[0] for key in metrics if key.startswith(("val/", "val@"))))
+    sized = any("@" in stage for stage in stages)
     table = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold")
+    if sized:
+        table.add_column("px", justify="right")
     table.add_column("probe")
-    for stage in ("", "best ") if best else ("",):
+    for column in ("", "best ") if best else ("",):
         for name in names:
-            table.add_column(stage + {"miou": "mIoU"}.get(name, name), justify="right")
-    for probe in probes:
-        cells = [metrics.get(f"{stage}/{probe}/{name}") for stage in ("val", "best")[: 1 + best] for name in names]
-        table.add_row(probe, *(number(cell) for cell in cells))
+            table.add_column(column + {"miou": "mIoU"}.get(name, name), justify="right")
+    for stage in stages:
+        for probe in _probes(metrics, stage, names):
+            cells = [
+                metrics.get(f"{source}/{probe}/{name}") for source in (stage, "best")[: 1 + best] for name in names
+            ]
+            table.add_row(*[stage.partition("@")[2]] * sized, probe, *(number(cell) for cell in cells))
+        table.add_section()
     return table
 
 
@@ -112,11 +115,16 @@ def as_text(table: Table, width: int = 120) -> str:
 
 
 def per_class_csv(path: str | Path, results: Mapping[str, Scores], meta: ClassMeta) -> None:
-    """Columns class_id, class, pixels, then IoU in percent under each probe; empty where a class is skipped."""
+    """Columns class_id, class, pixels, then IoU in percent under each probe; empty where a class is skipped.
+
+    Where the data set tells them apart, a column `group` behind the class says things or stuff.
+    """
     pixels = next(iter(results.values())).counts.sum(0)
-    rows = [["class_id", "class", "pixels", *results]]
+    group = {i: name for name, ids in meta.groups.items() for i in ids}
+    rows = [["class_id", "class", *["group"] * bool(group), "pixels", *results]]
     for i, name in enumerate(meta.names):
-        rows.append([i, name, int(pixels[i]), *(_digits(scores.iou[i]) for scores in results.values())])
+        known = [group[i]] if group else []
+        rows.append([i, name, *known, int(pixels[i]), *(_digits(scores.iou[i]) for scores in results.values())])
     write_text(path, _csv(rows))
 
 
@@ -145,9 +153,9 @@ def write_scores(folder: str | Path, results: Mapping[str, Scores], meta: ClassM
     panels.confusion(folder / "confusion.png", scores, meta, title)
 
 
-def _probes(metrics: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
+def _probes(metrics: Mapping[str, Any], wanted: str, names: tuple[str, ...]) -> list[str]:
     keys = [key.split("/") for key in metrics if key.count("/") == 2]
-    found = list(dict.fromkeys(probe for stage, probe, name in keys if stage == "val" and name in names))
+    found = list(dict.fromkeys(probe for stage, probe, name in keys if stage == wanted and name in names))
     return sorted(found, key=lambda probe: PROBES.index(probe) if probe in PROBES else len(PROBES))
 
 

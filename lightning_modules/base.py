@@ -22,9 +22,9 @@ from evaluation import readout, report
 from evaluation.crf import Constants, DenseCRF
 from evaluation.matching import Scores
 from evaluation.metrics import ClusterUsage, SegmentationScore
-from evaluation.probes import ClusterProbe, KMeansProbe, LinearProbe
+from evaluation.probes import LABEL_PROBES, ClusterProbe, KMeansProbe, LinearProbe
 from lightning_modules.near import near_pictures
-from lightning_modules.optim import CompositeOptimizer, schedule_factor
+from lightning_modules.optim import CompositeOptimizer, clip_gradients, scheduled
 from models.backbone import Backbone, Features
 
 FORMAT = 1
@@ -43,18 +43,24 @@ class Loss:
     """True on any rank: no rank updates the method in this step (the probes still learn)."""
     codes: Tensor | None = None
     """Codes [B,D,h,w] of this step, where the method has computed them anyway: the probes learn on them, detached."""
+    view: str = "image"
+    """The view that `codes` belong to; the linear probe reads the labels of that view."""
 
 
 class UnsupervisedSegmenter(L.LightningModule):
     """Base of all methods.
 
     Class facts: `uses_labels` (supervised variants only, shown in every table), `trains` (False: no method loss, the
-    probes still learn), `wants_attention` (ask the backbone for the attention logits of its last block).
+    probes still learn), `wants_attention` (ask the backbone for the attention logits of its last block),
+    `wants_features` (False: `loss` gets no features of `image`, because it looks at views alone and returns codes of
+    one), `trains_backbone` (the backbone changes, by gradient or as a momentum copy; the run then exports it).
     """
 
     uses_labels = False
     trains = True
     wants_attention = False
+    wants_features = True
+    trains_backbone = False
 
     def __init__(self, cfg: DictConfig, meta: ClassMeta, linear_probe: bool = True) -> None:
         super().__init__()
@@ -62,6 +68,7 @@ class UnsupervisedSegmenter(L.LightningModule):
         self.meta = meta
         self.strict_loading = True
         self.backbone = Backbone(cfg.backbone, cfg.seed)
+        self._check_frozen()
         with library_draws(cfg.seed, "init"):
             self.build()
         clusters = cfg.method.num_clusters
@@ -73,6 +80,7 @@ class UnsupervisedSegmenter(L.LightningModule):
         self.linear_probe = (
             LinearProbe(self.code_dim, meta.num_classes, cfg.seed) if meta.has_labels and linear_probe else None
         )
+        self.posthoc_probe: LinearProbe | None = None  # `set_posthoc` gives one, after training
         self.has_own_scores = type(self).scores is not UnsupervisedSegmenter.scores
         self.confusion = nn.ModuleDict(
             {probe: self._confusion(probe) for probe in self.probe_names()} if meta.has_labels else {}
@@ -85,6 +93,15 @@ class UnsupervisedSegmenter(L.LightningModule):
         self.total_steps = cfg.trainer.max_steps or 1
         self.neighbour_table: str | None = None
         self.validated: dict[str, Scores] = {}
+
+    def _check_frozen(self) -> None:
+        name = self.cfg.method.name
+        if not self.backbone.frozen and not self.trains_backbone:
+            raise ConfigError(
+                f"backbone.frozen=false: method={name} does not train the backbone; set backbone.frozen=true"
+            )
+        if self.backbone.frozen and self.trains_backbone:
+            raise ConfigError(f"backbone.frozen=true: method={name} trains the backbone; set backbone.frozen=false")
 
     # ------------------------------------------------------------------ what a method writes
 
@@ -99,8 +116,9 @@ class UnsupervisedSegmenter(L.LightningModule):
         """Frozen or trained features -> codes [B,D,h,w] that every probe reads."""
         raise TypeError(f"{type(self).__name__} has to define embed()")
 
-    def loss(self, views: dict[str, Any], features: Features) -> Loss:
-        """The method's objective on one batch. `views` is the batch without any label."""
+    def loss(self, views: dict[str, Any], features: Features | None) -> Loss:
+        """The method's objective on one batch. `views` is the batch without any label; `features` are those of
+        `image`, None where `wants_features` is False."""
         raise TypeError(f"{type(self).__name__} has to define loss(), or declare trains = False")
 
     @property
@@ -154,7 +172,7 @@ class UnsupervisedSegmenter(L.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         views, label = split_labels(batch)
-        features = self.features(batch["image"])
+        features = self.features(batch["image"]) if self.wants_features else None
         if self.trains:
             loss = self.loss(batch if self.uses_labels else views, features)
             codes = self._codes(features) if loss.codes is None else loss.codes.detach()
@@ -164,7 +182,9 @@ class UnsupervisedSegmenter(L.LightningModule):
         self.optimizers().optimizer.skip_method = skip
         parts = {"cluster_probe": self.cluster_probe.loss(codes)}
         if self.linear_probe is not None and label is not None:
-            parts["linear_probe"] = self.linear_probe.loss(codes, label, batch["valid"])
+            prefix = "" if loss.view == "image" else f"{loss.view}."
+            labels = batch[f"{prefix}label"], batch[f"{prefix}valid"]
+            parts["linear_probe"] = self.linear_probe.loss(codes, *labels)
         total = sum(parts.values()) + (loss.total * 0 if skip else loss.total)
         logged = {"loss": loss.total, **loss.parts, **parts} if self.trains else parts
         self.log_dict({f"train/{name}": value for name, value in logged.items()}, batch_size=len(batch["image"]))
@@ -184,8 +204,7 @@ class UnsupervisedSegmenter(L.LightningModule):
         if self.global_step % max(1, self.trainer.datamodule.steps_per_epoch) == 0:
             self.on_epoch(self.unlabelled_loader)
         for group in self.optimizers().optimizer.param_groups:
-            factor = schedule_factor(group["schedule"], self.global_step, self.total_steps, group["warmup"])
-            group["lr"] = group["base_lr"] * factor
+            group |= scheduled(group, self.global_step, self.total_steps)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -203,35 +222,26 @@ class UnsupervisedSegmenter(L.LightningModule):
         return CompositeOptimizer([{**config.plain(self.cfg.optim[group["name"]]), **group} for group in groups])
 
     def _method_groups(self) -> list[dict[str, Any]]:
-        groups = [{**group, "params": list(group["params"])} for group in (self.param_groups() if self.trains else [])]
-        trained = {id(parameter) for group in groups for parameter in group["params"]}
-        if not self.backbone.frozen and not trained & {id(parameter) for parameter in self.backbone.parameters()}:
-            raise ConfigError(
-                f"backbone.frozen=false: method={self.cfg.method.name} does not train the backbone; "
-                "set backbone.frozen=true"
-            )
-        return groups
+        return [{**group, "params": list(group["params"])} for group in (self.param_groups() if self.trains else [])]
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
         for group in optimizer.param_groups:
-            if group["clip_norm"] is not None:
-                nn.utils.clip_grad_norm_(group["params"], group["clip_norm"])
-            if group["clip_value"] is not None:
-                nn.utils.clip_grad_value_(group["params"], group["clip_value"])
+            clip_gradients(group)
 
     # ------------------------------------------------------------------ evaluation
 
     def probe_names(self) -> list[str]:
         """Read-outs that exist, in the order of tables."""
         own = ["own"] if type(self).scores is not UnsupervisedSegmenter.scores else []
-        return ["cluster", "kmeans", *own, *(["linear"] if self.linear_probe is not None else [])]
+        learned = {"linear": self.linear_probe, "linear_posthoc": self.posthoc_probe}
+        return ["cluster", "kmeans", *own, *(name for name, probe in learned.items() if probe is not None)]
 
     def _confusion(self, probe: str) -> SegmentationScore:
-        rows = self.meta.num_classes if probe == "linear" else self.cfg.method.num_clusters
+        rows = self.meta.num_classes if probe in LABEL_PROBES else self.cfg.method.num_clusters
         rules = self.cfg.evaluation
-        matching = "identity" if probe == "linear" else rules.matching
+        matching = "identity" if probe in LABEL_PROBES else rules.matching
         return SegmentationScore(
             rows, self.meta.num_classes, matching, rules.extra, rules.absent, background=rules.background
         )
@@ -249,6 +259,8 @@ class UnsupervisedSegmenter(L.LightningModule):
             scores["own"] = self.scores(features)
         if self.linear_probe is not None:
             scores["linear"] = self.linear_probe(codes)
+        if self.posthoc_probe is not None:
+            scores["linear_posthoc"] = self.posthoc_probe(codes)
         return codes, scores
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
@@ -296,8 +308,10 @@ class UnsupervisedSegmenter(L.LightningModule):
         scores = {probe: self.confusion[probe].compute() for probe in ready}
         self.validated = {probe: found for probe, found in scores.items() if found.counts.any()}
         values = report.flatten("val", "cluster", self.usage.compute())
+        partition = self.cfg.evaluation.partition
+        groups = {} if partition == "none" else self.meta.groups
         for probe, scores in self.validated.items():
-            values |= report.flatten("val", probe, scores)
+            values |= report.flatten("val", probe, scores, groups, restricted=partition == "within")
         known = {name: value for name, value in values.items() if value is not None}
         self.log_dict(known, rank_zero_only=True)
         shown = ("cluster/miou", "linear/miou") if self.validated else ("cluster/entropy",)
@@ -306,6 +320,17 @@ class UnsupervisedSegmenter(L.LightningModule):
                 self.log(name, known[f"val/{name}"], prog_bar=True, logger=False, rank_zero_only=True)
 
     # ------------------------------------------------------------------ checkpoints
+
+    def set_posthoc(self, probe: LinearProbe) -> None:
+        """Take a linear probe that was trained after the network; it is scored as val/linear_posthoc/*."""
+        self.posthoc_probe = probe.to(self.device).requires_grad_(False)
+        if self.meta.has_labels:
+            self.confusion["linear_posthoc"] = self._confusion("linear_posthoc").to(self.device)
+
+    def offline_state(self) -> dict[str, Tensor]:
+        """The part of the state dict that is fitted after training: k-means centroids, post-hoc linear probe."""
+        fitted = ("kmeans_probe.", "posthoc_probe.")
+        return {name: value for name, value in self.state_dict().items() if name.startswith(fitted)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # A frozen backbone is made again from the config; the fingerprint proves that it is the same.
@@ -329,6 +354,14 @@ class UnsupervisedSegmenter(L.LightningModule):
                 f"backbone.weights: the checkpoint was trained on {found}, the configured backbone is {own}; "
                 "point backbone.weights at the file it was trained with"
             )
+        posthoc = {name: value for name, value in checkpoint["state_dict"].items() if name.startswith("posthoc_probe.")}
+        training = self._trainer is not None and self._trainer.state.fn == "fit"
+        if posthoc and (training or not self.cfg.evaluation.posthoc.epochs):  # codes will change, or it is switched off
+            for name in posthoc:
+                del checkpoint["state_dict"][name]
+        elif posthoc:
+            classes, dim = posthoc["posthoc_probe.classifier.weight"].shape[:2]
+            self.set_posthoc(LinearProbe(dim, classes))
         if self.backbone.frozen:
             checkpoint["state_dict"] |= {f"backbone.{key}": value for key, value in self.backbone.state_dict().items()}
 

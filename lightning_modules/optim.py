@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 ALGORITHMS = {"adam": Adam, "adamw": AdamW, "sgd": SGD}
@@ -18,8 +18,10 @@ ALGORITHMS = {"adam": Adam, "adamw": AdamW, "sgd": SGD}
 class CompositeOptimizer(Optimizer):
     """Adam, AdamW and SGD groups behind one optimiser.
 
-    A group is `{name, params, optimizer, lr, weight_decay, schedule, warmup, clip_norm, owner}`; `owner` is `method` or
-    `probe`. With `skip_method` set, the next step leaves parameters and state of the method's groups as they are.
+    A group is `{name, params, optimizer, lr, weight_decay, schedule, warmup, clip_norm, clip_value, owner}`; `owner` is
+    `method` or `probe`. It may also have `lr_end` (where the schedule ends, default 0), `weight_decay_end` (the decay
+    follows a cosine from `weight_decay` to it), `clip_each` (norm limit of every single parameter) and `momentum` (of
+    sgd). With `skip_method` set, the next step leaves parameters and state of the method's groups as they are.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
@@ -36,7 +38,7 @@ class CompositeOptimizer(Optimizer):
     @staticmethod
     def _group(group: dict[str, Any]) -> dict[str, Any]:
         kept = {key: value for key, value in group.items() if key != "optimizer"}
-        return {**kept, "base_lr": group["lr"]}
+        return {**kept, "base_lr": group["lr"], "base_weight_decay": group["weight_decay"]}
 
     def _link(self) -> None:
         """Show the groups and states of the children as our own (Lightning and GradScaler look at them)."""
@@ -101,3 +103,30 @@ def schedule_factor(schedule: str, step: int, total: int, warmup: int = 0) -> fl
         return 1.0
     share = min(1.0, (step - warmup) / max(1, total - warmup))
     return 0.5 * (1 + math.cos(math.pi * share)) if schedule == "cosine" else 1 - share
+
+
+def cosine(start: float, end: float, step: int, total: int) -> float:
+    """From `start` at step 0 to `end` at `total` and after, along half a cosine."""
+    share = 0.5 * (1 - math.cos(math.pi * min(1.0, step / max(1, total))))
+    return start * (1 - share) + end * share
+
+
+def scheduled(group: dict[str, Any], step: int, total: int) -> dict[str, float]:
+    """The learning rate and the weight decay of a group at `step` (0-based) of `total` steps."""
+    factor = schedule_factor(group["schedule"], step, total, group["warmup"])
+    end = 0.0 if step < group["warmup"] else group.get("lr_end") or 0.0
+    values = {"lr": end + (group["base_lr"] - end) * factor}
+    if group.get("weight_decay_end") is not None:
+        values["weight_decay"] = cosine(group["base_weight_decay"], group["weight_decay_end"], step, total)
+    return values
+
+
+def clip_gradients(group: dict[str, Any]) -> None:
+    """Limit the gradients of a group, in place, by whichever of its clip keys are set."""
+    if group.get("clip_each") is not None:
+        for parameter in group["params"]:
+            nn.utils.clip_grad_norm_([parameter], group["clip_each"])
+    if group["clip_norm"] is not None:
+        nn.utils.clip_grad_norm_(group["params"], group["clip_norm"])
+    if group["clip_value"] is not None:
+        nn.utils.clip_grad_value_(group["params"], group["clip_value"])

@@ -37,6 +37,37 @@ def watching(attn: nn.Module) -> Iterator[dict[str, Tensor]]:
         yield seen
 
 
+@contextmanager
+def hiding(patch_embed: nn.Module, mask: Tensor, token: Tensor) -> Iterator[None]:
+    """While open, patches under mask [B,h,w] leave the embedding as `token` [C]; gradient reaches the token."""
+
+    def replace(_: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        where = mask.to(output.device).reshape(*output.shape[:-1], 1)
+        return torch.where(where, token.to(output.dtype), output)
+
+    handle = patch_embed.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def unfused(net: nn.Module) -> Iterator[None]:
+    """While open, timm's attention layers form the attention matrix; equal to the fused kernel up to rounding.
+
+    For training in bfloat16 on a CPU, where the fused kernel's backward takes longer than all the rest of the step.
+    """
+    layers = [layer for layer in net.modules() if getattr(layer, "fused_attn", False)]
+    for layer in layers:
+        layer.fused_attn = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.fused_attn = True
+
+
 def project(attn: nn.Module, seen: dict[str, Tensor]) -> Tensor:
     """What `watching` saw -> queries, keys, values [3,B,heads,T,d] in float32, before any norm and rotation.
 

@@ -90,6 +90,7 @@ class Backbone(nn.Module):
 
     Attributes:
         channels: C of each level; `dim` is their sum (the width of `Features.concat()`).
+        file_names: name of each weight here -> its name in weight files (timm's whole network).
         strides: pixels per patch of each level; `stride` is that of `Features.map`.
         patch_multiple: H and W of pictures must be multiples of it (1 for convolutional networks).
         prefix: tokens in front of the patches (0 for convolutional networks).
@@ -125,6 +126,8 @@ class Backbone(nn.Module):
             if not self.transformer:
                 options |= {"features_only": True, "out_indices": tuple(sorted(self.order))}
             self.net = _create(self.network, **create, **options)
+        own = {_flat(key): key for key in self.net.state_dict()}
+        self.file_names = {own[_flat(key)]: key for key in whole.state_dict() if _flat(key) in own}
         if self.transformer:
             self._describe_transformer(cfg)
         else:
@@ -245,9 +248,8 @@ class Backbone(nn.Module):
             _log_once(logging.WARNING, f"backbone {self.name}: random weights ({self.network}, seed {seed})")
             return
         content = weights.download(self.network, published) if source == "hub" else weights.read(source)
-        own = {_flat(key): key for key in self.net.state_dict()}
         shapes = {key: tensor.shape for key, tensor in self.net.state_dict().items()}
-        named = {key: own[_flat(key)] for key in whole.state_dict() if _flat(key) in own}  # the file's name -> ours
+        named = {published: own for own, published in self.file_names.items() if own in shapes}
         entry = importlib.import_module(timm.models.model_entrypoint(self.network.partition(".")[0]).__module__)
         translate: Callable | None = getattr(entry, "checkpoint_filter_fn", None)
         target = self.net if self.transformer else whole
@@ -291,6 +293,10 @@ class Backbone(nn.Module):
         """What a checkpoint must hold of this backbone: nothing where the config gives it again, else all of it."""
         return {} if self.unmodified_weights else self.state_dict()
 
+    def exported(self) -> dict[str, Tensor]:
+        """The weights under the names that timm's whole network has: what `backbone.weights=<file>` reads back."""
+        return {self.file_names[key]: value.detach() for key, value in self.net.state_dict().items()}
+
     def train(self, mode: bool = True) -> "Backbone":
         """As usual, but a frozen backbone stays in evaluation mode (its batch norms keep their statistics)."""
         return super().train(mode and not self.frozen)
@@ -323,7 +329,13 @@ class Backbone(nn.Module):
     # ---- features -------------------------------------------------------------------------------------------------
 
     def features(
-        self, images: Tensor, grad: bool = False, attention: bool = False, qkv: bool = False, block: int = -1
+        self,
+        images: Tensor,
+        grad: bool = False,
+        attention: bool = False,
+        qkv: bool = False,
+        block: int = -1,
+        hidden: tuple[Tensor, Tensor] | None = None,
     ) -> Features:
         """Features of pictures [B,3,H,W] in 0..1 (normalised here).
 
@@ -337,6 +349,8 @@ class Backbone(nn.Module):
             attention: also the attention logits of `block`. All blocks keep their fused attention.
             qkv: also queries, keys and values of `block`.
             block: index of the block, negative from the end.
+            hidden: (mask bool [B,h,w], token [C]): the token takes the place of masked patches, before their position
+                is added. Transformers only.
 
         Raises:
             ConfigError: a size that does not fit, or attention asked of a network that has none.
@@ -354,10 +368,14 @@ class Backbone(nn.Module):
             if self.frozen:
                 dtype = PRECISIONS[self.precision]
                 stack.enter_context(torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None))
+            elif grad and images.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+                stack.enter_context(layers.unfused(self.net))
             pictures = (images.float() - self.mean) / self.std
             try:
                 if not self.transformer:
                     return Features(self._maps(pictures))
+                if hidden is not None:
+                    stack.enter_context(layers.hiding(self.net.patch_embed, *hidden))
                 return self._tokens(pictures, attention, qkv, block)
             except AssertionError as error:  # some transformers take one size only
                 size = " x ".join(map(str, images.shape[-2:]))

@@ -34,10 +34,23 @@ class Momentum(nn.Module):
         Raises:
             ConfigError: m outside [0, 1].
         """
-        if not 0.0 <= m <= 1.0:
-            raise ConfigError(f"momentum m = {m}: must lie in [0, 1]; 1 keeps the copy as it is")
         (module,) = self._followed
-        for slow, fast in zip(self.copy.parameters(), module.parameters(), strict=True):
-            slow.mul_(m).add_(fast, alpha=1.0 - m)
+        follow(self.copy, module, m)
         for slow, fast in zip(self.copy.buffers(), module.buffers(), strict=True):
             slow.copy_(fast)
+
+
+@torch.no_grad()
+def follow(slow: nn.Module, fast: nn.Module, m: float) -> None:
+    """theta' <- m theta' + (1 - m) theta for every weight of `slow`, in place; buffers are left alone.
+
+    Raises:
+        ConfigError: m outside [0, 1].
+    """
+    if not 0.0 <= m <= 1.0:
+        raise ConfigError(f"momentum m = {m}: must lie in [0, 1]; 1 keeps the copy as it is")
+    old, new = [p.data for p in slow.parameters()], [p.data for p in fast.parameters()]
+    if len(old) != len(new):
+        raise ValueError(f"{len(old)} weights cannot follow {len(new)}")
+    torch._foreach_mul_(old, m)
+    torch._foreach_add_(old, new, alpha=1.0 - m)

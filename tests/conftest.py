@@ -25,8 +25,12 @@ SMALL = [
 ]  # fmt: skip
 """A run of seconds that still has epochs (5 steps each), validations and checkpoints that fall on different steps."""
 
-SMALL_OF = {"method.pool.size": "32", "method.pool.renew_every": "3", "method.lambda_warmup": "2", "method.dim": "16"}
-"""Method keys made small where a method has them."""
+SMALL_OF = {
+    "method.pool.size": "32", "method.pool.renew_every": "3", "method.lambda_warmup": "2", "method.dim": "16",
+    "method.head.hidden": "32", "method.head.bottleneck": "16", "method.head.out_dim": "48", "method.drop_path": "0",
+    "method.crops.global_size": "32", "method.crops.local_size": "16", "method.crops.local_count": "2",
+}  # fmt: skip
+"""Method keys made small where a method has them. Drop path is off: a library draws it, so it has no key."""
 
 
 def small_words(method: str, *more: str) -> list[str]:

@@ -280,3 +280,14 @@ def test_registry_refuses_a_file_with_two_methods(monkeypatch):
     monkeypatch.setattr(kmeans_baseline, "Second", Second, raising=False)
     with pytest.raises(run.ConfigError, match="must define exactly one UnsupervisedSegmenter, found 2"):
         registry.method_class("kmeans_baseline")
+
+
+@pytest.mark.train
+def test_eval_at_several_resolutions_prints_one_table(capsys, small_run):
+    checkpoint = small_run("kmeans_baseline").folder / "checkpoints" / "last.ckpt"
+    code, out, err = call(capsys, "eval", f"ckpt={checkpoint}", "evaluation.resolutions=[48,64]")
+    assert code == 0, err
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    assert [row[:2] for row in rows] == [
+        [size, probe] for size in ("48", "64") for probe in ("cluster", "kmeans", "linear")
+    ]

@@ -5,7 +5,7 @@ import yaml
 from omegaconf import OmegaConf
 
 import config
-from common.errors import ConfigError
+from common.errors import CheckpointError, ConfigError
 
 
 def message(*words: str) -> str:
@@ -126,6 +126,47 @@ def test_saved_config_is_plain_yaml_and_restores(tmp_path):
     with pytest.raises(ConfigError) as caught:
         config.restore(tree, ["method.num_clusters=9"])
     assert str(caught.value) == "method.num_clusters=9: a checkpoint keeps its method; it fits its weights alone"
+
+
+def old_tree(*words: str) -> dict:
+    """What a checkpoint of an earlier version holds: keys that are there now are missing."""
+    tree = config.plain(config.compose(["method=hidden_positives", "seed=5", *words]))
+    del tree["evaluation"]["posthoc"], tree["evaluation"]["resolutions"], tree["method"]["guarded"]
+    return tree
+
+
+def test_a_stored_configuration_without_a_new_key_takes_its_default():
+    cfg = config.restore(old_tree("method.dim=16"), ["evaluation.resolutions=[64]"])
+    assert (cfg.seed, cfg.method.dim, cfg.method.guarded) == (5, 16, True)
+    assert cfg.evaluation.posthoc.epochs == 0
+    assert cfg.evaluation.resolutions == [64]
+    assert cfg.trainer.max_steps == 200  # stored, though the layers of another method would say 300
+    now = config.plain(config.compose(["method=hidden_positives", "seed=6"]))
+    assert config.first_difference(config.with_defaults(old_tree()), now) == "seed (5 -> 6)"
+
+
+def test_stored_keys_that_are_gone_end_in_one_line(caplog):
+    tree = old_tree()
+    tree["evaluation"]["kmeans"]["magic"] = 3
+    tree["gone"] = {"x": 1}
+    with caplog.at_level("WARNING", logger="labelfree.config"):
+        cfg = config.restore(tree)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the checkpoint holds keys that this version does not have; they are left out: evaluation.kmeans.magic, gone.x"
+    ]
+    assert "gone" not in cfg
+    assert "magic" not in cfg.evaluation.kmeans
+    tree["method"]["magic"] = 3
+    with pytest.raises(CheckpointError) as caught:
+        config.restore(tree)
+    assert str(caught.value) == (
+        "method.magic: the checkpoint was written with this key, which this version does not have; "
+        "use the version it was made with (environment.json in its run folder names the commit)"
+    )
+    tree["method"]["name"] = "stegosaurus"
+    with pytest.raises(ConfigError, match=r"^method=stegosaurus: no such method; "):
+        config.restore(tree)
+    assert config.with_defaults({"seed": 99})["method"]["name"] == "kmeans_baseline"
 
 
 def test_first_difference_names_the_key():

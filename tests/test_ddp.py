@@ -10,7 +10,7 @@ import torch
 
 import run as entry
 from engine import setup
-from tests.conftest import METHODS, read_json, small_words
+from tests.conftest import METHODS, read_json, run_small, small_words
 
 pytestmark = pytest.mark.ddp
 
@@ -46,3 +46,11 @@ def test_two_processes_equal_one(method, small_run, tmp_path):
     for key in ("val/cluster/acc", "val/linear/acc", "val/linear/miou"):
         assert abs(metrics[key] - one.metrics[key]) < 0.5, key
     assert len(list((folder / "panels").glob("*.png"))) >= 2
+
+
+def test_two_processes_fit_the_posthoc_probe_of_one(tmp_path):
+    epochs = "evaluation.posthoc.epochs=3"
+    one = run_small("kmeans_baseline", tmp_path, "one", epochs)
+    weights = setup.read_checkpoint(run_two("kmeans_baseline", tmp_path, epochs) / "checkpoints" / "last.ckpt")
+    for name in ("posthoc_probe.classifier.weight", "posthoc_probe.classifier.bias"):
+        assert torch.allclose(weights["state_dict"][name], one.weights[name], rtol=0, atol=ROUNDING), name

@@ -9,6 +9,7 @@ import config
 from engine import callbacks, doctor, setup
 from engine.callbacks import RunKeeper, WholeCheckpointIO, clock, numbers
 from engine.run_folder import RunFolder
+from engine.selection import Selection
 from tests.conftest import run_small
 
 
@@ -16,18 +17,19 @@ def test_a_checkpoint_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "last.ckpt"
     WholeCheckpointIO().save_checkpoint({"step": 1}, path)
 
-    def half(checkpoint, handle):
-        handle.write(b"half of it")
+    def half(checkpoint, file):
+        file.write_bytes(b"half of it")
         raise OSError("disk full")
 
     monkeypatch.setattr(callbacks.torch, "save", half)
     with pytest.raises(OSError, match="disk full"):
         WholeCheckpointIO().save_checkpoint({"step": 2}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
+    assert [item.name for item in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_the_best_is_the_highest_and_the_later_of_equals(tmp_path):
-    keeper = RunKeeper(RunFolder(tmp_path, "new"), config.compose([]), "val/cluster/miou")
+    keeper = RunKeeper(RunFolder(tmp_path, "new"), config.compose([]), Selection(("val/cluster/miou",)))
     values = {1: 5.0, 2: 7.0, 3: 6.0, 4: 7.0}
     offered = [keeper.offer(step, {"val/cluster/miou": value}) for step, value in values.items()]
     assert offered == [True, True, False, True]
@@ -36,7 +38,7 @@ def test_the_best_is_the_highest_and_the_later_of_equals(tmp_path):
 
 
 def test_without_labels_the_last_step_is_the_best(tmp_path):
-    keeper = RunKeeper(RunFolder(tmp_path, "new"), config.compose([]), "")
+    keeper = RunKeeper(RunFolder(tmp_path, "new"), config.compose([]), Selection())
     assert keeper.offer(1, {"val/cluster/entropy": 50.0})
     assert keeper.offer(2, {"val/cluster/entropy": 40.0})
     assert keeper.best_step == 2

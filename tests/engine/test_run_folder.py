@@ -6,7 +6,7 @@ import pytest
 
 import config
 from common.errors import CheckpointError, ConfigError
-from engine.run_folder import History, copy_whole, open_run, run_name
+from engine.run_folder import History, open_run, run_name
 
 
 def cfg(*words: str):
@@ -96,11 +96,3 @@ def test_history_grows_columns_and_drops_rows_after_a_resume(tmp_path):
     resumed.add(3, {"b": 4})
     assert [row["b"] for row in rows(path)] == ["", "2", "4"]
     assert not list(tmp_path.glob(".*"))
-
-
-def test_copies_appear_whole(tmp_path):
-    (tmp_path / "a").write_text("new")
-    (tmp_path / "b").write_text("old")
-    copy_whole(tmp_path / "a", tmp_path / "b")
-    assert (tmp_path / "b").read_text() == "new"
-    assert len(list(tmp_path.iterdir())) == 2

@@ -181,25 +181,6 @@ def test_partition_is_by_class_and_not_by_cluster():
         matching.partition(scores, {"x": [4]})
 
 
-def test_adjusted_rand_and_mutual_information():
-    # Pairs: joint 1 + 1 + 1 = 3 of 15, rows 3 + 1 + 0 ... against a count over all pairs of pixels.
-    counts = np.array([[2, 1], [0, 2], [1, 0]])
-    pred, true = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 1, 0])
-    same_pred = (pred[:, None] == pred)[np.triu_indices(6, 1)]
-    same_true = (true[:, None] == true)[np.triu_indices(6, 1)]
-    expected = same_pred.sum() * same_true.sum() / 15
-    index = ((same_pred & same_true).sum() - expected) / ((same_pred.sum() + same_true.sum()) / 2 - expected)
-    assert matching.adjusted_rand(counts) == pytest.approx(index)
-    assert matching.adjusted_rand(np.diag([3, 4, 5])) == 1
-    assert matching.adjusted_rand(np.diag([2**33, 2**33])) == 1
-    assert matching.normalised_mutual_information(np.diag([3, 4, 5])) == pytest.approx(1)
-    assert matching.normalised_mutual_information(np.ones((3, 3), dtype=int)) == pytest.approx(0, abs=1e-12)
-    p = counts / 6
-    information = sum(p[k, c] * np.log(p[k, c] / (p[k].sum() * p[:, c].sum())) for k, c in np.argwhere(counts))
-    entropies = [-(q * np.log(q)).sum() for q in (p.sum(1), p.sum(0))]
-    assert matching.normalised_mutual_information(counts) == pytest.approx(2 * information / sum(entropies))
-
-
 @pytest.mark.parametrize(
     ("words", "text"),
     [

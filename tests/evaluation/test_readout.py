@@ -58,6 +58,35 @@ def test_prediction_in_blocks_of_pictures_is_the_same(monkeypatch):
     assert torch.equal(readout.predict(scores, (24, 24)), whole)
 
 
+@pytest.mark.parametrize(("source", "size"), [*SIZES, ((9, 11), (301, 407))])
+@pytest.mark.parametrize("maps", [1, 3, 7])
+def test_prediction_in_blocks_of_maps_is_the_same_to_the_bit(source, size, maps, monkeypatch):
+    """Ties included (maps 2 and 5 are alike, and rounded values meet), and NaN as in torch's arg max."""
+    scores = (3 * draw(2, 7, *source)).round()
+    scores[:, 5] = scores[:, 2]
+    scores[1, 4, 0, 0] = torch.nan
+    whole, exact = readout.predict(scores, size), draw(2, 7, *source, seed=3)
+    single = readout.predict(exact, size)
+    up = torch.cat([readout.upsample(scores[:, k : k + 1], size) for k in range(7)], dim=1)
+    assert torch.equal(whole, up.argmax(1))
+    monkeypatch.setattr(readout, "BLOCK", maps * size[0] * size[1])
+    assert torch.equal(readout.predict(scores, size), whole)
+    assert torch.equal(readout.predict(exact, size), single)
+
+
+def test_a_large_picture_is_read_in_bounded_memory(monkeypatch):
+    """No upsampled block holds more than BLOCK elements, or one map."""
+    seen = []
+    upsample = readout.upsample
+    monkeypatch.setattr(readout, "upsample", lambda maps, size: seen.append(len(maps)) or upsample(maps, size))
+    monkeypatch.setattr(readout, "BLOCK", 2 * 90 * 70)
+    readout.predict(draw(1, 9, 6, 5), (90, 70))
+    assert seen == [2, 2, 2, 2, 1]
+    seen.clear()
+    readout.predict(draw(1, 3, 6, 5), (900, 700))
+    assert seen == [1, 1, 1]
+
+
 @pytest.mark.parametrize(("source", "size"), SIZES)
 def test_cluster_log_probs_are_those_of_upsampled_codes(source, size):
     codes, clusters = draw(2, 12, *source, dtype=torch.float64), draw(7, 12, seed=1, dtype=torch.float64)

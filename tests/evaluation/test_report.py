@@ -32,6 +32,22 @@ def test_flatten_gives_percent_and_null():
     assert report.flatten("val", "cluster", free) == {"val/cluster/entropy": None, "val/cluster/confidence": 3.0}
 
 
+def test_flatten_tells_groups_of_classes_apart():
+    result = scores(matching="many_to_one")  # clusters 1 and 3 are sky, 0 and 2 road; no tree
+    flat = report.flatten("val", "own", result, {"things": (1, 2), "stuff": (0,)})
+    assert flat == {
+        "val/own/acc": 92.0,
+        "val/own/miou": pytest.approx((90 + 100 * 10 / 14) / 2),
+        "val/own/acc_things": pytest.approx(100 * 10 / 14),
+        "val/own/miou_things": pytest.approx(100 * 10 / 14),
+        "val/own/acc_stuff": 100.0,
+        "val/own/miou_stuff": 90.0,
+    }
+    within = report.flatten("val", "own", result, {"stuff": (0,)}, restricted=True)
+    assert within["val/own/miou_stuff"] == 100.0
+    assert report.flatten("val", "own", result, {"things": (2,)})["val/own/miou_things"] is None
+
+
 def test_write_json_never_holds_nan_and_leaves_nothing_behind(tmp_path):
     path = tmp_path / "metrics.json"
     report.write_json(path, {"a": float("nan"), "b": [torch.tensor(2), float("inf")], "c": {"d": np.int64(4)}})
@@ -42,14 +58,6 @@ def test_write_json_never_holds_nan_and_leaves_nothing_behind(tmp_path):
         report.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}  # the old file stays whole
     assert [item.name for item in tmp_path.iterdir()] == ["metrics.json"]
-
-
-def test_failed_replace_removes_the_temporary_file(tmp_path):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "x").touch()
-    with pytest.raises(OSError):
-        report.write_text(tmp_path / "folder", "text")
-    assert [item.name for item in tmp_path.iterdir()] == ["folder"]
 
 
 def test_clusters_csv(tmp_path):
@@ -77,6 +85,14 @@ def test_per_class_files(tmp_path):
         ["1", "road", "14", "71.4286", "71.4286"],
         ["2", "tree", "0", "", "0.0000"],
     ]
+    told = ClassMeta(META.names, META.palette, things=(2,))
+    report.per_class_csv(tmp_path / "told.csv", results, told)
+    assert [row[:4] for row in rows_of(tmp_path / "told.csv")] == [
+        ["class_id", "class", "group", "pixels"],
+        ["0", "sky", "stuff", "36"],
+        ["1", "road", "stuff", "14"],
+        ["2", "tree", "things", "0"],
+    ]
     text = report.as_text(report.per_class_table(results, META))
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
     assert ["tree", "0.0", "-", "0.0"] in lines
@@ -102,6 +118,21 @@ def test_final_table_orders_probes_and_shows_the_best():
         ["kmeans", "40.0", "30.0", "-", "-"],
         ["linear", "90.0", "60.0", "-", "-"],
         ["cluster_crf", "-", "46.0", "-", "-"],
+    ]
+
+
+def test_final_table_of_several_resolutions():
+    metrics = {
+        "val@320/cluster/acc": 50.0, "val@320/cluster/miou": 20.0, "val@320/cluster/entropy": 99.0,
+        "val@448/linear/acc": 70.0, "val@448/linear/miou": 40.0, "val@448/cluster/miou": 21.0,
+        "protocol@320/crop": "none",
+    }  # fmt: skip
+    header, rows = table_rows(metrics)
+    assert header == ["px", "probe", "acc", "mIoU"]
+    assert rows == [
+        ["320", "cluster", "50.0", "20.0"],
+        ["448", "cluster", "-", "21.0"],
+        ["448", "linear", "70.0", "40.0"],
     ]
 
 

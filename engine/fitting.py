@@ -1,0 +1,240 @@
+"""Probes that are fitted after training, on codes of the training pictures, before an evaluation that needs them."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from torch.nn import functional as F
+
+from common import chance, distributed
+from common.errors import ConfigError
+from common.spec import IGNORE
+from datamodules.base import SegmentationDataModule, Source
+from datamodules.sampling import permutation
+from evaluation import readout
+from evaluation.probes import LinearProbe
+from lightning_modules.base import UnsupervisedSegmenter, split_labels
+from lightning_modules.optim import ALGORITHMS, schedule_factor
+from retrieval import kmeans
+
+log = logging.getLogger(__name__)
+
+
+class KMeansFit(L.Callback):
+    """Fits the k-means probe on codes of the training pictures, on the device, before an evaluation that needs it."""
+
+    def __init__(self, cfg: DictConfig, data: SegmentationDataModule) -> None:
+        self.cfg = cfg
+        self.data = data
+
+    def check(self, model: UnsupervisedSegmenter) -> None:
+        """Raises ConfigError where there will be fewer codes than clusters, as far as that is known before reading.
+
+        Counted are the patches of the finest level; whole pictures (`data.eval_crop=keep`) differ in size, and are not.
+        """
+        settings, clusters = self.cfg.evaluation.kmeans, self.cfg.method.num_clusters
+        if self.cfg.data.eval_crop == "keep":
+            return
+        pictures = min(settings.pictures, len(self.data.source("train")))
+        size, patch = self.cfg.data.eval_size, min(model.backbone.strides)
+        height, width = (size, size) if isinstance(size, int) else size
+        patches = min(-(-height // patch) * -(-width // patch), max(1, settings.points // pictures))
+        if pictures * patches < clusters:
+            raise ConfigError(
+                f"method.num_clusters={clusters}: the k-means probe needs a point a cluster, and {pictures} training "
+                f"pictures with {patches} codes each give {pictures * patches}; lower method.num_clusters, give more "
+                "pictures, or raise evaluation.kmeans.pictures and evaluation.kmeans.points"
+            )
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: UnsupervisedSegmenter) -> None:
+        if pl_module.kmeans_probe.fitted:
+            return
+        settings = self.cfg.evaluation.kmeans
+        codes = self.training_codes(trainer, pl_module, settings.pictures, settings.points)
+        result = kmeans.fit_distributed(
+            codes,
+            self.cfg.method.num_clusters,
+            spherical=True,
+            seed=self.cfg.seed,
+            iterations=settings.iterations,
+            restarts=settings.restarts,
+            init=settings.init,
+        )
+        pl_module.kmeans_probe.set(result.centroids)
+
+    @torch.no_grad()
+    def training_codes(
+        self, trainer: L.Trainer, pl_module: UnsupervisedSegmenter, pictures: int, points: int
+    ) -> torch.Tensor:
+        """Unit codes of this rank's part of the chosen training pictures, [n,D]: all patches, or as many of each."""
+        rows = []
+        loader = self.data.loader("train", geometry="eval", order="shuffled", limit=pictures, purpose="kmeans")
+        total = min(pictures, len(loader.dataset))
+        for batch in loader:
+            images = batch["image"].to(pl_module.device)
+            with trainer.precision_plugin.forward_context():
+                codes = pl_module.embed(pl_module.features(images)).float()
+            patches = F.normalize(codes.flatten(2), dim=1).transpose(1, 2)
+            inside = readout.valid_patches(batch["valid"], codes.shape[-2:]).flatten(1)
+            share = max(1, points // total)
+            for index, picture, valid in zip(batch["index"].tolist(), patches, inside, strict=True):
+                picture = picture[valid.to(picture.device)]
+                if len(picture) > share:
+                    order = torch.randperm(
+                        len(picture), generator=chance.generator(self.cfg.seed, "kmeans.points", index)
+                    )
+                    picture = picture[order[:share].to(picture.device)]
+                rows.append(picture)
+        return torch.cat(rows) if rows else torch.empty(0, pl_module.code_dim, device=pl_module.device)
+
+
+class PosthocFit(L.Callback):
+    """Trains the post-hoc linear probe (`evaluation.posthoc.*`) before an evaluation, where it is asked for and absent.
+
+    The network is frozen and in evaluation mode. Every epoch visits the labelled training pictures in the same keyed
+    batches of `data.batch_size`, seen as in evaluation (no random crop, no flip), so their codes stay what they are and
+    are kept in memory up to `evaluation.posthoc.keep_mb`; beyond it they are computed anew, to the same values.
+    Labels are those of the training split. Several ranks share every batch.
+    """
+
+    def __init__(self, cfg: DictConfig, data: SegmentationDataModule) -> None:
+        self.cfg = cfg
+        self.settings = cfg.evaluation.posthoc
+        self.data = data
+
+    def check(self) -> None:
+        """Raises ConfigError where the probe is asked for and no training picture is known to have a label."""
+        if self.settings.epochs and not self.labelled():
+            raise self.unlabelled()
+
+    def labelled(self) -> list[int]:
+        """Training pictures that the probe reads: those with a label, or all where the data set cannot tell."""
+        source = self.data.source("train")
+        if not self.data.meta.has_labels:
+            return []
+        return source.labelled() if hasattr(source, "labelled") else list(range(len(source)))
+
+    def unlabelled(self) -> ConfigError:
+        return ConfigError(
+            f"evaluation.posthoc.epochs={self.settings.epochs}: the probe learns from labels and no training picture "
+            "has one; set evaluation.posthoc.epochs=0, or add labels of training pictures"
+        )
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: UnsupervisedSegmenter) -> None:
+        if not self.settings.epochs or pl_module.posthoc_probe is not None:
+            return
+        with torch.inference_mode(False), torch.enable_grad():  # Lightning evaluates in inference mode
+            pl_module.set_posthoc(self.fit(trainer, pl_module))
+
+    def fit(self, trainer: L.Trainer, model: UnsupervisedSegmenter) -> LinearProbe:
+        """The trained probe, the same on every rank. Raises ConfigError where no pixel has a label."""
+        settings, device = self.settings, model.device
+        probe = LinearProbe(model.code_dim, model.meta.num_classes, self.cfg.seed).to(device)
+        optimizer = ALGORITHMS[settings.optimizer](
+            probe.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
+        )
+        source, batch_size, steps = self.arranged()
+        step, learned, kept = 0, False, Kept(settings.keep_mb)
+        for epoch in range(settings.epochs):
+            batches = iter(kept.batches if kept.complete else self.batches(trainer, model, source, batch_size))
+            for _ in range(steps):  # a rank whose last pictures cannot be read still takes part in the sums
+                codes, label = next(batches, None) or nothing(model.code_dim)
+                if not kept.complete:
+                    kept.add(codes, label)
+                codes, label = codes.to(device), label.to(device).long()
+                pixels = distributed.total(((label >= 0) & (label < model.meta.num_classes)).sum())
+                for group in optimizer.param_groups:
+                    group["lr"] = settings.lr * schedule_factor(settings.schedule, step, settings.epochs * steps)
+                step += 1
+                if not pixels:
+                    continue
+                learned = True
+                loss = probe.loss(codes, label)
+                gradients = torch.autograd.grad(loss, list(probe.parameters()))
+                for parameter, gradient in zip(probe.parameters(), gradients, strict=True):
+                    parameter.grad = distributed.total(gradient) / distributed.world_size()
+                optimizer.step()
+            kept.close()
+            if learned:
+                value = float(loss.detach())
+                log.info("post-hoc linear probe: epoch %d of %d, loss %.4f", epoch + 1, settings.epochs, value)
+        if not learned:
+            raise self.unlabelled()
+        return probe
+
+    def arranged(self) -> tuple["Chosen", int, int]:
+        """(pictures in the order in which `loader` deals them out to the ranks, global batch size, steps an epoch).
+
+        As in training, the pictures that fill no whole batch are left out; fewer than one batch make a batch.
+        """
+        indices = np.array(self.labelled())
+        order = indices[permutation(len(indices), self.cfg.seed, "posthoc.order", 0)]
+        world = distributed.world_size()
+        size = min(int(self.cfg.data.batch_size), len(order))
+        size = -(-size // world) * world  # at most world - 1 pictures are seen twice where there are so few
+        steps = max(1, len(order) // size)
+        order = np.resize(order, steps * size)
+        shared = order.reshape(steps, world, size // world).transpose(1, 0, 2).ravel()  # every rank's part in a row
+        return Chosen(self.data.source("train"), shared.tolist()), size, steps
+
+    @torch.no_grad()
+    def batches(
+        self, trainer: L.Trainer, model: UnsupervisedSegmenter, source: "Chosen", batch_size: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Codes [B,D,h,w] and labels [B,H,W] (ignored on padding) of this rank's pictures."""
+        for batch in self.data.loader(source, geometry="eval", purpose="posthoc", batch_size=batch_size):
+            views, label = split_labels(batch)
+            with trainer.precision_plugin.forward_context():
+                codes = model.embed(model.features(views["image"].to(model.device))).float()
+            yield codes, torch.where(views["valid"], label, IGNORE)
+
+
+class Chosen:
+    """Some pictures of a source, in a given order; a `datamodules.base.Source`."""
+
+    def __init__(self, source: Source, indices: list[int]) -> None:
+        self.source = source
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def id(self, index: int) -> str:
+        return self.source.id(self.indices[index])
+
+    def read(self, index: int) -> tuple[Any, Any]:
+        return self.source.read(self.indices[index])
+
+
+class Kept:
+    """The batches of one pass in main memory, all of them or none: beyond `megabytes` nothing is kept."""
+
+    def __init__(self, megabytes: int) -> None:
+        self.room = megabytes * 2**20
+        self.batches: list[tuple[Tensor, Tensor]] = []
+        self.complete = False
+
+    def add(self, codes: Tensor, label: Tensor) -> None:
+        """Keep one batch; labels take two bytes a pixel."""
+        if self.room < 0:
+            return
+        label = label.short()
+        self.room -= codes.nbytes + label.nbytes
+        if self.room < 0:
+            self.batches.clear()
+        else:
+            self.batches.append((codes.cpu(), label))
+
+    def close(self) -> None:
+        """The pass is over."""
+        self.complete = self.room >= 0
+
+
+def nothing(dim: int) -> tuple[Tensor, Tensor]:
+    """A batch without a labelled pixel."""
+    return torch.zeros(1, dim, 1, 1), torch.full((1, 1, 1), IGNORE)

@@ -1,5 +1,7 @@
 """The dense CRF: its lattice against exact Gaussians, its mean field, batches, padding, and the runs that use it."""
 
+import csv
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from common.errors import ConfigError
 from engine import evaluating, predicting
 from evaluation import crf
 from evaluation.crf import Constants, DenseCRF, Lattice
-from tests.conftest import read_json
+from tests.conftest import read_json, run_small
 
 
 def picture(seed: int, height: int, width: int) -> torch.Tensor:
@@ -152,3 +154,17 @@ def test_eval_and_predict_refine_on_request_and_say_so(small_run, tmp_path):
         (plain / "index" / f"{i}.png").read_bytes() != (refined / "index" / f"{i}.png").read_bytes() for i in (0, 1)
     ]
     assert any(changed)
+
+
+@pytest.mark.train
+def test_a_run_ends_with_refined_scores_and_validates_without_while_it_trains(tmp_path):
+    words = ["evaluation.crf=dense", "evaluation.crf_constants.iterations=1", "trainer.max_steps=5"]
+    run = run_small("kmeans_baseline", tmp_path, "x", *words)
+    assert 0 <= run.metrics["val/kmeans_crf/miou"] <= 100
+    assert 0 <= run.metrics["val/linear_crf/acc"] <= 100
+    with (run.folder / "metrics.csv").open() as handle:
+        rows = [row for row in csv.DictReader(handle) if row["val/cluster/miou"]]
+    assert [bool(row["val/cluster_crf/miou"]) for row in rows] == [False, True]  # step 4, and the closing evaluation
+    mapped = run.checkpoint["labelfree"]["clusters"]
+    assert {"kmeans", "kmeans_crf"} <= set(mapped)
+    assert not [probe for probe in mapped if probe.startswith("linear")]

@@ -17,7 +17,7 @@ def test_equals_the_formula_for_a_pair():
     far = 1.0  # (0, 4) and (1, 4)
     unlike = float((guidance[1, :, 0, 4] - guidance[1, :, 1, 4]).square().sum())
     kernel = 10 * math.exp(-far / (2 * 0.5) - unlike / (2 * 0.15)) + 3 * math.exp(-far / (2 * 0.05)) - 0.25
-    cosine = float((codes.detach()[1, :, 0, 4] * codes[1, :, 1, 4]).sum())
+    cosine = float((codes.detach()[1, :, 0, 4] * codes.detach()[1, :, 1, 4]).sum())
     assert matrix.shape == (2, 3, 3)
     torch.testing.assert_close(matrix[1, 0, 1].item(), -cosine * kernel, rtol=1e-5, atol=1e-7)
     matrix.mean().backward()

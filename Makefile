@@ -91,6 +91,8 @@ reference: $(READY) ## DIR=folder: replay the authors' numbers
 bench: $(READY) ## time and memory beside the plain formulation
 	@$(PY) -m benchmarks.hidden_positives $(ARGS)
 	@$(PY) -m benchmarks.search
+	@$(PY) -m benchmarks.stego
+	@$(PY) -m benchmarks.evaluation
 
 lint: $(READY) ## ruff
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

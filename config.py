@@ -62,6 +62,7 @@ CHOICES = {
     "evaluation.matching": ("hungarian", "hungarian_iou", "many_to_one", "many_to_one_iou"),
     "evaluation.extra": ("drop", "background", "merge", "stego_compat"),
     "evaluation.absent": ("skip", "zero"),
+    "evaluation.crf": ("none", "dense"),
     "evaluation.partition": ("all", "within", "none"),
     "evaluation.cluster_init": ("normal", "first_batch"),
     "evaluation.kmeans.init": ("k-means++", "random"),

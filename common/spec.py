@@ -75,3 +75,17 @@ class ViewSpec:
     photometric: Photometric | None = None
     geometric: Geometric | None = None
     source: str = "image"
+
+
+@dataclass(frozen=True)
+class NeighbourSpec:
+    """A near picture of the training set beside every picture of a batch, as `neighbour`: see datamodules/base.py."""
+
+    drawn: int = 7
+    """One of this many nearest pictures is drawn uniformly, anew in every epoch."""
+    stored: int = 30
+    """Nearest pictures kept in the table."""
+    dropout: float = 0.0
+    """Channel dropout on the pooled features that pictures are compared by (released by accident with 0.1)."""
+    same_picture: bool = False
+    """Whether another crop of the same picture may be its neighbour (as released)."""

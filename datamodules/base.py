@@ -4,6 +4,8 @@ A data set is one file with one subclass of `SegmentationDataModule` that says w
 and what the classes are called (`build_meta`). Splitting over devices, order, crops, broken files and views are here.
 """
 
+import dataclasses
+import hashlib
 import importlib
 import inspect
 from pathlib import Path
@@ -51,12 +53,14 @@ class SegmentationDataModule(L.LightningDataModule):
 
     After `setup`: `meta` (class names; empty without labels) and `source(split)`. The runner assigns `views`
     ({name: ViewSpec}, made on the device in training) and `pad_multiple` (pixels; every batch is padded to a multiple
-    of it, for backbones that need whole patches), both before the loaders are made.
+    of it, for backbones that need whole patches), both before the loaders are made. So it does with `neighbours`, an
+    int64 array [training items, k], where the method wants a near picture beside each.
 
     A batch: `image` float32 [B,3,H,W] in 0..1, not normalised; `label` int64 [B,H,W], 255 = ignore (absent when the
     data has none); `valid` bool [B,H,W], false on padding; `index` int64 [B], position in the data set (with
     five crops 5 * picture + crop); `id` list of B names; `size` int64 [B,2], height and width of the picture in its
-    file; `broken` list of messages on unreadable files; in training the views, see `views.py`.
+    file; `broken` list of messages on unreadable files; in training the views, see `views.py`, and with `neighbours`
+    `neighbour` float32 [B,3,H',W'], `neighbour.valid` bool [B,H',W'] and `neighbour.index` int64 [B], never a label.
 
     Raises ConfigError where a `data.*` key does not fit the rest.
     """
@@ -68,6 +72,7 @@ class SegmentationDataModule(L.LightningDataModule):
         self.seed = int(cfg.seed)
         self.views: dict[str, ViewSpec] = {}
         self.pad_multiple = 1
+        self.neighbours: np.ndarray | None = None
         self.meta = ClassMeta()
         self.broken = {split: BrokenFiles(split, float(self.data.max_broken)) for split in ("train", "val")}
         self.foreign = {split: ForeignIds(split) for split in ("train", "val")}
@@ -119,11 +124,21 @@ class SegmentationDataModule(L.LightningDataModule):
         flip: bool = False,
         room: float = 0.0,
         store: DecodedStore | None = None,
+        neighbours: np.ndarray | None = None,
     ) -> PictureDataset:
         """The map-style data set behind a loader; takes keys (pass, index) or plain indices."""
         source = self.source(split) if isinstance(split, str) else split
         return PictureDataset(
-            source, geometry, self.meta.has_labels, self.seed, purpose, replace, flip, cache=room, store=store
+            source,
+            geometry,
+            self.meta.has_labels,
+            self.seed,
+            purpose,
+            replace,
+            flip,
+            cache=room,
+            store=store,
+            neighbours=neighbours,
         )
 
     def _decoded(self, split: str, geometry: Geometry, make: bool) -> DecodedStore | None:
@@ -148,6 +163,25 @@ class SegmentationDataModule(L.LightningDataModule):
             self._stores[split, geometry] = store
             self.foreign[split].add(store.foreign)
         return store
+
+    @property
+    def fixed_geometry(self) -> Geometry:
+        """That of training without chance: the same crop of a picture each time (the middle for random crops)."""
+        crop = "center" if self.train_geometry.crop == "random" else self.train_geometry.crop
+        return dataclasses.replace(self.train_geometry, crop=crop, flip_p=0.0)
+
+    def fingerprint(self, split: str, geometry: Geometry) -> str:
+        """Names the pictures of a split and their geometry: for files that hold what was computed from them.
+
+        sha256, hexadecimal, of the data set's name, the geometry, the source's own fingerprint where it has one, and
+        the id of every picture, in order.
+        """
+        source = self.source(split)
+        own = source.fingerprint() if hasattr(source, "fingerprint") else ""
+        found = hashlib.sha256(f"{self.data.name} {geometry} {own}".encode())
+        for index in range(len(source)):
+            found.update(f"\n{source.id(index)}".encode())
+        return found.hexdigest()
 
     @property
     def local_batch(self) -> int:
@@ -203,8 +237,16 @@ class SegmentationDataModule(L.LightningDataModule):
             start=(lambda: 0) if trainer is None else (lambda: trainer.global_step),
         )
         store = self._decoded("train", self.train_geometry, make=True)
-        room = self._cache(self.train_items)
-        data = self.dataset("train", self.train_geometry, "train", replace=True, flip=True, room=room, store=store)
+        data = self.dataset(
+            "train",
+            self.train_geometry,
+            "train",
+            replace=True,
+            flip=True,
+            room=self._cache(self.train_items),
+            store=store,
+            neighbours=self.neighbours,
+        )
         return self._loader(data, order, "train", len(order) * local, persistent=True)
 
     def val_dataloader(self) -> CheckedLoader:

@@ -43,6 +43,8 @@ class Item:
     broken: list[tuple[str, str]] = field(default_factory=list)
     foreign: Foreign = field(default_factory=dict)
     error: LabelfreeError | None = None
+    neighbour: "Item | None" = None
+    """A near picture, without its label; where the data set has a table of neighbours."""
 
 
 class PictureDataset(Dataset):
@@ -54,6 +56,9 @@ class PictureDataset(Dataset):
     store: pictures decoded and resized before (`decoded.DecodedStore`); then nothing is decoded here.
     cache: without a store, megabytes of resized pictures that each reading process keeps, so that small sets are
     decoded once. What does not fit any more is read again each time.
+
+    neighbours: int64 [items,k]; each item then comes with one of the k items of its row, drawn by (pass, index) and cut
+    and mirrored by a draw of its own.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class PictureDataset(Dataset):
         flip: bool = False,
         cache: float = 0.0,
         store: DecodedStore | None = None,
+        neighbours: np.ndarray | None = None,
     ) -> None:
         self.source = source
         self.geometry = geometry
@@ -78,35 +84,48 @@ class PictureDataset(Dataset):
         self.store = store
         self.room = 0 if store is not None else int(cache * 2**20)
         self.kept: dict[int, tuple[np.ndarray, np.ndarray | None, tuple[int, int]]] = {}
+        self.neighbours = neighbours
 
     def __len__(self) -> int:
         return len(self.source) * self.geometry.crops
 
     def __getitem__(self, key: int | tuple[int, int]) -> Item:
         number, index = key if isinstance(key, tuple) else (0, key)
-        item = Item()
-        taken = index
         try:
-            for attempt in range(REPLACEMENTS + 1):
-                try:
-                    return self._read(item, number, index, taken)
-                except UnreadableError as error:
-                    item.broken.append((error.file, str(error)))
-                if not self.replace_broken:
-                    return item
-                draw = chance.numpy_generator(self.seed, f"{self.purpose}.replacement", number, index, attempt)
-                taken = int(draw.integers(len(self)))
-            raise DataError(f"{item.broken[0][1]}; {REPLACEMENTS} other pictures in its place cannot be read either")
+            item = self._readable(self.purpose, number, index, index)
+            if self.neighbours is not None and item.image is not None:
+                row = self.neighbours[item.index]
+                draw = chance.numpy_generator(self.seed, f"{self.purpose}.neighbour", number, index)
+                chosen = int(row[draw.integers(len(row))])
+                near = self._readable(f"{self.purpose}.neighbour", number, index, chosen)
+                item.broken += near.broken
+                item.foreign |= near.foreign
+                near.label, item.neighbour = None, near
+            return item
         except LabelfreeError as error:
             return Item(error=error)
 
-    def _read(self, item: Item, number: int, index: int, taken: int) -> Item:
+    def _readable(self, purpose: str, number: int, index: int, wanted: int) -> Item:
+        """Item `wanted`, or another one in its place; draws belong to (purpose, number, index)."""
+        item, taken = Item(), wanted
+        for attempt in range(REPLACEMENTS + 1):
+            try:
+                return self._read(item, purpose, number, index, taken)
+            except UnreadableError as error:
+                item.broken.append((error.file, str(error)))
+            if not self.replace_broken:
+                return item
+            draw = chance.numpy_generator(self.seed, f"{purpose}.replacement", number, index, attempt)
+            taken = int(draw.integers(len(self)))
+        raise DataError(f"{item.broken[0][1]}; {REPLACEMENTS} other pictures in its place cannot be read either")
+
+    def _read(self, item: Item, purpose: str, number: int, index: int, taken: int) -> Item:
         if self.store is not None:
             image, label, item.size = self.store[taken]
         else:
             image, label, item.size = self.kept.get(taken) or self._resized(taken)
             item.foreign |= take_foreign(self.source)
-        draw = chance.numpy_generator(self.seed, f"{self.purpose}.crop", number, index)
+        draw = chance.numpy_generator(self.seed, f"{purpose}.crop", number, index)
         item.image, item.label = self.geometry.finish(image, label, draw, flip=self.flip)
         item.index, item.id = taken, self.source.id(taken // self.geometry.crops)
         return item
@@ -154,22 +173,30 @@ class Collate:
         items = [item for item in items if item.image is not None]
         if not items:
             return {"broken": broken, "foreign": foreign}
-        images = [item.image for item in items]
-        height, width = (max(image.shape[side] for image in images) for side in (0, 1))
-        height, width = (-(-side // self.multiple) * self.multiple for side in (height, width))
-        batch: dict[str, Any] = {
-            "image": _stack(images, (height, width), 0).permute(0, 3, 1, 2).contiguous().float().div_(255)
-        }
+        batch: dict[str, Any] = {}
+        batch["image"], batch["valid"] = self._pictures([item.image for item in items])
         if items[0].label is not None:
-            batch["label"] = _stack([item.label for item in items], (height, width), IGNORE).long()
-        batch["valid"] = torch.zeros(len(items), height, width, dtype=torch.bool)
-        for valid, image in zip(batch["valid"], images, strict=True):
-            valid[: image.shape[0], : image.shape[1]] = True
+            size = tuple(batch["image"].shape[-2:])
+            batch["label"] = _stack([item.label for item in items], size, IGNORE).long()
+        if items[0].neighbour is not None:
+            near = [item.neighbour for item in items]
+            batch["neighbour"], batch["neighbour.valid"] = self._pictures([item.image for item in near])
+            batch["neighbour.index"] = torch.tensor([item.index for item in near])
         batch["index"] = torch.tensor([item.index for item in items])
         batch["id"] = [item.id for item in items]
         batch["size"] = torch.tensor([item.size for item in items])
         batch["broken"], batch["foreign"] = broken, foreign
         return batch
+
+    def _pictures(self, images: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Pictures float32 [B,3,H,W] in 0..1 and where they are not padding, bool [B,H,W]."""
+        height, width = (max(image.shape[side] for image in images) for side in (0, 1))
+        height, width = (-(-side // self.multiple) * self.multiple for side in (height, width))
+        stacked = _stack(images, (height, width), 0).permute(0, 3, 1, 2).contiguous().float().div_(255)
+        valid = torch.zeros(len(images), height, width, dtype=torch.bool)
+        for inside, image in zip(valid, images, strict=True):
+            inside[: image.shape[0], : image.shape[1]] = True
+        return stacked, valid
 
 
 def _stack(arrays: list[np.ndarray], size: tuple[int, int], fill: int) -> Tensor:

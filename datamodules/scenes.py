@@ -33,6 +33,10 @@ class SceneSource:
     def id(self, index: int) -> str:
         return f"{self.split}/{index:06d}"
 
+    def fingerprint(self) -> str:
+        """The drawing is frozen, so its parameters tell the pictures."""
+        return f"scenes/{self.seed}/{self.split}/{self.count}/{self.height}x{self.width}"
+
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Image uint8 [H,W,3] and label uint8 [H,W] (every pixel has a class)."""
         return draw_scene(self.seed, self.split, index, self.height, self.width)
@@ -40,10 +44,6 @@ class SceneSource:
     def size(self, index: int) -> tuple[int, int]:
         """(height, width) of every scene."""
         return self.height, self.width
-
-    def fingerprint(self) -> str:
-        """The drawing is frozen, so its parameters tell the pictures."""
-        return f"scenes/{self.seed}/{self.split}/{self.count}/{self.height}x{self.width}"
 
 
 class ScenesDataModule(SegmentationDataModule):

@@ -18,6 +18,7 @@ from datamodules.reading import read_picture
 from datamodules.transforms import Geometry
 from engine import setup
 from evaluation import panels, readout, report
+from evaluation.crf import as_bytes
 from lightning_modules.base import UnsupervisedSegmenter
 
 log = logging.getLogger(__name__)
@@ -111,13 +112,19 @@ def cluster_ids(model: UnsupervisedSegmenter, batch: dict[str, Any], probe: str,
     image = batch["image"].to(device)
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(model.cfg.trainer.precision)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        _, scores = model.read(image)
+        codes, scores = model.read(image)
     valid = batch["valid"][0]
     rows, columns = int(valid.any(1).sum()), int(valid.any(0).sum())
     height, width = batch["size"][0].tolist()
     # The padded frame, scaled so that the picture in its corner has its own size again.
     frame = (round(image.shape[2] * height / rows), round(image.shape[3] * width / columns))
-    return readout.predict(scores[probe], frame)[0, :height, :width].cpu().numpy()
+    maps = scores[probe]
+    if model.crf is not None:  # at the size that the network sees, then enlarged
+        log_probs = model.log_probs(codes, {probe: maps}, tuple(image.shape[-2:]))[probe]
+        maps = log_probs.exp()
+        window = (slice(None), slice(None), slice(0, rows), slice(0, columns))
+        maps[window] = model.crf(as_bytes(image[window]), [log_probs[window]])[0]
+    return readout.predict(maps, frame)[0, :height, :width].cpu().numpy()
 
 
 def write(

@@ -41,6 +41,7 @@ NOISE = (
     ".*Checkpoint directory.*exists and is not empty.*",
     ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
     ".*``compute`` method of metric.*was called before.*",
+    ".*Sparse CSR tensor support is in beta.*",
     ".*It is recommended to use `self.log.*sync_dist=True.*",
 )
 """Library warnings about things that are so on purpose here."""

@@ -25,7 +25,7 @@ def protocol(cfg: DictConfig, data: SegmentationDataModule, model: UnsupervisedS
         "protocol/crop": cfg.data.eval_crop,
         "protocol/resolution": str(cfg.data.eval_size),
         "protocol/interpolation": cfg.data.interpolation,
-        "protocol/crf": False,
+        "protocol/crf": model.crf is not None and str(model.crf.constants),
         "protocol/flip": rules.flip,
         "protocol/matching": f"{rules.matching}, extra {rules.extra}, absent {rules.absent}",
         "protocol/list": data.describe("val"),

@@ -18,7 +18,7 @@ from engine.callbacks import PanelKeeper, RunKeeper, WholeCheckpointIO, numbers,
 from engine.fitting import KMeansFit, PosthocFit
 from engine.run_folder import RunFolder, open_run
 from evaluation import panels, report
-from evaluation.probes import LABEL_PROBES
+from evaluation.probes import predicts_clusters
 from lightning_modules.base import UnsupervisedSegmenter
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def close(
     if trainer.is_global_zero:
         checkpoint = setup.read_checkpoint(folder.last)
         checkpoint["state_dict"] |= {name: value.cpu() for name, value in model.offline_state().items()}
-        mapped = {name: item.mapping.tolist() for name, item in model.validated.items() if name not in LABEL_PROBES}
+        mapped = {name: item.mapping.tolist() for name, item in model.validated.items() if predicts_clusters(name)}
         checkpoint["labelfree"]["clusters"] = mapped  # cluster -> class by the labels; `predict` colours with it
         WholeCheckpointIO().save_checkpoint(checkpoint, folder.last)
         if improved or not folder.best.is_file():
@@ -146,7 +146,7 @@ def write_files(model: UnsupervisedSegmenter, pictures: PanelKeeper, folder: Pat
     if results:
         report.write_scores(folder, results, model.meta, main="cluster" if model.trains else "kmeans")
         log.info("%s", report.as_text(report.per_class_table(results, model.meta)))
-    mappings = {probe: scores.mapping for probe, scores in results.items() if probe not in LABEL_PROBES}
+    mappings = {probe: scores.mapping for probe, scores in results.items() if predicts_clusters(probe)}
     rows = [panels.Row(kept["image"], kept["maps"], kept["label"], kept["id"]) for kept in pictures.kept.values()]
     for row in rows:
         panels.save(folder / "panels" / f"{row.title.replace('/', '_')}.png", [row], model.meta, mappings)

@@ -20,6 +20,11 @@ SEEDING_POINTS = 4096
 """Patches, over all ranks, that seeding of centroids looks at."""
 
 
+def predicts_clusters(probe: str) -> bool:
+    """Whether a read-out (or the refined one of it, `_crf`) predicts clusters, which become classes by matching."""
+    return probe.removesuffix("_crf") not in LABEL_PROBES
+
+
 class LinearProbe(nn.Module):
     """One 1x1 convolution D -> C with bias, trained with labels; the network below never sees its gradient."""
 

@@ -17,11 +17,13 @@ import config
 from common import distributed
 from common.chance import library_draws
 from common.errors import CheckpointError, ConfigError
-from common.spec import ClassMeta, ViewSpec
+from common.spec import ClassMeta, NeighbourSpec, ViewSpec
 from evaluation import readout, report
+from evaluation.crf import Constants, DenseCRF
 from evaluation.matching import Scores
 from evaluation.metrics import ClusterUsage, SegmentationScore
 from evaluation.probes import LABEL_PROBES, ClusterProbe, KMeansProbe, LinearProbe
+from lightning_modules.near import near_pictures
 from lightning_modules.optim import CompositeOptimizer, clip_gradients, scheduled
 from models.backbone import Backbone, Features
 
@@ -84,7 +86,12 @@ class UnsupervisedSegmenter(L.LightningModule):
             {probe: self._confusion(probe) for probe in self.probe_names()} if meta.has_labels else {}
         )
         self.usage = ClusterUsage(clusters)
+        constants = Constants(**rules.crf_constants)
+        constants.check("evaluation.crf_constants")
+        self.crf = DenseCRF(constants) if rules.crf == "dense" else None
+        self.refining = False
         self.total_steps = cfg.trainer.max_steps or 1
+        self.neighbour_table: str | None = None
         self.validated: dict[str, Scores] = {}
 
     def _check_frozen(self) -> None:
@@ -119,6 +126,11 @@ class UnsupervisedSegmenter(L.LightningModule):
         """Views that the batch must carry beside `image`, by name."""
         return {}
 
+    @property
+    def neighbours(self) -> NeighbourSpec | None:
+        """Where set, a batch carries a near training picture of each picture as `neighbour`."""
+        return None
+
     def param_groups(self) -> list[dict[str, Any]]:
         """`{name, params}` of each group; its settings are `optim.<name>.*`."""
         return []
@@ -141,6 +153,12 @@ class UnsupervisedSegmenter(L.LightningModule):
     def features(self, images: Tensor) -> Features:
         """Backbone features of pictures [B,3,H,W] in 0..1; no graph where the backbone is frozen."""
         return self.backbone.features(images, grad=not self.backbone.frozen, attention=self.wants_attention)
+
+    def on_fit_start(self) -> None:
+        """Before the training loader is made: the table of near pictures, where the method wants one."""
+        if self.neighbours is not None:
+            self.neighbour_table, table = near_pictures(self, self.trainer.datamodule, self.neighbours)
+            self.trainer.datamodule.neighbours = table.numpy()[:, : self.neighbours.drawn]
 
     def on_train_start(self) -> None:
         self.kmeans_probe.fitted.fill_(False)  # centroids of a run that is prolonged belong to its old codes
@@ -250,18 +268,43 @@ class UnsupervisedSegmenter(L.LightningModule):
         codes, scores = self.read(batch["image"])
         maps = {probe: readout.predict(values, batch["image"].shape[-2:]) for probe, values in scores.items()}
         self.usage.update(scores["cluster"], codes, batch["valid"])
+        if self.refining:
+            maps |= self.refined(batch["image"], batch["valid"], codes, scores)
         if "label" in batch:
             for probe in maps:
                 self.confusion[probe].update(maps[probe], batch["label"])
         return maps
 
+    def log_probs(self, codes: Tensor, scores: dict[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+        """Log-probabilities [B,K,H,W] of each read-out: softmax of logits, or of twice the cosine to centroids."""
+        probes = {"cluster": self.cluster_probe, "kmeans": self.kmeans_probe}
+        return {
+            name: probes[name].log_probs(codes, size) if name in probes else readout.log_probs(values, size)
+            for name, values in scores.items()
+        }
+
+    def refined(self, images: Tensor, valid: Tensor, codes: Tensor, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Id maps [B,H,W] of every read-out after the dense CRF, as `<probe>_crf`; one lattice serves all read-outs."""
+        parts: list[list[Tensor]] = []
+        step = self.crf.at_once(images)
+        for first in range(0, len(images), step):  # so that no more upsampled probabilities are held than needed
+            rows = slice(first, first + step)
+            own = {probe: values[rows] for probe, values in scores.items()}
+            probs = self.log_probs(codes[rows], own, tuple(images.shape[-2:]))
+            parts.append(self.crf.predict(images[rows], valid[rows], list(probs.values())))
+        return {f"{probe}_crf": torch.cat(maps) for probe, maps in zip(scores, zip(*parts, strict=True), strict=True)}
+
     def on_validation_epoch_start(self) -> None:
+        self.refining = self.crf is not None and self.trainer.state.fn != "fit"  # not while training: it takes long
+        for probe in [name for name in self.confusion if self.refining and not name.endswith("_crf")]:
+            self.confusion[f"{probe}_crf"] = self._confusion(probe).to(self.device)
         for metric in (*self.confusion.values(), self.usage):
             metric.reset()
 
     def on_validation_epoch_end(self) -> None:
         self.trainer.datamodule.sync_broken()
-        ready = [probe for probe in self.confusion if probe != "kmeans" or self.kmeans_probe.fitted]
+        fitted = bool(self.kmeans_probe.fitted)
+        ready = [probe for probe in self.confusion if fitted or not probe.startswith("kmeans")]
         scores = {probe: self.confusion[probe].compute() for probe in ready}
         self.validated = {probe: found for probe, found in scores.items() if found.counts.any()}
         values = report.flatten("val", "cluster", self.usage.compute())
@@ -300,9 +343,11 @@ class UnsupervisedSegmenter(L.LightningModule):
             "classes": list(self.meta.names),
             "palette": [list(colour) for colour in self.meta.palette],
             "backbone": self.backbone.fingerprint,
+            "neighbours": self.neighbour_table,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.neighbour_table = checkpoint["labelfree"].get("neighbours")
         found, own = checkpoint["labelfree"]["backbone"], self.backbone.fingerprint
         if self.backbone.frozen and found != own:
             raise CheckpointError(

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from common.spec import IGNORE
 from datamodules import cityscapes27, coco_files, cocostuff27, potsdam3, transforms
 from evaluation import matching, readout
+from evaluation.crf import Constants, DenseCRF, as_bytes, unary
 from evaluation.metrics import SegmentationScore
 from evaluation.probes import ClusterProbe
 from models.backbone import Backbone
@@ -90,6 +91,35 @@ def flip_predict(case: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         "out_cluster_log_probs": probe.log_probs(code, size, alpha=float(case["cfg_alpha"])).numpy(),
         "out_linear_pred": readout.predict(linear(code), size).numpy(),
         "out_cluster_pred": readout.predict(probe.scores(code), size).numpy(),
+    }
+
+
+def dense_crf(case: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The mean field of a normalised picture and log-probabilities, after one and after all iterations."""
+    mean, std = network().mean, network().std
+    image = as_bytes(torch.from_numpy(case["in_image_normalised"])[None] * std + mean)
+    log_probs = torch.from_numpy(case["in_log_probs"])[None]
+    energy = unary(log_probs, tuple(image.shape[-2:]))[0]
+    constants = {
+        "gauss_sxy": "gauss_sxy",
+        "gauss_weight": "gauss_compat",
+        "bilateral_sxy": "bilateral_sxy",
+        "bilateral_srgb": "bilateral_srgb",
+        "bilateral_weight": "bilateral_compat",
+    }
+    settings = {name: float(case[f"cfg_{key}"]) for name, key in constants.items()}
+    beliefs = {
+        count: DenseCRF(Constants(iterations=count, **settings))(image, [log_probs])[0][0].numpy()
+        for count in (1, int(case["cfg_iterations"]))
+    }
+    final = beliefs[int(case["cfg_iterations"])]
+    return {
+        "out_image_uint8_rgb": image[0].permute(1, 2, 0).numpy(),
+        "out_probs_unary": readout.upsample(log_probs, tuple(image.shape[-2:])).softmax(1)[0].numpy(),
+        "out_unary_energy": energy.flatten(1).numpy(),
+        "out_q_1_iteration": beliefs[1],
+        "out_q": final,
+        "out_argmax": final.argmax(0),
     }
 
 

@@ -23,8 +23,9 @@ def test_every_kind_of_the_foundation_has_a_case():
     wanted = {
         "hidden_positives": "ghp_contrastive backbone_head_lhp reference_pool consistency lambda_schedule",
         "backbones": "pos_embed",
-        "stego": "cluster_lookup linear_probe",
-        "evaluation_protocol": "unsupervised_metrics overcluster_metrics flip_predict loader_transform five_crop_boxes",
+        "stego": "cluster_lookup linear_probe corr_helper corr_loss super_perm sample crf_aux_loss seg_head knn",
+        "evaluation_protocol": "unsupervised_metrics overcluster_metrics flip_predict loader_transform five_crop_boxes "
+        "dense_crf",
     }
     assert {f"{method}.{name}" for method, names in wanted.items() for name in names.split()} <= kinds
     assert all(path.stat().st_size < 1 << 20 for path in PATHS)

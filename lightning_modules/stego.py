@@ -1,0 +1,174 @@
+"""STEGO (Hamilton et al., ICLR 2022): Unsupervised Semantic Segmentation by Distilling Feature Correspondences.
+
+A small head maps frozen patch features to codes whose cosines copy, sharpened, those of the features: between a picture
+and itself, one of its nearest pictures, and random pictures of the batch. Method document sections 2 to 5.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common import distributed
+from common.errors import ConfigError
+from common.spec import Geometric, NeighbourSpec, Photometric, ViewSpec
+from evaluation import readout
+from lightning_modules.base import Loss, UnsupervisedSegmenter
+from losses.correspondence import (
+    NEGATIVES,
+    Term,
+    alignment,
+    correspondence_loss,
+    random_negatives,
+    random_points,
+    reconstruction,
+)
+from losses.crf import crf_matrix, random_pixels
+from models.backbone import Features
+from models.heads import SegmentationHead, channel_masks, drop_channels
+
+CRF_CONSTANTS = ("alpha", "beta", "gamma", "appearance", "smoothness", "shift")
+
+
+class Stego(UnsupervisedSegmenter):
+    """Codes s = head(features); probes read s. Only the head is trained (and the decoder, where it has a weight)."""
+
+    def build(self) -> None:
+        settings = self.cfg.method
+        check_settings(settings)
+        if self.cfg.data.train_crop == "keep":
+            raise ConfigError("data.train_crop=keep: padding would become patches of the loss; use random or center")
+        self.code_dim = settings.dim
+        self.head = SegmentationHead(self.backbone.dim, settings.dim, nonlinear=settings.projection == "nonlinear")
+        self.decoder = nn.Conv2d(settings.dim, self.backbone.dim, 1) if settings.reconstruction.weight > 0 else None
+        self.terms = {kind: Term(term.weight, term.shift) for kind, term in settings.terms.items()}
+
+    @property
+    def views(self) -> dict[str, ViewSpec]:
+        settings = self.cfg.method.alignment
+        if settings.weight == 0:
+            return {}
+        return {"augmented": ViewSpec(Photometric(faithful=settings.faithful), Geometric())}
+
+    @property
+    def neighbours(self) -> NeighbourSpec | None:
+        return NeighbourSpec(**self.cfg.method.neighbours) if self.terms["knn"].weight else None
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        trained = [self.head] if self.decoder is None else [self.head, self.decoder]
+        return [{"name": "head", "params": [p for module in trained for p in module.parameters()]}]
+
+    def embed(self, features: Features) -> Tensor:
+        return self.head(features.concat())
+
+    # ------------------------------------------------------------------ one step
+
+    def loss(self, views: dict[str, Any], features: Features) -> Loss:
+        """Method document section 3. The backbone sees every picture of the step once; all terms share its features."""
+        settings = self.cfg.method
+        signal, codes = self._dropped("image", features.concat())
+        parts: dict[str, Tensor] = {}
+        total = self._correspondence(views, signal, codes, parts)
+        if settings.crf.weight > 0:
+            parts["crf"] = self._crf(views["image"], codes)
+            total = total + settings.crf.weight * parts["crf"]
+        if self.decoder is not None:
+            parts["reconstruction"] = reconstruction(self.decoder(codes), signal)
+            total = total + settings.reconstruction.weight * parts["reconstruction"]
+        if settings.alignment.weight > 0:
+            augmented = self._dropped("augmented", self.backbone.features(views["augmented"]).concat())[1]
+            parts["alignment"] = alignment(codes, augmented, views["augmented.params"])
+            total = total + settings.alignment.weight * parts["alignment"]
+        return Loss(total, {name: value.detach() for name, value in parts.items()}, codes=codes)
+
+    def _correspondence(self, views: dict[str, Any], signal: Tensor, codes: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        settings, step = self.cfg.method, self.global_step
+        near = None
+        if self.terms["knn"].weight:
+            near = self._dropped("neighbour", self.backbone.features(views["neighbour"]).concat())
+        pool = (signal, codes)
+        if self.terms["random"].weight:
+            pool = (distributed.gather(signal), distributed.gather(codes, grad=True))
+        count = len(signal) * distributed.world_size()
+        points = [random_points(self.cfg.seed, f"stego.points.{i}", step, count, settings.samples) for i in (1, 2)]
+        negatives = random_negatives(self.cfg.seed, step, settings.negatives.repeats, count, settings.negatives.draw)
+        result = correspondence_loss(
+            signal,
+            codes,
+            near,
+            pool,
+            tuple(distributed.own_slice(places).to(signal.device) for places in points),
+            distributed.own_slice(negatives.T).T.to(signal.device),
+            self.terms,
+            pointwise=settings.pointwise,
+            zero_clamp=settings.zero_clamp,
+            stabilize=settings.stabilize,
+            average=lambda mean: distributed.total(mean) / distributed.world_size(),
+        )
+        parts |= result.losses
+        parts |= {f"similarity_{kind}": value for kind, value in result.similarities.items()}
+        return result.total
+
+    def _crf(self, images: Tensor, codes: Tensor) -> Tensor:
+        """The auxiliary CRF loss on pictures [B,3,H,W] in 0..1, normalised as the backbone sees them, and codes."""
+        settings = self.cfg.method.crf
+        size = (settings.size, settings.size)
+        guidance = readout.upsample((images - self.backbone.mean) / self.backbone.std, size)
+        unit = F.normalize(readout.upsample(codes, size), dim=1, eps=1e-10)
+        rows, columns = (place.to(codes.device) for place in self._pixels(size))
+        constants = {name: settings[name] for name in CRF_CONSTANTS}
+        return crf_matrix(guidance, unit, rows, columns, **constants).mean()
+
+    def _pixels(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        return random_pixels(self.cfg.seed, self.global_step, self.cfg.method.crf.pixels, size)
+
+    # ------------------------------------------------------------------ channel dropout
+
+    def _dropped(self, use: str, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [B,C,h,w] as the loss sees them, and their codes [B,D,h,w]: three draws of channel dropout."""
+        codes = self.head(maps, (self._mask(f"{use}.linear", maps), self._mask(f"{use}.nonlinear", maps)))
+        signal = drop_channels(maps, self._mask(f"{use}.signal", maps) if self.cfg.method.dropout.signal else None)
+        return signal, codes
+
+    def _mask(self, purpose: str, maps: Tensor) -> Tensor | None:
+        """This rank's rows of the channel mask that is drawn for the global batch; None without dropout."""
+        p = self.cfg.method.dropout.p
+        if p == 0:
+            return None
+        pictures, channels = maps.shape[0] * distributed.world_size(), maps.shape[1]
+        key = (self.cfg.seed, f"stego.dropout.{purpose}", self.global_step)
+        return distributed.own_slice(channel_masks(*key, pictures, channels, p, maps.device))
+
+
+def check_settings(settings: Any) -> None:
+    """Raises ConfigError for values that the method cannot run with."""
+    if settings.projection not in ("nonlinear", "linear"):
+        raise ConfigError(f"method.projection={settings.projection}: not one of nonlinear, linear")
+    if settings.negatives.draw not in NEGATIVES:
+        raise ConfigError(f"method.negatives.draw={settings.negatives.draw}: not one of {', '.join(NEGATIVES)}")
+    near, crf = settings.neighbours, settings.crf
+    for name, value in (
+        ("dim", settings.dim),
+        ("samples", settings.samples),
+        ("negatives.repeats", settings.negatives.repeats),
+        ("neighbours.drawn", near.drawn),
+        ("crf.pixels", crf.pixels),
+        ("crf.size", crf.size),
+    ):
+        if value < 1:
+            raise ConfigError(f"method.{name}={value}: must be at least 1")
+    if near.stored < near.drawn:
+        raise ConfigError(f"method.neighbours.stored={near.stored}: must be at least neighbours.drawn={near.drawn}")
+    weights = {f"terms.{kind}.weight": term.weight for kind, term in settings.terms.items()}
+    weights |= {f"{name}.weight": settings[name].weight for name in ("crf", "reconstruction", "alignment")}
+    for name, value in weights.items():
+        if value < 0:
+            raise ConfigError(f"method.{name}={value}: must not be negative")
+    if not any(weights.values()):
+        raise ConfigError("method.terms: every weight is 0, so nothing would be learned; set one above 0")
+    for name, value in (("dropout.p", settings.dropout.p), ("neighbours.dropout", near.dropout)):
+        if not 0 <= value < 1:
+            raise ConfigError(f"method.{name}={value}: expected a number from 0 to below 1")
+    for name in ("alpha", "beta", "gamma"):
+        if crf[name] <= 0:
+            raise ConfigError(f"method.crf.{name}={crf[name]}: must be above 0")

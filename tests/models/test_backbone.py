@@ -6,6 +6,7 @@ import pickle
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from common.errors import ConfigError
@@ -309,3 +310,58 @@ def test_float32_holds_inside_autocast():
     expected = model.features(images, attention=True)
     assert torch.equal(found.map, expected.map)
     assert torch.equal(found.attention, expected.attention)
+
+
+# ---- training -----------------------------------------------------------------------------------------------------
+
+
+def test_hidden_patches_leave_the_embedding_as_the_token():
+    model = make_transformer("vit_tiny_patch16_224", frozen=False)
+    images, token = torch.rand(2, 3, 32, 32), nn.Parameter(torch.randn(32))
+    mask = torch.zeros(2, 4, 4, dtype=torch.bool)
+    plain = model.features(images, grad=True).map
+    assert torch.equal(model.features(images, grad=True, hidden=(mask, token)).map, plain)
+    mask[0, 1, 2] = True
+    seen = []
+    handle = model.net.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    one = model.features(images, grad=True, hidden=(mask, token)).map
+    changed = images.clone()
+    changed[0, :, 8:16, 16:24] = 0.9  # what lies under the mask is not seen
+    assert torch.allclose(model.features(changed, grad=True, hidden=(mask, token)).map, one)
+    handle.remove()
+    position = model.net.pos_embed[0, 1 + 1 * 4 + 2]
+    assert torch.allclose(seen[0][0, 1 + 1 * 4 + 2], token + position, atol=1e-6)
+    assert torch.equal(one[1], plain[1])
+    one.sum().backward()
+    assert token.grad.abs().sum() > 0
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.net.modules())
+
+
+def test_training_in_bfloat16_on_a_cpu_leaves_the_fused_kernel_and_comes_back():
+    model = make_transformer("vit_tiny_patch16_224", frozen=False)
+    images, used = torch.rand(2, 3, 32, 32), []
+    attn = model.net.blocks[0].attn
+    handle = attn.register_forward_pre_hook(lambda *_: used.append(attn.fused_attn))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = model.features(images, grad=True).map
+        fused = model.features(images).map
+    model.features(images, grad=True)
+    handle.remove()
+    assert used == [False, True, True]
+    assert (plain - fused).abs().max() < 0.05 * fused.abs().max()
+
+
+@pytest.mark.parametrize("transformer", [True, False])
+def test_exported_weights_are_read_back(transformer, tmp_path):
+    def make(**changes):
+        return Backbone((make_cfg if transformer else make_cnn)(frozen=False, **changes))
+
+    model = make()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.rand_like(weight))
+    save_file({key: value.contiguous() for key, value in model.exported().items()}, tmp_path / "w.safetensors")
+    again = make(weights=str(tmp_path / "w.safetensors"))
+    images = torch.rand(1, 3, 32, 32)
+    for one, two in zip(model.eval().features(images).levels, again.eval().features(images).levels, strict=True):
+        assert torch.equal(one, two)

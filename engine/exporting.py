@@ -20,12 +20,17 @@ SHOWN = ("val/kmeans/miou", "val/cluster/miou", "val/linear/miou", "val/cluster/
 def export_backbone(
     folder: Path, cfg: DictConfig, data: SegmentationDataModule, model: UnsupervisedSegmenter, metrics: dict[str, Any]
 ) -> Path:
-    """Write `backbone.safetensors` (float32, timm's names) and `backbone.md` into a run folder; returns the file.
+    """Write `backbone.safetensors` and `backbone.md` into a run folder; returns the file.
 
-    The weights are those of the last step, which no label has chosen.
+    The weights are those of the last step, which no label has chosen, under timm's names, float32 or (`method.half`)
+    float16.
     """
     path = folder / "backbone.safetensors"
-    weights = {key: value.float().cpu().contiguous() for key, value in model.backbone.exported().items()}
+    kind = torch.float16 if cfg.method.get("half") else torch.float32
+    weights = {
+        key: value.to(kind if value.is_floating_point() else value.dtype).cpu().contiguous()
+        for key, value in model.backbone.exported().items()
+    }
     with whole(path) as temporary:
         temporary.write_bytes(to_safetensors(weights, metadata={"format": "pt", "made_by": "labelfree"}))
     write_text(folder / "backbone.md", card(cfg, data, model, metrics))
@@ -50,7 +55,8 @@ def card(cfg: DictConfig, data: SegmentationDataModule, model: UnsupervisedSegme
         f"{model.backbone.order} on patches of {model.backbone.stride} px.",
         f"- Trained on: `{cfg.data.name}`, {pictures} pictures without labels, {model.total_steps} steps of "
         f"{cfg.data.batch_size} ({seen / pictures:.1f} passes), from {start}, seed {cfg.seed}.",
-        "- Weights: the momentum teacher at the last step, float32; no label has chosen them.",
+        f"- Weights: the momentum teacher at the last step, {'float16' if cfg.method.get('half') else 'float32'}; "
+        "no label has chosen them.",
         f"- Pictures are normalised with mean {list(map(float, model.backbone.mean.flatten()))} and standard "
         f"deviation {list(map(float, model.backbone.std.flatten()))}.",
         f"- Licence: {licence}.",

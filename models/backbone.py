@@ -235,7 +235,8 @@ class Backbone(nn.Module):
     def _locate(self, cfg: DictConfig, published: dict[str, Any]) -> str | Path:
         """Where the weights come from, and their licence; refuses what cannot or must not be loaded before any work."""
         card = published.get("license") if cfg.weights == "hub" else None
-        self.licence: str = "none (random weights)" if cfg.weights == "none" else cfg.licence or card or "unknown"
+        own = {"none": "none (random weights)", "bundled": "that of this project"}
+        self.licence: str = own.get(cfg.weights) or cfg.licence or card or "unknown"
         if cfg.weights != "none":
             weights.expect_acknowledged((cfg.licence, card), self.network, cfg.acknowledge_licence)
         return weights.locate(cfg.weights, self.name, cfg.get("published_file"))
@@ -268,10 +269,11 @@ class Backbone(nn.Module):
         self.net.load_state_dict({named[key]: tensor for key, tensor in fitted.state.items()}, strict=True)
         without = f", {fitted.dropped} tensors of the file unused" if fitted.dropped else ""
         below = f" under {fitted.prefix}" if fitted.prefix else ""
+        bundled = f"see models/bundled/{self.name}.md" if cfg.weights == "bundled" else None
         _log_once(
             logging.INFO,
             f"backbone {self.name}: {self.network}, weights {cfg.weights}{below}{without}; "
-            f"pre-training: {cfg.get('pretraining') or 'not stated'}; licence: {self.licence}",
+            f"pre-training: {cfg.get('pretraining') or bundled or 'not stated'}; licence: {self.licence}",
         )
 
     def _set_gradients(self) -> None:

@@ -13,11 +13,11 @@ from tests.conftest import small_words
 
 pytestmark = pytest.mark.realdata
 
-HP_BAND = (27.0, 33.5)
+HP_BAND = (29.0, 34.5)
 """val/cluster/miou of Hidden Positives on camvid, mean of seeds 0, 1, 2, as recorded; see README."""
 MARGIN_OVER_BASELINE = 3.0
 """Points of mIoU by which it must beat val/kmeans/miou of the baseline."""
-MARGIN_OF_CORE = 10.0
+MARGIN_OF_CORE = 14.0
 """Points of mIoU that it must lose without its contrastive term."""
 
 

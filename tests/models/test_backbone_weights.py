@@ -239,12 +239,24 @@ def test_presets_hold_every_key_and_name_a_network(name):
     cfg = OmegaConf.load(PRESETS / f"{name}.yaml")
     assert list(cfg) == list(OmegaConf.load(PRESETS / "tiny.yaml"))
     assert cfg.timm in timm.list_models() or cfg.timm in timm.list_models(pretrained=True)
-    assert cfg.weights in ("hub", "none", None)
+    assert cfg.weights in ("hub", "bundled", "none", None)
     assert cfg.weights is not None or cfg.published_file
     if cfg.weights == "hub":
         card = timm.get_pretrained_cfg(cfg.timm)
         assert card.license == cfg.licence
         assert card.hf_hub_id
+
+
+def test_the_bundled_tiny_is_complete_small_and_says_where_it_comes_from(caplog):
+    backbone._log_once.cache_clear()
+    with caplog.at_level("INFO"):
+        model = Backbone(OmegaConf.load(PRESETS / "tiny.yaml"))
+    assert (backbone.weights.BUNDLED / "tiny.safetensors").stat().st_size < 4_000_000
+    assert (backbone.weights.BUNDLED / "tiny.md").is_file()
+    assert caplog.messages[-1].endswith("pre-training: see models/bundled/tiny.md; licence: that of this project")
+    random = Backbone(make_cfg(**{**OmegaConf.load(PRESETS / "tiny.yaml"), "weights": "none"}))
+    images = torch.rand(1, 3, 64, 64)
+    assert not torch.allclose(model.features(images).map, random.features(images).map, atol=0.1)
 
 
 def test_tiny_is_small():

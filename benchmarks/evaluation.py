@@ -7,7 +7,6 @@ first. crf: two read-outs of one picture; the plain side refines each by itself 
 shares the lattice of the picture and keeps that of its size.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import ALLOCATORS, Piece, compare, machine, table
+from benchmarks.harness import Piece, arguments, measure
 from evaluation import readout
 from evaluation.crf import DenseCRF
 from evaluation.metrics import SegmentationScore
@@ -116,22 +115,10 @@ def pieces(quick: bool) -> list[Piece]:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Measure, print the table; 0 also where a target is missed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluation", description=__doc__.split("\n")[0])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--allocator", choices=sorted(ALLOCATORS), default="default")
-    parser.add_argument("--only", default="", metavar="WORD", help="pieces whose name holds this word")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run, not how fast")
+    """Measure and print the table."""
+    parser = arguments("evaluation", __doc__)
     args = parser.parse_args(words)
-    chosen = [piece for piece in pieces(args.quick) if args.only in piece.name]
-    if not chosen:
-        parser.error(f"--only {args.only}: no piece has this word; there are read-out, crf")
-    print(
-        f"{machine(args.threads)}; allocator {args.allocator}; median of {args.repeats} after a warm-up\n", flush=True
-    )
-    print(table([compare(piece, args.threads, args.repeats, args.allocator) for piece in chosen]))
-    return 0
+    return measure(parser, args, pieces(args.quick), "read-out, crf")
 
 
 if __name__ == "__main__":

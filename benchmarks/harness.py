@@ -9,6 +9,7 @@ Allocators: `default`, or `tuned` with high mmap and trim thresholds, under whic
 comparable under `tuned`.
 """
 
+import argparse
 import importlib
 import json
 import math
@@ -194,6 +195,29 @@ def _peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def arguments(name: str, description: str) -> argparse.ArgumentParser:
+    """The options that every benchmark takes; `name` is its module."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description.split("\n")[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--allocator", choices=sorted(ALLOCATORS), default="default")
+    parser.add_argument("--only", default="", metavar="WORD", help="pieces whose name holds this word")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run, not how fast")
+    return parser
+
+
+def measure(parser: argparse.ArgumentParser, args: argparse.Namespace, pieces: list[Piece], known: str) -> int:
+    """Measure the chosen pieces and print their table; 0 also where a target is missed. `known`: words for --only."""
+    chosen = [piece for piece in pieces if args.only in piece.name]
+    if not chosen:
+        parser.error(f"--only {args.only}: no piece has this word; there are {known}")
+    print(
+        f"{machine(args.threads)}; allocator {args.allocator}; median of {args.repeats} after a warm-up\n", flush=True
+    )
+    print(table([compare(piece, args.threads, args.repeats, args.allocator) for piece in chosen]))
+    return 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ contrastive: thresholds, candidates, loss and backward. mixing: codes with their
 refill: a whole pool of M entries; the plain side is extrapolated from 16 pictures.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from benchmarks.harness import ALLOCATORS, ROOT, Piece, compare, extrapolated, machine, table
+from benchmarks.harness import ROOT, Piece, arguments, extrapolated, measure
 from losses import contrastive
 from losses.local_positives import attention_weights, neighbour_mix, neighbourhood, row_attention
 from models.heads import SegmentationHead, patch_rows
@@ -237,27 +236,15 @@ def pieces(patches: int, quick: bool) -> list[Piece]:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Measure, print the table; 0 also where a target is missed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.hidden_positives", description=__doc__.split("\n")[0])
+    """Measure and print the table."""
+    parser = arguments("hidden_positives", __doc__)
     parser.add_argument("--patches", type=int, help="N of the contrastive loss, a multiple of 784 (64 with --quick)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--allocator", choices=sorted(ALLOCATORS), default="default")
-    parser.add_argument("--only", default="", metavar="WORD", help="pieces whose name holds this word")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run, not how fast")
     args = parser.parse_args(words)
     cells = 64 if args.quick else 784
     patches = args.patches or (2 * cells if args.quick else 16 * cells)
     if patches % cells:
         parser.error(f"--patches {patches}: must be a multiple of {cells}")
-    chosen = [piece for piece in pieces(patches, args.quick) if args.only in piece.name]
-    if not chosen:
-        parser.error(f"--only {args.only}: no piece has this word; there are contrastive, mixing, refill")
-    print(
-        f"{machine(args.threads)}; allocator {args.allocator}; median of {args.repeats} after a warm-up\n", flush=True
-    )
-    print(table([compare(piece, args.threads, args.repeats, args.allocator) for piece in chosen]))
-    return 0
+    return measure(parser, args, pieces(patches, args.quick), "contrastive, mixing, refill")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ plain side materialises the attention of every block and goes picture set by pic
 is the method's own loss. table: 50,000 vectors, 30 neighbours; the plain side takes a sixteenth at a time.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from benchmarks.harness import ALLOCATORS, ROOT, Piece, compare, extrapolated, machine, table
+from benchmarks.harness import ROOT, Piece, arguments, extrapolated, measure
 from losses import correspondence
 from losses.correspondence import Term, correspondence_loss
 from models.backbone import Backbone
@@ -145,22 +144,10 @@ def pieces(quick: bool) -> list[Piece]:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Measure, print the table; 0 also where a target is missed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.stego", description=__doc__.split("\n")[0])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--allocator", choices=sorted(ALLOCATORS), default="default")
-    parser.add_argument("--only", default="", metavar="WORD", help="pieces whose name holds this word")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run, not how fast")
+    """Measure and print the table."""
+    parser = arguments("stego", __doc__)
     args = parser.parse_args(words)
-    chosen = [piece for piece in pieces(args.quick) if args.only in piece.name]
-    if not chosen:
-        parser.error(f"--only {args.only}: no piece has this word; there are step, table, float32, bf16")
-    print(
-        f"{machine(args.threads)}; allocator {args.allocator}; median of {args.repeats} after a warm-up\n", flush=True
-    )
-    print(table([compare(piece, args.threads, args.repeats, args.allocator) for piece in chosen]))
-    return 0
+    return measure(parser, args, pieces(args.quick), "step, table, float32, bf16")
 
 
 if __name__ == "__main__":

@@ -252,7 +252,10 @@ def test_predict_errors(capsys, small_run, tmp_path):
 
 
 @pytest.mark.train
-@pytest.mark.parametrize("name", trees.TREES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name == "cocostuff171" else []) for name in trees.TREES],
+)  # drawing confusion.png of 171 classes takes seconds
 def test_every_published_set_trains(capsys, tmp_path, name):
     """One step on a made-up official tree, decoded once, to the end of the run."""
     trees.TREES[name](tmp_path / "data")

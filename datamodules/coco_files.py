@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import DataError
-from common.files import whole
+from common.files import write_text
 from datamodules.listed import Entry
 from datamodules.official import Check, Facts, OfficialDataModule, Part
 from datamodules.reading import read_label
@@ -108,8 +108,7 @@ def rule_list(labels: dict[str, str]) -> list[str]:
 def write_list(path: Path, ids: Iterable[str]) -> None:
     """One id a line, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as temporary:
-        temporary.write_text("".join(f"{name}\n" for name in ids))
+    write_text(path, "".join(f"{name}\n" for name in ids))
 
 
 def read_list(path: Path) -> list[str]:

@@ -186,6 +186,21 @@ class OfficialDataModule(SegmentationDataModule):
         found = {} if labels is None else self.files(labels)
         return [Entry(prefix + stem, path, found.get(stem)) for stem, path in self.files(pictures).items()]
 
+    def chosen(
+        self, names: list[str], pictures: dict[str, str], labels: dict[str, str], what: str, where: str, ending: str
+    ) -> list[Entry]:
+        """The pictures of a list of stems, in its order. Raises DataError where one is absent, or the list is empty.
+
+        For the message: `what` the list names, `where` its files belong, and their `ending`.
+        """
+        missing = [name for name in names if name not in pictures]
+        if missing or not names:
+            raise DataError(
+                f"data.root={self.data.root}: {len(missing)} of the {len(names)} {what} are not in {where}"
+                f"{f', the first is {missing[0]}{ending}' if missing else ''}; {self._help}"
+            )
+        return [Entry(name, pictures[name], labels.get(name)) for name in names]
+
     def build_source(self, split: str) -> ListedSource:
         roots = list(self.data.train_roots or ()) if split == "train" else []
         if not roots:

@@ -70,13 +70,7 @@ class PascalVocDataModule(OfficialDataModule):
             labels = self.files("sbd.labels") | {name: labels[name] for name in names if name in labels}
             held_out = set(self._names("val"))
             names = sorted({*names, *self._sbd_names()} - held_out)
-        missing = [name for name in names if name not in pictures]
-        if missing or not names:
-            raise DataError(
-                f"data.root={self.data.root}: {len(missing)} of the {len(names)} pictures of {split} are not in "
-                f"{self.find('images')}{f', the first is {missing[0]}.jpg' if missing else ''}; {self._help}"
-            )
-        return [Entry(name, pictures[name], labels.get(name)) for name in names]
+        return self.chosen(names, pictures, labels, f"pictures of {split}", str(self.find("images")), ".jpg")
 
     def _names(self, stem: str) -> list[str]:
         lists = self.files("lists")

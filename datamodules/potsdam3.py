@@ -66,13 +66,7 @@ class Potsdam3DataModule(OfficialDataModule):
             raise DataError(f"data.root={self.data.root}: holds no {name}.txt, the list of {split}; {self._help}")
         names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
         blocks, labels = self.files("images"), self.files("labels", needed=split == "val")
-        missing = [item for item in names if item not in blocks]
-        if missing or not names:
-            raise DataError(
-                f"data.root={self.data.root}: {len(missing)} of the {len(names)} blocks of {name}.txt are not in imgs"
-                f"{f', the first is {missing[0]}.mat' if missing else ''}; {self._help}"
-            )
-        return [Entry(item, blocks[item], labels.get(item)) for item in names]
+        return self.chosen(names, blocks, labels, f"blocks of {name}.txt", "imgs", ".mat")
 
     def _list(self, split: str) -> str:
         chosen = self.data.train_list if split == "train" else "labelled_test"

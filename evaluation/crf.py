@@ -72,17 +72,17 @@ class Lattice:
 
     def __call__(self, values: Tensor) -> Tensor:
         """values [B*N,K] -> [B*N,K]."""
-        values = self.splat @ values
-        for blur in self.blurs:
-            values = blur @ values
-        return self.slice @ values
+        return self.slice @ self._on_vertices(values)
 
     def add_to(self, total: Tensor, values: Tensor) -> Tensor:
         """total + the filtered values."""
+        return torch.addmm(total, self.slice, self._on_vertices(values))
+
+    def _on_vertices(self, values: Tensor) -> Tensor:
         values = self.splat @ values
         for blur in self.blurs:
             values = blur @ values
-        return torch.addmm(total, self.slice, values)
+        return values
 
 
 class DenseCRF:

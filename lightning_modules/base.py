@@ -103,6 +103,11 @@ class UnsupervisedSegmenter(L.LightningModule):
         if self.backbone.frozen and self.trains_backbone:
             raise ConfigError(f"backbone.frozen=true: method={name} trains the backbone; set backbone.frozen=false")
 
+    def refuse_padding(self) -> None:
+        """For the `build` of a method whose loss takes every patch. Raises ConfigError where batches are padded."""
+        if self.cfg.data.train_crop == "keep":
+            raise ConfigError("data.train_crop=keep: padding would become patches of the loss; use random or center")
+
     # ------------------------------------------------------------------ what a method writes
 
     code_dim: int

@@ -7,7 +7,6 @@ the teacher's output at the same place of the other one, under other colours (ou
 teacher is the result: it is the backbone that probes read, checkpoints keep and the run exports.
 """
 
-import logging
 from typing import Any
 
 import torch
@@ -27,8 +26,6 @@ from models.backbone import Backbone, Features
 from models.dino_head import DinoHead
 from models.masking import block_masks
 from models.momentum import Momentum, follow
-
-log = logging.getLogger(__name__)
 
 LOOK_EVERY = 10
 """Steps between two looks for collapse (each waits for the device)."""
@@ -128,7 +125,7 @@ class Dino(UnsupervisedSegmenter):
         }
         total = settings.picture_weight * parts["pictures"]
         if self.dense:
-            parts["patches"] = self._patch_loss(student, teacher, mask, temperature)
+            parts["patches"] = self._hidden_loss(student, teacher, mask, temperature)
             total = total + settings.dense.weight * parts["patches"]
         if self.place:
             geometry = views["global0.params"], views["global1.params"]
@@ -145,10 +142,8 @@ class Dino(UnsupervisedSegmenter):
         self.backbone.eval()
         return features
 
-    def _patch_loss(self, student: Features, teacher: Features, mask: Tensor, temperature: float) -> Tensor:
-        student_rows, teacher_rows = (found.map.permute(0, 2, 3, 1)[mask] for found in (student, teacher))
-        targets = self._targets(self.teacher_head(teacher_rows), "patch_centre", temperature)
-        return distil.masked_patch_loss(self.head(student_rows), targets, mask, self.cfg.method.temperature.student)
+    def _hidden_loss(self, student: Features, teacher: Features, mask: Tensor, temperature: float) -> Tensor:
+        return self._patch_loss(student, cells(teacher.map)[mask], mask, temperature)
 
     def _place_loss(
         self, student: Features, teacher: Features, geometry: tuple[Replay, Replay], temperature: float
@@ -161,9 +156,12 @@ class Dino(UnsupervisedSegmenter):
             sampled.append(F.grid_sample(maps[1 - number], places, "bilinear", "border", align_corners=False))
             inside.append(meets)
         mask = torch.cat(inside)
-        rows = torch.cat(sampled).permute(0, 2, 3, 1)[mask]
-        targets = self._targets(self.teacher_head(rows), "patch_centre", temperature)
-        predicted = self.head(student.map.permute(0, 2, 3, 1)[mask])
+        return self._patch_loss(student, cells(torch.cat(sampled))[mask], mask, temperature)
+
+    def _patch_loss(self, student: Features, teacher_rows: Tensor, mask: Tensor, temperature: float) -> Tensor:
+        """The student at the true cells of mask [2B,h,w] against the teacher's features [n,C] that belong there."""
+        targets = self._targets(self.teacher_head(teacher_rows), "patch_centre", temperature)
+        predicted = self.head(cells(student.map)[mask])
         return distil.masked_patch_loss(predicted, targets, mask, self.cfg.method.temperature.student)
 
     def _targets(self, logits: Tensor, centre: str, temperature: float) -> Tensor:
@@ -205,12 +203,16 @@ class Dino(UnsupervisedSegmenter):
         if epoch < self.cfg.method.freeze_last_epochs:
             for parameter in self.head.last_layer():
                 parameter.grad = None
-        self._step = self.global_step
 
     def after_step(self) -> None:
-        m = cosine(self.cfg.method.momentum, 1.0, self._step, self.total_steps)
+        m = cosine(self.cfg.method.momentum, 1.0, self.global_step, self.total_steps)
         follow(self.backbone, self.student, m)
         self.teacher_head.update(m)
+
+
+def cells(maps: Tensor) -> Tensor:
+    """Maps [B,C,h,w] -> [B,h,w,C], to be indexed by masks [B,h,w]."""
+    return maps.permute(0, 2, 3, 1)
 
 
 def summary(features: Features) -> Tensor:

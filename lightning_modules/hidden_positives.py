@@ -23,7 +23,7 @@ from losses.consistency import consistency
 from losses.contrastive import MIN_TEMPERATURE, ghp_contrastive, lambda_schedule, random_candidates, thresholds
 from losses.local_positives import affinity_weights, attention_weights, neighbour_mix
 from models.backbone import Features
-from models.heads import ProjectionHead, SegmentationHead, channel_masks, drop_channels, patch_rows
+from models.heads import ProjectionHead, SegmentationHead, channel_masks, drop_channels, own_channel_masks, patch_rows
 from models.momentum import Momentum
 from retrieval.memory import ReferencePool, collect, random_positions
 
@@ -40,8 +40,7 @@ class HiddenPositives(UnsupervisedSegmenter):
     def build(self) -> None:
         settings = self.cfg.method
         check_settings(settings, self.backbone)
-        if self.cfg.data.train_crop == "keep":
-            raise ConfigError("data.train_crop=keep: padding would become patches of the loss; use random or center")
+        self.refuse_padding()
         self.code_dim = settings.dim
         self.head = SegmentationHead(self.backbone.dim, settings.dim)
         self.momentum_head = Momentum(self.head)
@@ -137,15 +136,8 @@ class HiddenPositives(UnsupervisedSegmenter):
     # ------------------------------------------------------------------ channel dropout
 
     def _mask(self, purpose: str, maps: Tensor) -> Tensor | None:
-        """This rank's rows of the channel mask that is drawn for the global batch; None without dropout."""
-        p = self.cfg.method.dropout.p
-        if p == 0:
-            return None
-        pictures, channels = maps.shape[0] * distributed.world_size(), maps.shape[1]
-        masks = channel_masks(
-            self.cfg.seed, f"hp.dropout.{purpose}", self.global_step, pictures, channels, p, maps.device
-        )
-        return distributed.own_slice(masks)
+        key = (self.cfg.seed, f"hp.dropout.{purpose}", self.global_step)
+        return own_channel_masks(*key, maps, self.cfg.method.dropout.p)
 
     def _head_masks(self, purpose: str, maps: Tensor) -> tuple[Tensor | None, Tensor | None]:
         return self._mask(f"{purpose}.linear", maps), self._mask(f"{purpose}.nonlinear", maps)

@@ -25,7 +25,7 @@ from losses.correspondence import (
 )
 from losses.crf import crf_matrix, random_pixels
 from models.backbone import Features
-from models.heads import SegmentationHead, channel_masks, drop_channels
+from models.heads import SegmentationHead, drop_channels, own_channel_masks
 
 CRF_CONSTANTS = ("alpha", "beta", "gamma", "appearance", "smoothness", "shift")
 
@@ -36,8 +36,7 @@ class Stego(UnsupervisedSegmenter):
     def build(self) -> None:
         settings = self.cfg.method
         check_settings(settings)
-        if self.cfg.data.train_crop == "keep":
-            raise ConfigError("data.train_crop=keep: padding would become patches of the loss; use random or center")
+        self.refuse_padding()
         self.code_dim = settings.dim
         self.head = SegmentationHead(self.backbone.dim, settings.dim, nonlinear=settings.projection == "nonlinear")
         self.decoder = nn.Conv2d(settings.dim, self.backbone.dim, 1) if settings.reconstruction.weight > 0 else None
@@ -131,13 +130,8 @@ class Stego(UnsupervisedSegmenter):
         return signal, codes
 
     def _mask(self, purpose: str, maps: Tensor) -> Tensor | None:
-        """This rank's rows of the channel mask that is drawn for the global batch; None without dropout."""
-        p = self.cfg.method.dropout.p
-        if p == 0:
-            return None
-        pictures, channels = maps.shape[0] * distributed.world_size(), maps.shape[1]
         key = (self.cfg.seed, f"stego.dropout.{purpose}", self.global_step)
-        return distributed.own_slice(channel_masks(*key, pictures, channels, p, maps.device))
+        return own_channel_masks(*key, maps, self.cfg.method.dropout.p)
 
 
 def check_settings(settings: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import chance
+from common import chance, distributed
 from common.errors import ConfigError
 
 
@@ -27,6 +27,14 @@ def channel_masks(
         raise ConfigError(f"channel dropout p = {p}: must lie in [0, 1); use 0 to switch it off")
     uniform = torch.rand(batch_global, channels, generator=chance.generator(seed, purpose, step))
     return (uniform >= p).float().div_(1.0 - p).to(device)
+
+
+def own_channel_masks(seed: int, purpose: str, step: int, maps: Tensor, p: float) -> Tensor | None:
+    """This rank's rows [B,C] of the masks that are drawn for the global batch of maps [B,C,h,w]; None where p is 0."""
+    if p == 0:
+        return None
+    pictures, channels = maps.shape[0] * distributed.world_size(), maps.shape[1]
+    return distributed.own_slice(channel_masks(seed, purpose, step, pictures, channels, p, maps.device))
 
 
 def drop_channels(features: Tensor, mask: Tensor | None) -> Tensor:

@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: the package {error.name} is missing; run `make setup`, or use .venv/bin/python", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 1
+        return 130  # as shells expect of Ctrl-C
     return 0
 
 

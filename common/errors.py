@@ -27,6 +27,10 @@ class CheckpointError(LabelfreeError):
     """A checkpoint that is missing, cut off, or of another method or config."""
 
 
+class TrainingError(LabelfreeError):
+    """A training that cannot go on as it is: its numbers are not finite any more."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint that ends an error line: the nearest valid names, or all of them where none is near."""
     known = sorted(known)

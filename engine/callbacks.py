@@ -14,7 +14,9 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from torch import Tensor
 
+from common import distributed
 from common.chance import key
+from common.errors import TrainingError
 from common.files import whole
 from engine.run_folder import History, RunFolder
 from engine.selection import Selection
@@ -90,17 +92,37 @@ class RunKeeper(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
+        step, last = trainer.global_step, trainer.global_step >= pl_module.total_steps
         now = time.perf_counter()
         if self._mark is not None:
             self.seconds += now - self._mark
             self.timed_steps += 1
-        if trainer.is_global_zero and step % self.settings.log_every == 0:
+        logged, validated = step % self.settings.log_every == 0, step % self.settings.val_every == 0 and not last
+        saved = not validated and (step % self.settings.checkpoint_every == 0 or last)
+        if logged or validated or saved:
+            self.expect_finite(trainer)
+        if trainer.is_global_zero and logged:
             self.history.add(step, numbers(trainer.callback_metrics, "train/"))
-        validated = step % self.settings.val_every == 0 and step < pl_module.total_steps
-        if not validated and (step % self.settings.checkpoint_every == 0 or step >= pl_module.total_steps):
+        if saved:
             trainer.save_checkpoint(self.folder.last, weights_only=False)
         self._mark = None if validated else time.perf_counter()
+
+    def expect_finite(self, trainer: L.Trainer) -> None:
+        """Raises TrainingError, on every rank, where a trained weight is NaN or infinite: before anything is written.
+
+        Weights are looked at, not the loss: under 16-mixed a loss may overflow in a step that is then left out.
+        """
+        groups = trainer.optimizers[0].param_groups
+        norms = [float(torch.nn.utils.get_total_norm([p.detach() for p in group["params"]])) for group in groups]
+        broken = sorted({group["name"] for group, norm in zip(groups, norms, strict=True) if not math.isfinite(norm)})
+        anywhere = distributed.total(torch.tensor(float(len(broken)), device=trainer.strategy.root_device))
+        if anywhere > 0:
+            loss = float(trainer.callback_metrics.get("train/loss", math.nan))
+            raise TrainingError(
+                f"step {trainer.global_step}: weights of {', '.join(broken) or 'another rank'} are not finite "
+                f"(train/loss {loss:.4g}); checkpoints are as they were before. Lower optim.{(broken or ['*'])[0]}.lr, "
+                "set its clip_norm, or try trainer.precision=32-true"
+            )
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != "fit":

@@ -58,13 +58,13 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     introduce(cfg, data, model, folder, trainer)
     try:
         trainer.fit(model, data, ckpt_path=folder.checkpoint, weights_only=True)
+        if not keeper.history.rows and trainer.is_global_zero:  # killed in the closing evaluation: no step was left
+            keeper.history.restore(trainer.global_step)
+        trainer.callbacks += [centroids, posthoc]
+        metrics = close(cfg, data, model, trainer, keeper, folder)
     except SystemExit:  # what Lightning makes of Ctrl-C
         log.info("stopped at step %d of %d; the same command goes on", trainer.global_step, model.total_steps)
         raise KeyboardInterrupt from None
-    if not keeper.history.rows and trainer.is_global_zero:  # killed in the closing evaluation: nothing was trained now
-        keeper.history.restore(trainer.global_step)
-    trainer.callbacks += [centroids, posthoc]
-    metrics = close(cfg, data, model, trainer, keeper, folder)
     if trainer.is_global_zero:
         write_files(model, pictures, folder.path, loggers)
         if model.trains_backbone:

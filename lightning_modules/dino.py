@@ -41,6 +41,7 @@ class Dino(UnsupervisedSegmenter):
         settings = self.cfg.method
         self.dense, self.place = settings.dense.weight > 0, settings.place.weight > 0
         check_settings(settings, self.backbone)
+        self.refuse_padding()
         self.code_dim = self.backbone.dim
         self.student = self._student()
         self.backbone.requires_grad_(False)

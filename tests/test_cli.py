@@ -1,8 +1,10 @@
 """The words of run.py as a user types them: exit codes, one-line errors, and files that come out."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -350,11 +352,9 @@ def test_a_model_trained_without_labels_is_evaluated_on_labelled_pictures(capsys
 
 
 @pytest.mark.ddp
-def test_a_killed_process_goes_on(tmp_path, small_run):
-    """kill -9 in the middle, then the same command again: the numbers of the run that was not killed."""
-    import signal
-    import time
-
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_process_goes_on(kind, tmp_path, small_run):
+    """kill -9 or Ctrl-C in the middle, then the same command again: the numbers of the run that was not killed."""
     plain = small_run("kmeans_baseline")
     words = small_words("kmeans_baseline", f"run.dir={tmp_path}", "run.name=k")
     command = [sys.executable, "run.py", "train", *words]
@@ -363,8 +363,12 @@ def test_a_killed_process_goes_on(tmp_path, small_run):
     process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not last.exists():
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(kind)
+    _, err = process.communicate(timeout=120)
+    if kind == signal.SIGINT:
+        assert process.returncode == 130, err
+        assert "of 8; the same command goes on" in err
+        assert "Traceback" not in err
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "k" / "metrics.json").read_text())

@@ -1,15 +1,19 @@
 """Checkpoint writing, the choice of the best, the doctor, W&B without a key."""
 
+import math
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 
 import config
+from common.errors import TrainingError
 from engine import callbacks, doctor, setup
 from engine.callbacks import RunKeeper, WholeCheckpointIO, clock, numbers
 from engine.run_folder import RunFolder
 from engine.selection import Selection
+from lightning_modules.hidden_positives import HiddenPositives
 from tests.conftest import run_small
 
 
@@ -65,6 +69,26 @@ def test_doctor_sees_a_folder_that_cannot_be_written(tmp_path):
     tmp_path.chmod(0o500)
     lines = {name: (good, text) for name, good, text in doctor.findings(tmp_path / "runs")}
     assert not lines["run folder"][0]
+
+
+@pytest.mark.train
+def test_weights_that_are_not_finite_stop_the_run_and_leave_its_checkpoint(tmp_path, monkeypatch):
+    real = HiddenPositives.loss
+
+    def breaks(self, views, features):
+        found = real(self, views, features)
+        return replace(found, total=found.total * math.nan) if self.global_step == 4 else found
+
+    monkeypatch.setattr(HiddenPositives, "loss", breaks)
+    with pytest.raises(TrainingError) as caught:
+        run_small("hidden_positives", tmp_path, "nan")
+    assert str(caught.value) == (
+        "step 5: weights of head, projection are not finite (train/loss nan); checkpoints are as they were before. "
+        "Lower optim.head.lr, set its clip_norm, or try trainer.precision=32-true"
+    )
+    saved = setup.read_checkpoint(tmp_path / "nan" / "checkpoints" / "last.ckpt")
+    assert saved["global_step"] == 4
+    assert all(value.isfinite().all() for value in saved["state_dict"].values())
 
 
 @pytest.mark.train

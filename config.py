@@ -100,6 +100,14 @@ def names(group: str) -> list[str]:
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
 
 
+def figure(experiment: str) -> str:
+    """One line about a recipe: the figure to reach, who published it, and what was reached here."""
+    facts = load_group("experiment", experiment)["figure"]
+    source = f" ({facts['source']})" if facts["source"] != "-" else ""
+    here = f"reached here: {facts['here']}" if facts["here"] else "not run here"
+    return f"to reach: {facts['reach']}{source}; {here}"
+
+
 def parse_words(tokens: Iterable[str]) -> dict[str, str]:
     """`key=value` tokens -> raw texts; the last one wins.
 
@@ -129,6 +137,7 @@ def compose(tokens: Iterable[str] = (), defaults: dict[str, str] | None = None) 
     if "experiment" in words:
         recipe = load_group("experiment", words["experiment"])
         chosen |= recipe.pop("words", {})
+        recipe.pop("figure", None)
     chosen |= {word: words[word] for word in DEFAULT_WORDS if word in words}
     dotted = {key: raw for key, raw in words.items() if key not in WORDS}
 
@@ -137,7 +146,8 @@ def compose(tokens: Iterable[str] = (), defaults: dict[str, str] | None = None) 
         tree[group] = load_group(group, chosen[group])
     method = load_group("method", chosen["method"])
     tree["method"] = method.pop("method")
-    tree["optim"] |= method.pop("optim", {})
+    for group, settings in method.pop("optim", {}).items():
+        tree["optim"][group] = tree["optim"].get(group, {}) | settings
     base = OmegaConf.create(tree)
     layers = [("configs/method/" + chosen["method"] + ".yaml", method)]
     layers.append(
@@ -152,8 +162,9 @@ def compose(tokens: Iterable[str] = (), defaults: dict[str, str] | None = None) 
     for key, raw in dotted.items():
         expect_known(key, known)
         OmegaConf.update(base, key, checked(key, parse_value(key, raw, known), known))
-    if dotted.get("trainer.max_epochs", "null") != "null" and "trainer.max_steps" not in dotted:
-        base.trainer.max_steps = None  # asking for epochs takes the default number of steps away
+    for asked, other in (("max_epochs", "max_steps"), ("max_steps", "max_epochs")):
+        if dotted.get(f"trainer.{asked}", "null") != "null" and f"trainer.{other}" not in dotted:
+            base.trainer[other] = None  # asking for epochs takes the number of steps of the yamls away, and vice versa
     try:
         cfg = OmegaConf.create(OmegaConf.to_container(base, resolve=True))
     except OmegaConfBaseException as error:

@@ -74,18 +74,20 @@ def data(words: list[str]) -> None:
 
 
 def list_names(words: list[str]) -> None:
-    """list: methods, data sets, backbones, trainers, experiments"""
+    """list: methods, data sets, backbones, trainers, and experiments with the figure to reach"""
     import config
     from lightning_modules import registry
 
     if words:
         raise ConfigError(f"{words[0]}: list takes no words")
-    for group in ("method", "data", "backbone", "trainer", "experiment"):
+    for group in ("method", "data", "backbone", "trainer"):
         members = config.names(group)
         if group == "method":
             classes = {name: registry.method_class(name) for name in members}
             members = [f"{name} (uses labels)" if item.uses_labels else name for name, item in classes.items()]
         print(f"{group:<11} {', '.join(members) or '-'}")
+    for name in config.names("experiment"):
+        print(f"experiment  {name}\n            {config.figure(name)}")
 
 
 def show_config(words: list[str]) -> None:

@@ -22,7 +22,8 @@ def test_the_command_line_wins_over_every_layer():
     assert isinstance(cfg.trainer.max_steps, int)
     assert cfg.seed == 7
     assert cfg.method.name == "hidden_positives"
-    assert cfg.optim.cluster_probe.lr == 5e-3  # the default layer shines through
+    assert cfg.optim.linear_probe.lr == 1e-3  # the default layer shines through
+    assert cfg.optim.cluster_probe == {**config.compose([]).optim.cluster_probe, "lr": 1e-2}  # the method's, merged
 
 
 def test_a_trainer_preset_wins_over_the_default_and_loses_to_the_command_line():

@@ -1,0 +1,93 @@
+"""No published recipe is dead: one step of each on a made-up tree in the official layout, and the line that `list`
+prints of it."""
+
+from pathlib import Path
+
+import pytest
+
+import config
+from engine import training
+from tests.datamodules import trees
+from tests.datamodules.pictures import noise, save
+
+TREES = {"cocostuff27": trees.coco, "cityscapes27": trees.cityscapes, "potsdam3": trees.potsdam}
+EVERY_RUN = {"hidden_positives_cityscapes27_vits8", "stego_potsdam3_vits8"}
+"""Recipes that `make test` runs; `make test-slow` runs the others."""
+
+SMALL = [
+    "trainer=cpu", "trainer.max_steps=1", "trainer.progress=none", "data.batch_size=2", "data.eval_batch_size=2",
+    "data.workers=0", "data.train_size=112", "data.eval_size=112", "backbone.weights=none", "backbone.create.depth=2",
+    "evaluation.panels=1", "evaluation.kmeans.restarts=1", "evaluation.kmeans.iterations=2",
+]  # fmt: skip
+OF_METHOD = {
+    "hidden_positives": ["method.pool.size=8", "backbone.precision=float32"],
+    "stego": ["method.neighbours.stored=3", "method.neighbours.drawn=2"],
+    "dino": ["method.head.out_dim=64", "method.crops.local_count=2", "data.train_size=128"],
+}
+
+WHOLE = ("resnet50", "selfpatch_vits16")
+"""Backbones whose depth is not set here: they have none, or their file lists the arguments that may be given."""
+
+
+def folder(root: Path) -> Path:
+    for i in range(4):
+        save(root / "images" / "train" / f"{i}.png", noise(150, 140, seed=i))
+    save(root / "images" / "val" / "0.png", noise(150, 140, seed=9))
+    return root
+
+
+@pytest.mark.train
+@pytest.mark.parametrize(
+    "name",
+    [name if name in EVERY_RUN else pytest.param(name, marks=pytest.mark.slow) for name in config.names("experiment")],
+)
+def test_one_step(name, tmp_path):
+    words = config.load_group("experiment", name)["words"]
+    if words["data"] == "scenes":
+        data = ["data.train_count=4", "data.val_count=2"]
+    else:
+        data = [f"data.root={TREES.get(words['data'], folder)(tmp_path / 'tree')}"]
+    size = [word for word in SMALL if "depth" not in word or words["backbone"] not in WHOLE]
+    run = [f"experiment={name}", f"run.dir={tmp_path}", "run.name=r", *size, *OF_METHOD[words["method"]], *data]
+    metrics = training.train(config.compose(run))
+    assert metrics["method"] == words["method"]
+    wanted = "val/cluster/entropy" if words["data"] == "folder" else "val/cluster/miou"
+    assert metrics[wanted] is not None
+    crf = config.compose(run).evaluation.crf
+    assert ("val/cluster_crf/miou" in metrics) == (crf == "dense")
+
+
+def test_every_recipe_names_its_figure_and_its_source():
+    for name in config.names("experiment"):
+        facts = config.load_group("experiment", name)["figure"]
+        assert set(facts) == {"reach", "source", "here"}, name
+        assert (facts["source"] == "-") == (facts["reach"] == "none is published"), name
+
+
+def test_the_line_of_a_recipe():
+    assert config.figure("hidden_positives_cocostuff27_vits8") == (
+        "to reach: cluster 57.2 acc / 24.6 mIoU, linear 75.6 / 42.7, with CRF (HP, CVPR 2023, tables 1 to 3); "
+        "not run here"
+    )
+    assert config.figure("dino_small_data") == "to reach: none is published; not run here"
+
+
+@pytest.mark.parametrize("name", [name for name in config.names("experiment") if name.startswith("hidden_positives")])
+def test_recipes_of_hidden_positives_hold_the_released_values(name):
+    """The method document's table 8, row by row."""
+    cfg = config.compose([f"experiment={name}", "data.root=x", "backbone.weights=none"])
+    method, optim = cfg.method, cfg.optim
+    found = [method.dim, method.temperature, method.alpha, method.rho, method.pool.size, method.pool.renew_every]
+    found += [method.ema, method.lambda_warmup, cfg.trainer.max_epochs, cfg.trainer.val_every]
+    assert (
+        found
+        == {
+            "cocostuff27": [512, 0.8, 0.05, 0.02, 2048, 100, 0.99, 1000, 3, 100],
+            "cityscapes27": [512, 0.6, 0.05, 0.02, 2048, 20, 0.999, 50, 30, 100],
+            "potsdam3": [256, 0.4, 0.0, 1.0, 1024, 20, 0.999, 100, 10, 50],
+        }[cfg.data.name]
+    )
+    assert (cfg.data.batch_size, cfg.evaluation.cluster_init, cfg.evaluation.flip) == (64, "normal", False)
+    assert (optim.head.lr, optim.head.weight_decay, optim.head.clip_norm) == (5e-4, 0.1, 10.0)
+    assert (optim.projection.lr, optim.linear_probe.lr, optim.cluster_probe.lr) == (5e-4, 1e-3, 5e-3)
+    assert (method.loss_version, method.reweighting, method.lhp.sigma) == ("1", True, 28.0)

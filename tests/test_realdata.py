@@ -88,7 +88,7 @@ def test_hidden_positives_on_camvid(pictures, weights, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_hidden_positives_on_coco200(pictures, weights, tmp_path):
-    """In its band, and not below k-means on the same features; few labelled pictures, trained on unlabelled ones too."""
+    """In its band, and not below k-means on the same features; trained on unlabelled pictures too."""
     roots = f"data.train_roots=[{pictures}/coco200,{pictures}/imagenet1000_unlabelled]"
     common = [f"data.root={pictures}/coco200", roots, "backbone=mobilenetv2", f"backbone.weights={weights}"]
     common += ["backbone.levels=[4]", "evaluation.kmeans.pictures=200"]

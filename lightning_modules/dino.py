@@ -161,7 +161,10 @@ class Dino(UnsupervisedSegmenter):
 
     def _patch_loss(self, student: Features, teacher_rows: Tensor, mask: Tensor, temperature: float) -> Tensor:
         """The student at the true cells of mask [2B,h,w] against the teacher's features [n,C] that belong there."""
-        targets = self._targets(self.teacher_head(teacher_rows), "patch_centre", temperature)
+        logits = self.teacher_head(teacher_rows)
+        if self.cfg.method.patch_centring == "picture":
+            logits = distil.centred_within(logits, mask.flatten(1).sum(1))
+        targets = self._targets(logits, "patch_centre", temperature)
         predicted = self.head(cells(student.map)[mask])
         return distil.masked_patch_loss(predicted, targets, mask, self.cfg.method.temperature.student)
 
@@ -233,6 +236,8 @@ def check_settings(settings: Any, backbone: Backbone) -> None:
             )
     if settings.centring not in ("mean", "sinkhorn"):
         raise ConfigError(f"method.centring={settings.centring}: not one of mean, sinkhorn")
+    if settings.patch_centring not in ("batch", "picture"):
+        raise ConfigError(f"method.patch_centring={settings.patch_centring}: not one of batch, picture")
     if dense.weight > 0 and not backbone.transformer:
         raise ConfigError(
             f"method.dense.weight={dense.weight:g}: masked patches need a transformer, and {backbone.network} is none; "

@@ -56,6 +56,17 @@ def moved_centre(centre: Tensor, logits: Tensor, momentum: float) -> Tensor:
     return torch.where(count > 0, centre * momentum + mean * (1 - momentum), centre)
 
 
+def centred_within(logits: Tensor, counts: Tensor) -> Tensor:
+    """Teacher logits of patches [n,K] minus their mean over the own picture; `counts` [B] patches of each, in order.
+
+    What all patches of a picture share (its light, its cast of colour) is then no part of the target.
+    """
+    rows = logits.detach().float()
+    owner = torch.repeat_interleave(counts)
+    sums = rows.new_zeros(len(counts), rows.shape[1]).index_add(0, owner, rows)
+    return rows - (sums / counts.clamp(min=1)[:, None])[owner]
+
+
 def sinkhorn_targets(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
     """Targets [n,K] under which every prototype gets an equal share of the rows of all ranks (Sinkhorn-Knopp).
 

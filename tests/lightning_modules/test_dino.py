@@ -151,6 +151,7 @@ def test_logits_of_the_head_are_cosines():
     "words",
     [
         ["method.centring=mean"],
+        ["method.patch_centring=picture"],
         ["method.place.weight=0"],
         ["method.picture_weight=0"],
         ["method.dense.weight=0"],
@@ -263,6 +264,7 @@ def test_a_foreign_or_cut_file_is_refused(small_run, tmp_path):
     [
         ("backbone.frozen=true", "backbone.frozen=true: method=dino trains the backbone; set backbone.frozen=false"),
         ("method.centring=none", "method.centring=none: not one of mean, sinkhorn"),
+        ("method.patch_centring=mean", "method.patch_centring=mean: not one of batch, picture"),
         (
             "method.crops.global_size=30",
             "method.crops.global_size: pictures of 30 x 30 px do not fit vit_tiny_patch16_224, whose patches are 8 px: "

@@ -96,3 +96,15 @@ def test_health_of_plain_cases():
     assert float(distil.entropies(uniform)[0]) == pytest.approx(1)
     assert float(distil.spread(torch.ones(4, 3))) == pytest.approx(0, abs=1e-6)
     assert float(distil.spread(rows(500, 32))) == pytest.approx(1, abs=0.05)
+
+
+def test_patches_are_centred_within_their_picture():
+    logits, counts = rows(6, 4), torch.tensor([2, 0, 3, 1])
+    found = distil.centred_within(logits, counts)
+    assert torch.allclose(found[:2], (logits[:2] - logits[:2].mean(0)).float())
+    assert torch.allclose(found[2:5], (logits[2:5] - logits[2:5].mean(0)).float())
+    assert not found[5].any()  # alone in its picture
+    lit = logits.clone()
+    lit[2:5] += 3 * rows(1, 4, seed=1)  # something that all patches of a picture share changes nothing
+    assert torch.allclose(distil.centred_within(lit, counts), found, atol=1e-5)
+    assert distil.centred_within(logits[:0], torch.zeros(3, dtype=torch.long)).shape == (0, 4)

@@ -23,9 +23,11 @@ from evaluation.crf import Constants, DenseCRF
 from evaluation.matching import Scores
 from evaluation.metrics import ClusterUsage, SegmentationScore
 from evaluation.probes import LABEL_PROBES, ClusterProbe, KMeansProbe, LinearProbe
+from lightning_modules.kept import check_kept, keep_features
 from lightning_modules.near import near_pictures
 from lightning_modules.optim import CompositeOptimizer, clip_gradients, scheduled
 from models.backbone import Backbone, Features
+from models.feature_store import FeatureStore
 
 FORMAT = 1
 """Version of what we add to a Lightning checkpoint under the key `labelfree`."""
@@ -92,6 +94,7 @@ class UnsupervisedSegmenter(L.LightningModule):
         self.refining = False
         self.total_steps = cfg.trainer.max_steps or 1
         self.neighbour_table: str | None = None
+        self.kept_features: dict[str, FeatureStore] = {}
         self.validated: dict[str, Scores] = {}
 
     def _check_frozen(self) -> None:
@@ -102,6 +105,8 @@ class UnsupervisedSegmenter(L.LightningModule):
             )
         if self.backbone.frozen and self.trains_backbone:
             raise ConfigError(f"backbone.frozen=true: method={name} trains the backbone; set backbone.frozen=false")
+        if self.cfg.backbone.cache_features:
+            check_kept(self)
 
     def refuse_padding(self) -> None:
         """For the `build` of a method whose loss takes every patch. Raises ConfigError where batches are padded."""
@@ -159,8 +164,18 @@ class UnsupervisedSegmenter(L.LightningModule):
         """Backbone features of pictures [B,3,H,W] in 0..1; no graph where the backbone is frozen."""
         return self.backbone.features(images, grad=not self.backbone.frozen, attention=self.wants_attention)
 
+    def features_of(self, batch: dict[str, Any], view: str = "image") -> Features:
+        """Features of the pictures of a batch, or of those of its view `neighbour`: read from the file of
+        `backbone.cache_features` where there is one for this split, else computed."""
+        store = self.kept_features.get("train" if self.training else "val")
+        if store is None:
+            return self.features(batch[view])
+        return store.features(batch["index" if view == "image" else f"{view}.index"], self.device)
+
     def on_fit_start(self) -> None:
-        """Before the training loader is made: the table of near pictures, where the method wants one."""
+        """Before the training loader is made: kept features, and the table of near pictures where one is wanted."""
+        if self.cfg.backbone.cache_features:
+            self.kept_features = keep_features(self, self.trainer.datamodule)
         if self.neighbours is not None:
             self.neighbour_table, table = near_pictures(self, self.trainer.datamodule, self.neighbours)
             self.trainer.datamodule.neighbours = table.numpy()[:, : self.neighbours.drawn]
@@ -177,7 +192,7 @@ class UnsupervisedSegmenter(L.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         views, label = split_labels(batch)
-        features = self.features(batch["image"]) if self.wants_features else None
+        features = self.features_of(batch) if self.wants_features else None
         if self.trains:
             loss = self.loss(batch if self.uses_labels else views, features)
             codes = self._codes(features) if loss.codes is None else loss.codes.detach()
@@ -251,9 +266,12 @@ class UnsupervisedSegmenter(L.LightningModule):
             rows, self.meta.num_classes, matching, rules.extra, rules.absent, background=rules.background
         )
 
-    def read(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Codes [B,D,h,w], and score maps [B,K,h,w] of every read-out that is ready, for pictures [B,3,H,W] in 0..1."""
-        features = self.features(images)
+    def read(self, images: Tensor, features: Features | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Codes [B,D,h,w], and score maps [B,K,h,w] of every read-out that is ready, for pictures [B,3,H,W] in 0..1.
+
+        `features` are those of the pictures, where they are known.
+        """
+        features = self.features(images) if features is None else features
         codes = self.embed(features)
         if self.cfg.evaluation.flip:
             codes = readout.flip_average(codes, self.embed(self.features(images.flip(-1))))
@@ -270,7 +288,7 @@ class UnsupervisedSegmenter(L.LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Update the metrics; returns the id maps [B,H,W] of every read-out."""
-        codes, scores = self.read(batch["image"])
+        codes, scores = self.read(batch["image"], self.features_of(batch))
         maps = {probe: readout.predict(values, batch["image"].shape[-2:]) for probe, values in scores.items()}
         self.usage.update(scores["cluster"], codes, batch["valid"])
         if self.refining:

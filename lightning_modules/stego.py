@@ -84,7 +84,7 @@ class Stego(UnsupervisedSegmenter):
         settings, step = self.cfg.method, self.global_step
         near = None
         if self.terms["knn"].weight:
-            near = self._dropped("neighbour", self.backbone.features(views["neighbour"]).concat())
+            near = self._dropped("neighbour", self.features_of(views, "neighbour").concat())
         pool = (signal, codes)
         if self.terms["random"].weight:
             pool = (distributed.gather(signal), distributed.gather(codes, grad=True))

@@ -1,0 +1,233 @@
+"""`backbone.cache_features`: frozen features of every picture of a split, in half precision, in one memory-mapped file.
+
+For geometries without chance only: then the backbone sees each picture once, before the first step, and never again.
+A file is named after everything that its numbers depend on and gets its name when it is whole; its json comes last. So
+a partial or stale one is never read. Several processes write their parts of one file, which all of them must see.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import distributed
+from common.errors import ConfigError, DataError
+from common.files import size_text, write_text
+from models.backbone import Features
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Raised when the layout changes, so that files of before are not found any more."""
+PROGRESS = 30.0
+"""Seconds between lines about a long build."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shapes of one picture's features: `levels` [C,h,w] each, and `cls` channels of the class token (0: none)."""
+
+    levels: tuple[tuple[int, int, int], ...]
+    cls: int = 0
+    prefix: int = 0
+
+    @classmethod
+    def of(cls, features: Features) -> "Layout":
+        """That of a batch of features."""
+        token = 0 if features.cls is None else features.cls.shape[1]
+        return cls(tuple(tuple(level.shape[1:]) for level in features.levels), token, features.prefix)
+
+    @property
+    def numbers(self) -> int:
+        """Numbers of one picture."""
+        return sum(int(np.prod(shape)) for shape in self.levels) + self.cls
+
+    def pack(self, features: Features) -> Tensor:
+        """A batch of features -> float16 [B,numbers] on the CPU."""
+        parts = [level.flatten(1) for level in features.levels]
+        if self.cls:
+            parts.append(features.cls)
+        return torch.cat(parts, dim=1).half().cpu()
+
+    def unpack(self, rows: Tensor) -> Features:
+        """[B,numbers] -> float32 features, as the backbone gives them but for attention and qkv."""
+        sizes = [int(np.prod(shape)) for shape in self.levels]
+        parts = rows.float().split([*sizes, *([self.cls] if self.cls else [])], dim=1)
+        levels = [part.unflatten(1, shape) for part, shape in zip(parts, self.levels, strict=False)]
+        return Features(levels, cls=parts[-1] if self.cls else None, prefix=self.prefix)
+
+
+class FeatureStore:
+    """A finished file. Raises OSError or ValueError where there is none, or one that is cut."""
+
+    def __init__(self, path: Path) -> None:
+        facts = json.loads(facts_path(path).read_text())
+        self.layout = Layout(tuple(tuple(shape) for shape in facts["levels"]), facts["cls"], facts["prefix"])
+        self.missing = frozenset(facts["missing"])
+        expected = facts["items"] * self.layout.numbers * 2
+        if path.stat().st_size != expected:
+            raise ValueError(f"{path}: {path.stat().st_size} bytes instead of {expected}")
+        self.rows = np.memmap(path, dtype=np.float16, mode="r", shape=(facts["items"], self.layout.numbers))
+
+    @classmethod
+    def find(cls, path: Path) -> "FeatureStore | None":
+        """The store of a file; None where there is no whole one."""
+        try:
+            return cls(path)
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def features(self, indices: Tensor, device: torch.device) -> Features:
+        """Features of the items `indices` [B], float32 on `device`.
+
+        Raises DataError for a picture that could not be read when the file was made and can be read now.
+        """
+        wanted = indices.tolist()
+        if not self.missing.isdisjoint(wanted):
+            raise DataError(
+                f"backbone.cache_features: picture {next(i for i in wanted if i in self.missing)} could not be read "
+                f"when {self.rows.filename} was made; delete that file, so that it is made again"
+            )
+        return self.layout.unpack(torch.from_numpy(self.rows[wanted]).to(device, non_blocking=True))
+
+
+def name(*facts: str) -> str:
+    """File name that depends on everything given (backbone, pictures, precision)."""
+    return hashlib.sha256(json.dumps([FORMAT, *facts]).encode()).hexdigest()[:24] + ".features"
+
+
+def facts_path(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def provide(
+    path: Path,
+    items: int,
+    layout: Layout,
+    batches: Iterable[tuple[Tensor, Features]],
+    what: str,
+    device: torch.device,
+) -> FeatureStore:
+    """The store at `path`, made from `batches` (item numbers [B], features) of this rank where there is none.
+
+    `what` names the pictures in messages; `device` is that of the collectives.
+
+    A collective: all ranks call it at the same place, each with its part of the items; items in no part are unreadable
+    pictures. Raises ConfigError, before anything is written, where the disk cannot take the file, and DataError where
+    it fills up later, a feature does not fit into float16, or a rank does not see the file: on every rank.
+    """
+    found, group = FeatureStore.find(path), Together(device)
+    if group.agree(found is not None):
+        return found
+    part = path.with_name(f"{path.name}.part")
+    leader = distributed.rank() == 0
+    trouble = _begin(path, part, items * layout.numbers * 2, what) if leader else None
+    group.share(trouble)
+    group.share(
+        None if part.is_file() else DataError(f"{_key()}: {part} is not seen by every process; {_shared_disk()}")
+    )
+    seen, trouble = _write(part, layout, batches, items, what)
+    group.share(trouble)
+    written = torch.cat(seen).to(device) if seen else torch.empty(0, dtype=torch.int64, device=device)
+    present = distributed.gather_uneven(written)
+    if leader:
+        missing = sorted(set(range(items)) - set(present.tolist()))
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+        facts = {"items": items, "levels": layout.levels, "cls": layout.cls, "prefix": layout.prefix}
+        write_text(facts_path(path), json.dumps(facts | {"missing": missing}))
+    group.agree(True)  # nobody looks before it has its name
+    store = FeatureStore.find(path)
+    group.share(
+        None if store is not None else DataError(f"{_key()}: {path} is not seen by every process; {_shared_disk()}")
+    )
+    return store
+
+
+def _key() -> str:
+    return "backbone.cache_features=true"
+
+
+def _shared_disk() -> str:
+    return "set cache.dir to a folder that all machines share"
+
+
+class Together:
+    """What the ranks tell each other while they write."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def agree(self, here: bool) -> bool:
+        """True where it holds on every rank."""
+        return bool(distributed.total(torch.tensor(float(not here), device=self.device)) == 0)
+
+    def share(self, error: Exception | None) -> None:
+        """Raises an error of any rank on all of them."""
+        fine = self.agree(error is None)
+        if error is not None:
+            raise error
+        if not fine:
+            raise DataError(f"{_key()}: another process could not write its part; its own line says why")
+
+
+def _begin(path: Path, part: Path, needed: int, what: str) -> Exception | None:
+    """An empty file of the full length, after the disk was asked; what went wrong instead."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if needed > free:
+            return ConfigError(
+                f"{_key()}: features of the {what} need {size_text(needed)}, but {path.parent} has {size_text(free)} "
+                "free; set cache.dir to a larger disk, or backbone.cache_features=false"
+            )
+        log.info("%s: %s once into %s, %s (%s free)", _key(), what, path, size_text(needed), size_text(free))
+        with part.open("wb") as file:
+            file.truncate(needed)
+    except OSError as error:
+        return ConfigError(f"cache.dir={path.parent}: cannot be written to ({error.strerror}); name another folder")
+    return None
+
+
+def _write(
+    part: Path, layout: Layout, batches: Iterable[tuple[Tensor, Features]], items: int, what: str
+) -> tuple[list[Tensor], Exception | None]:
+    """This rank's rows; returns the items written, and what went wrong."""
+    seen: list[Tensor] = []
+    width, said, count = layout.numbers * 2, time.monotonic(), 0
+    try:
+        with part.open("r+b", buffering=0) as file:
+            for indices, features in batches:
+                rows = layout.pack(features)
+                if not rows.isfinite().all():
+                    return seen, DataError(
+                        f"{_key()}: a feature of the {what} is above 65,504, the largest number of float16; "
+                        "set backbone.cache_features=false"
+                    )
+                for index, row in zip(indices.tolist(), rows.numpy(), strict=True):
+                    os.pwrite(file.fileno(), row.tobytes(), index * width)
+                seen.append(indices.cpu())
+                count += len(indices)
+                if time.monotonic() - said > PROGRESS and distributed.rank() == 0:
+                    said = time.monotonic()
+                    log.info("%s: %d of %d", _key(), count * distributed.world_size(), items)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        return seen, DataError(
+            f"{_key()}: {part} cannot be written ({error.strerror or error}); it is gone again; set cache.dir to a "
+            "larger disk, or backbone.cache_features=false"
+        )
+    return seen, None

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from engine import setup
 from tests.reference import framework
 
 
@@ -20,6 +21,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--dump", type=Path, metavar="FOLDER", help="write the replayed results here, one npz a case")
     parser.add_argument("--prefix", default="shared", choices=("shared", "held"), help=argparse.SUPPRESS)
     args = parser.parse_args(words)
+    setup.begin()
     cases = framework.find_cases(args.folder, args.only)
     if not cases:
         sys.stderr.write(f"{args.folder}: no case <method>.<function>.<n>.npz matches {args.only}\n")

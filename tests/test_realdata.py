@@ -17,7 +17,7 @@ CAMVID_BAND, COCO_BAND = (29.0, 34.5), (11.0, 14.0)
 """val/cluster/miou of Hidden Positives, mean of seeds 0, 1, 2, as recorded; see README."""
 MARGIN_OVER_BASELINE = 3.0
 """Points of mIoU by which it must beat val/kmeans/miou of the baseline on camvid."""
-MARGIN_OF_CORE = 14.0
+MARGIN_OF_CORE = 10.0
 """Points of mIoU that it must lose there without its contrastive term."""
 SEEDS = (0, 1, 2)
 

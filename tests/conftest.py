@@ -25,6 +25,9 @@ SMALL = [
 ]  # fmt: skip
 """A run of seconds that still has epochs (5 steps each), validations and checkpoints that fall on different steps."""
 
+OF_SCENES = ("data=scenes", "data.train_count=", "data.val_count=")
+"""Words of SMALL that other data sets do not know."""
+
 SMALL_OF = {
     "method.pool.size": "32", "method.pool.renew_every": "3", "method.lambda_warmup": "2", "method.dim": "16",
     "method.head.hidden": "32", "method.head.bottleneck": "16", "method.head.out_dim": "48", "method.drop_path": "0",
@@ -34,8 +37,9 @@ SMALL_OF = {
 
 
 def small_words(method: str, *more: str) -> list[str]:
-    """The words of a small run of a method."""
-    words = ["backbone=tiny", *SMALL, f"method={method}"]
+    """The words of a small run of a method; of scenes, unless `more` chooses a folder."""
+    data = [word for word in SMALL if "data=folder" not in more or not word.startswith(OF_SCENES)]
+    words = ["backbone=tiny", *data, f"method={method}"]
     known = config.flatten(config.compose([f"method={method}"]))
     return [*words, *(f"{key}={value}" for key, value in SMALL_OF.items() if key in known), *more]
 

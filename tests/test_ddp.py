@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import run as entry
 from engine import setup
-from tests.conftest import METHODS, read_json, run_small, small_words
+from tests.conftest import METHODS, Run, read_json, run_small, small_words
+from tests.datamodules.pictures import noise, save
 
 pytestmark = pytest.mark.ddp
 
@@ -18,13 +20,11 @@ ROUNDING = 2e-4
 """Weights after eight steps of AdamW differ by the order of sums alone; a wrong batch split moves them by 1e-2."""
 
 
-def run_two(method: str, parent: Path, *more: str) -> Path:
-    """The small run as two processes that Lightning starts; returns its folder."""
-    words = small_words(
-        method, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"
-    )
-    words = [word for word in words if word != "trainer=cpu"]
-    command = [sys.executable, "run.py", "train", *words, f"run.dir={parent}", "run.name=two", *more]
+def run_two(method: str, parent: Path, *more: str, processes: int = 2, script: str | Path = "run.py") -> Path:
+    """The small run as two processes (or more) that Lightning starts; returns its folder."""
+    ddp = ["trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={processes}", "trainer.precision=32-true"]
+    words = [word for word in small_words(method, *ddp, *more) if word != "trainer=cpu"]
+    command = [sys.executable, str(script), "train", *words, f"run.dir={parent}", "run.name=two"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     root = Path(entry.__file__).parent
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280)
@@ -32,16 +32,21 @@ def run_two(method: str, parent: Path, *more: str) -> Path:
     return parent / "two"
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_two_processes_equal_one(method, small_run, tmp_path):
-    one = small_run(method)
-    folder = run_two(method, tmp_path)
+def expect_equal(folder: Path, one: Run) -> None:
+    """The weights of a run of several processes are those of the run of one."""
     weights = setup.read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
     assert weights.keys() == one.weights.keys()
     for name, value in one.weights.items():
         if name.startswith("kmeans_probe."):
             continue  # k-means may end in another optimum for codes that differ in the last bit
         assert torch.allclose(weights[name].float(), value.float(), rtol=0, atol=ROUNDING), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_equal_one(method, small_run, tmp_path):
+    one = small_run(method)
+    folder = run_two(method, tmp_path)
+    expect_equal(folder, one)
     metrics = read_json(folder / "metrics.json")
     for key in ("val/cluster/acc", "val/linear/acc", "val/linear/miou"):
         assert abs(metrics[key] - one.metrics[key]) < 0.5, key
@@ -54,3 +59,58 @@ def test_two_processes_fit_the_posthoc_probe_of_one(tmp_path):
     weights = setup.read_checkpoint(run_two("kmeans_baseline", tmp_path, epochs) / "checkpoints" / "last.ckpt")
     for name in ("posthoc_probe.classifier.weight", "posthoc_probe.classifier.bias"):
         assert torch.allclose(weights["state_dict"][name], one.weights[name], rtol=0, atol=ROUNDING), name
+
+
+def test_four_processes_equal_one(small_run, tmp_path):
+    """One picture a process in training, and five validation pictures for four."""
+    expect_equal(run_two("hidden_positives", tmp_path, processes=4), small_run("hidden_positives"))
+
+
+def test_ranks_without_a_valid_pixel_wait_for_nobody(tmp_path):
+    """Two labelled pictures among eight: batches leave ranks without one, and three are validated."""
+    for i in range(8):
+        save(tmp_path / "tree" / "images" / "train" / f"{i}.png", noise(48, 48, seed=i))
+    for i in range(2):
+        save(
+            tmp_path / "tree" / "labels" / "train" / f"{i}.png", np.arange(48 * 48, dtype=np.uint8).reshape(48, 48) % 3
+        )
+    for i in range(3):
+        save(tmp_path / "tree" / "images" / "val" / f"{i}.png", noise(48, 48, seed=20 + i))
+        save(tmp_path / "tree" / "labels" / "val" / f"{i}.png", np.full((48, 48), i, np.uint8))
+    (tmp_path / "tree" / "classes.json").write_text('["a", "b", "c"]')
+    data = ["data=folder", f"data.root={tmp_path}/tree"]
+    one = run_small("hidden_positives", tmp_path, "one", *data)
+    assert one.metrics["val/linear/acc"] is not None
+    expect_equal(run_two("hidden_positives", tmp_path, *data), one)
+
+
+SKIPPING = """
+import sys
+import run
+from common import distributed
+from dataclasses import replace
+from lightning_modules.hidden_positives import HiddenPositives
+
+real = HiddenPositives.loss
+
+def skips(self, views, features):
+    found = real(self, views, features)
+    return replace(found, skip=self.global_step == 3 and distributed.rank() == distributed.world_size() - 1)
+
+HiddenPositives.loss = skips
+if __name__ == "__main__":
+    sys.exit(run.main())
+"""
+
+
+def test_a_step_skipped_on_one_rank_is_skipped_on_all(small_run, tmp_path, monkeypatch):
+    """The last rank alone asks for it, at step 3: as if one process had skipped that step."""
+    script = tmp_path / "skipping.py"
+    script.write_text(SKIPPING)
+    monkeypatch.setenv("PYTHONPATH", str(Path(entry.__file__).parent))
+    two = run_two("hidden_positives", tmp_path / "a", script=script)
+    alone = run_two("hidden_positives", tmp_path / "b", script=script, processes=1)
+    one = Run(alone, read_json(alone / "metrics.json"))
+    expect_equal(two, one)
+    moved = one.weights["head.linear.weight"] - small_run("hidden_positives").weights["head.linear.weight"]
+    assert moved.abs().max() > 5 * ROUNDING

@@ -13,6 +13,7 @@ from common.errors import ConfigError
 from common.files import whole
 from common.spec import ClassMeta
 from datamodules.base import load_datamodule
+from datamodules.official import OfficialDataModule
 from engine import released, setup
 from engine.callbacks import WholeCheckpointIO
 from engine.released import Released
@@ -66,7 +67,7 @@ def import_checkpoint(origin: str, file: Path, output: Path, tokens: list[str]) 
             file, shortened(found.objects),
         )  # fmt: skip
     cfg, recipe = configure(origin, file, found, words, tokens, backbone)
-    meta = load_datamodule(cfg.data.name)(cfg).build_meta()
+    meta = classes_of(cfg)
     if meta.num_classes != found.classes:
         raise ConfigError(
             f"data={cfg.data.name}: has {meta.num_classes} classes, and the linear probe of {file} has "
@@ -132,6 +133,15 @@ def data_words(origin: str, file: Path, found: Released, words: dict[str, str]) 
     raise ConfigError(f"data: {file} {said} ({found.classes} classes); add {choices}")
 
 
+def classes_of(cfg: DictConfig) -> ClassMeta:
+    """The classes of the data set. Published ones have theirs without any file; others are read."""
+    data = load_datamodule(cfg.data.name)(cfg)
+    if isinstance(data, OfficialDataModule):
+        return data.build_meta()
+    data.setup()
+    return data.meta
+
+
 def as_checkpoint(cfg: DictConfig, meta: ClassMeta, found: Released) -> dict[str, Any]:
     """The content of a checkpoint of ours, with the file's tensors in the method's state."""
     model = setup.build_model(cfg, meta)
@@ -164,4 +174,4 @@ def introduce(cfg: DictConfig, found: Released, recipe: str | None, output: Path
 def shortened(names: tuple[str, ...]) -> str:
     """The first three names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more}"
+    return f"{', '.join(name if name.isprintable() else ascii(name) for name in names[:3])}{more}"

@@ -38,7 +38,7 @@ DTYPES = {
 TENSOR, PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
 MAPPINGS = ("collections.OrderedDict", "collections.defaultdict", "pytorch_lightning.utilities.parsing.AttributeDict")
 CONTAINERS = ("omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig")
-ORDINARY = (*DTYPES, TENSOR, PARAMETER, *MAPPINGS[:1])
+ORDINARY = (*DTYPES, TENSOR, PARAMETER, *MAPPINGS[:1], "torch.Size", "torch.device")
 """Names that `torch.load(weights_only=True)` takes too and that a file of tensors alone holds."""
 
 
@@ -180,10 +180,10 @@ def mapping(value: Any) -> Mapping[Any, Any] | None:
 
 
 def setting(value: Any) -> Any:
-    """A number, truth value or text, also out of a node of OmegaConf; None for anything else."""
+    """A finite number, truth value or printable text, also out of a node of OmegaConf; None for anything else."""
     if isinstance(value, Inert) and value.name.startswith("omegaconf.nodes."):
         value = members(value).get("_val")
-    if type(value) is float and not math.isfinite(value):
+    if (type(value) is float and not math.isfinite(value)) or (type(value) is str and not value.isprintable()):
         return None
     return value if type(value) in (bool, int, float, str) else None
 

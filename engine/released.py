@@ -91,6 +91,8 @@ def read(origin: str, path: Path) -> Released:
             other = next((name for name, needed in ENTRIES.items() if needed[0] in content), None)
             hint = f"; it looks like from={other}" if other not in (None, origin) else ""
             raise CheckpointError(f"file={path}: holds no {entry}, so it is no released checkpoint of {origin}{hint}")
+        if not all(isinstance(key, str) and key.isprintable() for key in inside):
+            raise file.unreadable()
         found |= {f"{entry}.{key}": value for key, value in inside.items()}
     saved = _saved_settings(content) if origin == "stego" else {}
     keys = _Keys(origin, file, found)

@@ -4,6 +4,7 @@ The networks here are written for these tests in the released order of operation
 codes, probes, one confusion matrix, Hungarian matching on its counts.
 """
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,15 @@ def hp(dim: int = 16, classes: int = 27, patch: int = 16, small: bool = True, ch
 
 
 def stego(
-    dim: int = 12, classes: int = 3, patch: int = 8, small: bool = True, channels: int = 384, extra: int = 0, **saved: Any
+    dim: int = 12,
+    classes: int = 3,
+    patch: int = 8,
+    small: bool = True,
+    extra: int = 0,
+    **saved: Any,
 ) -> dict[str, Any]:
     """What Lightning writes of the released module: tensors, and the saved configuration as OmegaConf objects."""
-    draw = Draws(small)
+    draw, channels = Draws(small), 384
     state = {f"net.model.{key}": value for key, value in dino(draw, channels, patch).items()}
     state |= {f"net.{key}": value for key, value in head(draw, channels, dim).items()}
     state |= {
@@ -105,7 +111,8 @@ def stego(
     }  # fmt: skip
     return {
         "epoch": 3, "global_step": 4400, "pytorch-lightning_version": "1.2.10", "state_dict": state,
-        "callbacks": {}, "optimizer_states": [], "lr_schedulers": [],
+        "callbacks": {Draws: {"best_model_score": draw(1)}}, "optimizer_states": [defaultdict(dict)],
+        "lr_schedulers": [],
         "hyper_parameters": {"n_classes": classes, "cfg": OmegaConf.create(cfg | saved)},
     }  # fmt: skip
 
@@ -122,7 +129,9 @@ def transformer(state: dict[str, Tensor], images: Tensor, heads: int) -> Tensor:
     """DINO's transformer: normalised patch tokens of the last block, [B,C,h,w]."""
     weight = state["patch_embed.proj.weight"]
     dim, patch = weight.shape[0], weight.shape[-1]
-    x = F.conv2d((images - MEAN.view(3, 1, 1)) / STD.view(3, 1, 1), weight, state["patch_embed.proj.bias"], stride=patch)
+    x = F.conv2d(
+        (images - MEAN.view(3, 1, 1)) / STD.view(3, 1, 1), weight, state["patch_embed.proj.bias"], stride=patch
+    )
     count, _, h, w = x.shape
     x = torch.cat([state["cls_token"].expand(count, -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
     x = x + positions(state["pos_embed"], h, w)
@@ -189,9 +198,7 @@ def scores(
             matrices[name] += np.bincount(pairs.numpy(), minlength=classes**2).reshape(classes, classes)
     rows, columns = linear_sum_assignment(matrices["cluster"], maximize=True)
     matrices["cluster"] = matrices["cluster"][rows[np.argsort(columns)]]
-    return {
-        f"val/{name}/{key}": value for name, matrix in matrices.items() for key, value in figures(matrix).items()
-    }
+    return {f"val/{name}/{key}": value for name, matrix in matrices.items() for key, value in figures(matrix).items()}
 
 
 def figures(matrix: np.ndarray) -> dict[str, float]:

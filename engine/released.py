@@ -95,6 +95,7 @@ def read(origin: str, path: Path) -> Released:
             raise file.unreadable()
         found |= {f"{entry}.{key}": value for key, value in inside.items()}
     saved = _saved_settings(content) if origin == "stego" else {}
+    _refuse_settings(path, saved)
     keys = _Keys(origin, file, found)
     dim, channels = keys.sizes(keys.head("cluster1.0.weight"), "D", "C", 1, 1)[:2]
     patch = keys.sizes(keys.backbone("patch_embed.proj.weight"), "C", 3, "p", "p")[2]
@@ -115,7 +116,6 @@ def read(origin: str, path: Path) -> Released:
     backbone_prefix = "backbone."
     settings = {"method.dim": dim, "method.num_clusters": clusters}
     if origin == "stego":
-        _refuse_settings(path, saved)
         settings["method.projection"] = "nonlinear" if nonlinear else "linear"
         settings |= {own: saved[name] for name, own in SAVED.items() if saved.get(name) is not None}
     step = setting(content.get("global_step" if origin == "stego" else "iter"))

@@ -238,6 +238,9 @@ def test_networks_that_cannot_be_built_are_refused(tmp_path):
         "file=TMP/file: its saved settings have dino_feat_type=KK, and codes of dino_feat_type=feat alone are built "
         "here; choose another checkpoint"
     )
+    pyramid = files.stego(arch="feature-pyramid")  # a CNN: told by its settings before its keys
+    pyramid["state_dict"] = {"net.encoder.weight": torch.ones(2)}
+    assert "its saved settings have arch=feature-pyramid, and codes of arch=dino" in refusal(tmp_path, "stego", pyramid)
     assert refusal(tmp_path, "stego", files.stego(projection_type=None)) == (
         "file=TMP/file: its saved settings have projection_type=None, so its codes are the features themselves; use "
         "method=kmeans_baseline"

@@ -11,6 +11,8 @@ DIR ?=
 CKPT ?=
 INPUT ?=
 OUTPUT ?=
+FROM ?=
+FILE ?=
 VENV ?= .venv
 ifeq ($(origin PY), undefined)
 PY := $(VENV)/bin/python
@@ -23,11 +25,11 @@ WORDS = $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(if $(or $(filter-out file
 	$(if $(DATA),data=$(DATA)) $(if $(BACKBONE),backbone=$(BACKBONE)) $(if $(TRAINER),trainer=$(TRAINER)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train eval predict data list show-config doctor test test-fast test-ddp test-slow test-realdata test-gpu \
+.PHONY: help setup train eval predict import-checkpoint data list show-config doctor test test-fast test-ddp test-slow test-realdata test-gpu \
 	reference bench lint lock clean
 
 help: ## this page
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | awk -F'\t' '{printf "  make %-17s %s\n", $$1, $$2}'
 	@echo "  Example: make train METHOD=hidden_positives DATA=folder ARGS=\"data.root=pictures seed=3\""
 
 $(VENV)/.ready: requirements.lock pyproject.toml
@@ -54,6 +56,9 @@ eval: $(READY) ## CKPT=runs/x/checkpoints/last.ckpt [ARGS=…]: the scores of a 
 
 predict: $(READY) ## CKPT=… INPUT=folder OUTPUT=folder [ARGS=…]: cluster maps and overlays of any pictures
 	@$(PY) run.py predict ckpt=$(CKPT) input=$(INPUT) output=$(OUTPUT) $(ARGS)
+
+import-checkpoint: $(READY) ## FROM=stego|hp FILE=… OUTPUT=….ckpt [DATA=…] [ARGS=…]: the authors' checkpoint as one of ours
+	@$(PY) run.py import-checkpoint from=$(FROM) file=$(FILE) output=$(OUTPUT) $(if $(DATA),data=$(DATA)) $(ARGS)
 
 data: $(READY) ## DATA=cocostuff27 [ARGS="root=folder rebuild=true"]: what to fetch, from where, under which terms; checks what is there
 	@$(PY) run.py data $(if $(DATA),name=$(DATA)) $(ARGS)

@@ -5,6 +5,7 @@ strict: only what the layers define exists, a wrong key or type ends in one line
 """
 
 import logging
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,16 @@ def figure(experiment: str) -> str:
     source = f" ({facts['source']})" if facts["source"] != "-" else ""
     here = f"reached here: {facts['here']}" if facts["here"] else "not run here"
     return f"to reach: {facts['reach']}{source}; {here}"
+
+
+def published(experiment: str) -> dict[str, float]:
+    """The figures that a recipe has to reach, as metrics.json names them: {"cluster_crf/acc": 57.2, …}, percent."""
+    reach = load_group("experiment", experiment)["figure"]["reach"]
+    after = "_crf" if reach.endswith(", with CRF") else ""
+    figures: dict[str, float] = {}
+    for probe, acc, miou in re.findall(r"(cluster|linear) ([\d.]+)(?: acc)?(?: / ([\d.]+))?", reach):
+        figures |= {f"{probe}{after}/{name}": float(text) for name, text in (("acc", acc), ("miou", miou)) if text}
+    return figures
 
 
 def parse_words(tokens: Iterable[str]) -> dict[str, str]:

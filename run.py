@@ -50,6 +50,14 @@ def predict(words: list[str]) -> None:
     run(Path(named["ckpt"]), Path(named["input"]), Path(named["output"]), rest)
 
 
+def import_checkpoint(words: list[str]) -> None:
+    """import-checkpoint from=stego|hp file=… output=….ckpt [data=…] [key=value …]: the authors' checkpoint as ours"""
+    from engine.importing import import_checkpoint as run
+
+    named, rest = take(words, "from", "file", "output")
+    run(named["from"], Path(named["file"]), Path(named["output"]), rest)
+
+
 def data(words: list[str]) -> None:
     """data [name=… [root=…] [rebuild=true] [key=value …]]: what to fetch and under which terms; checks what is there"""
     import config
@@ -112,6 +120,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "eval": evaluate,
     "predict": predict,
+    "import-checkpoint": import_checkpoint,
     "data": data,
     "list": list_names,
     "show-config": show_config,
@@ -133,6 +142,8 @@ def show(metrics: dict) -> None:
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(title, style="bold", highlight=False)
     console.print(report.final_table(metrics))
+    if "published/source" in metrics:
+        console.print(f"published: {metrics['published/source']}", highlight=False)
     rule = metrics.get("selection/rule")
     if rule:
         chosen = "chosen with labels" if metrics["selection/uses_labels"] else "chosen without labels"

@@ -75,9 +75,23 @@ def evaluate(checkpoint_path: Path, tokens: list[str]) -> dict[str, Any]:
             found = evaluate_once(changed, other, model, fits, step, folder / summary.size_name(size))
             metrics |= summary.at_resolution(found, size)
     metrics |= {**summary.facts(cfg, model, step), "checkpoint": checkpoint_path.name}
+    metrics |= published(checkpoint)
     if rank_zero_only.rank == 0:
         report.write_json(folder / "metrics.json", metrics)
     return metrics
+
+
+def published(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Of an imported checkpoint: what it is, and the figures published for it, `published/<probe>/<metric>`."""
+    imported = checkpoint["labelfree"].get("imported")
+    if imported is None:
+        return {}
+    found = {"imported/from": imported["from"], "imported/file": imported["file"]}
+    if imported["recipe"] is None:
+        return found
+    figures = {f"published/{key}": value for key, value in config.published(imported["recipe"]).items()}
+    source = config.load_group("experiment", imported["recipe"])["figure"]["source"]
+    return found | figures | {"published/source": source}
 
 
 def evaluate_once(

@@ -79,6 +79,11 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 def check_resume(cfg: DictConfig, model: UnsupervisedSegmenter, folder: RunFolder) -> None:
     """Raises CheckpointError where the checkpoint to go on from is cut, foreign, of other settings, or at its end."""
     checkpoint = setup.read_checkpoint(folder.checkpoint)
+    if "imported" in checkpoint["labelfree"]:
+        raise CheckpointError(
+            f"run.resume: {folder.checkpoint} was imported; a release holds no optimiser, pool or projection to go on "
+            "with, so it can be evaluated and used by predict, and training starts without it"
+        )
     stored, own = config.with_defaults(checkpoint["labelfree"]["config"]), config.plain(cfg)
     for group in ("method", "backbone", "optim"):
         difference = config.first_difference({group: stored[group]}, {group: own[group]})

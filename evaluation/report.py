@@ -61,25 +61,25 @@ def final_table(metrics: Mapping[str, Any], title: str = "") -> Table:
     """The table at the end of a run: a row a probe, columns acc and mIoU, and the same of the best checkpoint.
 
     Reads `val/<probe>/acc|miou` and `best/<probe>/acc|miou` of the flat metrics; without labels it shows the label-free
-    keys instead. The best columns appear only where there are best keys. Scores at several resolutions
-    (`val@320/<probe>/acc|miou`) stand below each other, with a first column that names the pixels.
+    keys instead. The best columns appear only where there are best keys, and so do those of published figures
+    (`published/<probe>/acc|miou`). Scores at several resolutions (`val@320/<probe>/acc|miou`) stand below each other,
+    with a first column that names the pixels.
     """
     names = ("acc", "miou") if any(key.endswith("/miou") for key in metrics) else ("entropy", "confidence")
-    best = any(key.startswith("best/") for key in metrics)
     stages = list(dict.fromkeys(key.split("/")[0] for key in metrics if key.startswith(("val/", "val@"))))
     sized = any("@" in stage for stage in stages)
+    others = ("best",) if sized else ("best", "published")  # figures are published for one resolution
+    beside = [stage for stage in others if any(key.startswith(f"{stage}/") for key in metrics)]
     table = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold")
     if sized:
         table.add_column("px", justify="right")
     table.add_column("probe")
-    for column in ("", "best ") if best else ("",):
+    for column in ("", *beside):
         for name in names:
-            table.add_column(column + {"miou": "mIoU"}.get(name, name), justify="right")
+            table.add_column(f"{column} {'mIoU' if name == 'miou' else name}".strip(), justify="right")
     for stage in stages:
         for probe in _probes(metrics, stage, names):
-            cells = [
-                metrics.get(f"{source}/{probe}/{name}") for source in (stage, "best")[: 1 + best] for name in names
-            ]
+            cells = [metrics.get(f"{source}/{probe}/{name}") for source in (stage, *beside) for name in names]
             table.add_row(*[stage.partition("@")[2]] * sized, probe, *(number(cell) for cell in cells))
         table.add_section()
     return table

@@ -1,6 +1,7 @@
 """No published recipe is dead: one step of each on a made-up tree in the official layout, and the line that `list`
 prints of it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,15 @@ def test_recipes_of_hidden_positives_hold_the_released_values(name):
     assert (optim.head.lr, optim.head.weight_decay, optim.head.clip_norm) == (5e-4, 0.1, 10.0)
     assert (optim.projection.lr, optim.linear_probe.lr, optim.cluster_probe.lr) == (5e-4, 1e-3, 5e-3)
     assert (method.loss_version, method.reweighting, method.lhp.sigma) == ("1", True, 28.0)
+
+
+def test_published_figures_are_read_off_every_recipe():
+    assert config.published("hidden_positives_cocostuff27_vits8") == {
+        "cluster_crf/acc": 57.2, "cluster_crf/miou": 24.6, "linear_crf/acc": 75.6, "linear_crf/miou": 42.7,
+    }  # fmt: skip
+    assert config.published("stego_potsdam3_vits8") == {"cluster_crf/acc": 77.0}
+    for name in config.names("experiment"):
+        recipe = config.load_group("experiment", name)
+        if recipe["words"]["method"] != "dino":
+            written = re.findall(r"\d+\.\d", recipe["figure"]["reach"])
+            assert [str(value) for value in config.published(name).values()] == written, name

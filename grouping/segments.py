@@ -1,6 +1,6 @@
 """Segments of pictures: spherical k-means inside every picture of a batch at once, and what is computed over segments.
 
-A segment is a distinct (picture, k-means label, region) triple. All shapes are known to the host before it sees a value:
+A segment is a distinct (picture, k-means label, region) triple. The host knows all shapes before it sees a value:
 pixels that do not count are marked -1 instead of being cut out, tables of segments have a given number of rows. So
 nothing waits for the device, there is no loop over pictures (a CPU takes as many at a time as its cache holds), and a
 table that is padded under DDP stays right.

@@ -101,9 +101,9 @@ def locations(size: tuple[int, int], rule: str = "centred", device: torch.device
     return places - 0.5 if rule == "centred" else places
 
 
-def located(vectors: Tensor, places: Tensor, scale: float = 1.0) -> Tensor:
-    """Unit vectors [B,N,D] with their places [N,2] or [B,N,2] times `scale` appended, unit length again: [B,N,D+2]."""
-    places = (places * scale).to(vectors.dtype).expand(*vectors.shape[:-1], 2)
+def located(vectors: Tensor, places: Tensor) -> Tensor:
+    """Unit vectors [B,N,D] with their places [N,2] or [B,N,2] appended, unit length again: [B,N,D+2]."""
+    places = places.to(vectors.dtype).expand(*vectors.shape[:-1], 2)
     return F.normalize(torch.cat([vectors, places], dim=-1), dim=-1)
 
 
@@ -117,6 +117,7 @@ def spherical_kmeans(
     count: int,
     iterations: int,
     *,
+    places: Tensor | None = None,
     valid: Tensor | None = None,
     empty: str = "skip",
     block_bytes: int | None = None,
@@ -127,10 +128,11 @@ def spherical_kmeans(
     No test of convergence. Computed in float32 without shortcuts (float64 for float64 vectors), also inside autocast.
 
     Args:
-        vectors: [B,N,D] unit rows, with location where that is wanted.
+        vectors: [B,N,D] unit rows.
         labels: int64 [B,N] initial labels in 0..count-1; entries that are not valid are not read.
         count: K, clusters of each picture.
         iterations: rounds; 0 gives the initial labels.
+        places: [N,2], appended to the vectors as `located` does. None: the vectors as they are.
         valid: bool [B,N]; other pixels take no part and have label -1. None: all are valid.
         empty: `skip` or `zero`, see EMPTY.
         block_bytes: size of the block of similarities. Changes no label.
@@ -141,7 +143,8 @@ def spherical_kmeans(
     _known("kmeans.empty", empty, EMPTY)
     vectors = vectors.detach()
     vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
-    work = partial(_rounds, count=count, iterations=iterations, skip=empty == "skip", block_bytes=block_bytes)
+    skip = empty == "skip"
+    work = partial(_rounds, count=count, iterations=iterations, places=places, skip=skip, block_bytes=block_bytes)
     if vectors.device.type != "cpu":
         return work(vectors, labels, valid)
     height = max(1, _CACHE_BYTES // max(1, vectors[:1].nbytes))
@@ -156,10 +159,12 @@ def _rounds(
     valid: Tensor | None,
     count: int,
     iterations: int,
+    places: Tensor | None,
     skip: bool,
     block_bytes: int | None,
 ) -> Tensor:
     """`spherical_kmeans` of some pictures, all at once."""
+    vectors = vectors.contiguous() if places is None else located(vectors, places)
     pictures, _, dim = vectors.shape
     rows = vectors.reshape(-1, dim)
     first = torch.arange(pictures, device=vectors.device)[:, None] * (count + 1)
@@ -169,14 +174,14 @@ def _rounds(
         for _ in range(iterations):
             table = vectors.new_zeros(pictures * (count + 1), dim)
             table.index_add_(0, (labels + first).view(-1), rows)
-            centres = F.normalize(table.view(pictures, count + 1, dim)[:, :count], dim=-1).mT
+            centres = F.normalize(table.view(pictures, count + 1, dim)[:, :count], dim=-1)
+            # Clusters before pixels: `max` over the rows of a matrix is faster than `argmax` inside them.
+            scores = (torch.bmm(centres, part.mT) for part in vectors.split(width, dim=1))
             if skip:
-                filled = vectors.new_zeros(pictures, count + 1).scatter_(1, labels, 1.0)[:, None, :count]
+                filled = vectors.new_zeros(pictures, count + 1).scatter_(1, labels, 1.0)[:, :count, None]
                 bias = filled.log()  # 0 where a cluster has pixels, else minus infinity
-                scores = (torch.bmm(part, centres).add_(bias) for part in vectors.split(width, dim=1))
-            else:
-                scores = (torch.bmm(part, centres) for part in vectors.split(width, dim=1))
-            labels = torch.cat([part.argmax(-1) for part in scores], dim=1)
+                scores = (part.add_(bias) for part in scores)
+            labels = torch.cat([part.max(1).indices for part in scores], dim=1)
             labels = labels if valid is None else labels.where(valid, count)
     return labels if valid is None else labels.where(valid, -1)
 
@@ -187,14 +192,19 @@ class Segments:
 
     unit: Tensor
     """Unit embeddings [B,N,D], with gradient."""
-    located: Tensor
-    """The same with location, unit length [B,N,D+2]; without location it is `unit`."""
+    places: Tensor | None
+    """Location of each pixel times its scale [N,2]; None without location."""
     clusters: Tensor
     """int64 [B,N], k-means label of each pixel; -1 where it is not valid."""
     ids: Tensor
     """int64 [B,N], segment of each pixel, dense over the batch, in the order of (picture, cluster, region); or -1."""
     counts: Tensor
     """int64 [B], segments of each picture."""
+
+    @property
+    def located(self) -> Tensor:
+        """`unit` with location, unit length [B,N,D+2], with gradient; without location `unit` itself."""
+        return self.unit if self.places is None else located(self.unit, self.places)
 
 
 def sort_pixels(
@@ -222,13 +232,14 @@ def sort_pixels(
     """
     size = tuple(embeddings.shape[-2:])
     rows = embeddings.flatten(2).mT
-    unit = places = F.normalize(rows if rows.dtype == torch.float64 else rows.float(), dim=2)
+    unit = F.normalize(rows if rows.dtype == torch.float64 else rows.float(), dim=2)
+    places = None
     if location is not None:
-        places = located(unit, locations(size, location, unit.device).flatten(0, 1), location_scale)
+        places = locations(size, location, unit.device).flatten(0, 1) * location_scale
     start = grid_labels(size, cells, grid, unit.device).flatten().expand(len(unit), -1)
     inside = None if valid is None else valid.flatten(1)
     count = grid_count(size, cells, grid)
-    clusters = spherical_kmeans(places, start, count, iterations, valid=inside, empty=empty)
+    clusters = spherical_kmeans(unit, start, count, iterations, places=places, valid=inside, empty=empty)
     ids, counts = segment_ids(clusters, None if regions is None else regions.flatten(1))
     return Segments(unit, places, clusters, chained(ids, counts), counts)
 
@@ -265,14 +276,15 @@ def relabel(keys: Tensor, valid: Tensor | None = None, order: str = "key") -> tu
 def segment_ids(clusters: Tensor, regions: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Segments of every picture: ids [B,N] in the order of (cluster, region), and how many, [B].
 
-    clusters: int64 [B,N], -1 where a pixel does not count. regions: int64 [B,N], any values; None: clusters alone.
+    clusters: int64 [B,N], -1 where a pixel does not count. regions: int64 [B,N]; None: clusters alone. The range of the
+    regions times the number of clusters must stay below 2^63.
     Ids start at 0 in every picture; `chained` makes them distinct over a batch.
     """
     valid = clusters >= 0
     if regions is None:
         return relabel(clusters, valid)
-    ranks, _ = relabel(regions, valid)
-    return relabel(clusters * clusters.shape[1] + ranks, valid)
+    lowest = regions.min()
+    return relabel(clusters * (regions.max() - lowest + 1) + (regions - lowest), valid)
 
 
 def chained(ids: Tensor, counts: Tensor) -> Tensor:

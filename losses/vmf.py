@@ -25,9 +25,9 @@ from common.precision import exact
 MAX_KAPPA = 60.0
 """Above it sums of exp(kappa) leave float32; unit rows need no subtraction of a maximum below it."""
 
-_BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 512 << 20}
+_BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 512 << 20}
 """Bytes of one float block [pixels,S]; there are two."""
-_MIN_PIXELS = 64
+_MIN_PIXELS = 128
 """Pixels of a block at least: below it the products turn into memory traffic."""
 
 

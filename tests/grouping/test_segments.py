@@ -242,3 +242,11 @@ def test_nothing_waits_for_the_gpu():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(found.cpu(), whole(maps, regions, valid), rtol=1e-4, atol=1e-5)
+
+
+def test_the_first_of_equal_centres_wins():
+    vectors = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]]).repeat(2, 50, 1)
+    labels = torch.tensor([[3, 1, 4, 2]]).repeat(2, 50)
+    for empty in segments.EMPTY:
+        found = segments.spherical_kmeans(vectors, labels, 6, 1, empty=empty)
+        assert found[:, :4].tolist() == [[1, 1, 2, 2]] * 2

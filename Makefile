@@ -97,6 +97,7 @@ bench: $(READY) ## time and memory beside the plain formulation
 	@$(PY) -m benchmarks.hidden_positives $(ARGS)
 	@$(PY) -m benchmarks.search
 	@$(PY) -m benchmarks.stego
+	@$(PY) -m benchmarks.segments
 	@$(PY) -m benchmarks.evaluation
 
 lint: $(READY) ## ruff

@@ -17,7 +17,6 @@ engine (faiss by itself returns inner-product ties highest id first). Two engine
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from common import chance
 from common.errors import ConfigError, did_you_mean
+from common.precision import exact
 
 log = logging.getLogger(__name__)
 
@@ -236,29 +236,6 @@ def best(queries: Tensor, bank: Tensor, metric: str = "ip", backend: str | None 
         else:
             scores = _ENGINE_CALLS[engine](queries, bank, 1, metric)[0].squeeze(1)
     return scores if metric == "ip" else scores.neg_().clamp_(min=0)
-
-
-@contextmanager
-def exact(device: torch.device) -> Iterator[None]:
-    """Plain float32 products inside: autocast off, no TF32 or bfloat16 shortcuts; settings are restored after."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    with torch.autocast(device.type, enabled=False):
-        if not all(hasattr(backend, "fp32_precision") for backend in backends):  # torch before 2.9
-            before = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("highest")
-            try:
-                yield
-            finally:
-                torch.set_float32_matmul_precision(before)
-            return
-        kept = [backend.fp32_precision for backend in backends]
-        try:
-            for backend in backends:
-                backend.fp32_precision = "ieee"
-            yield
-        finally:
-            for backend, precision in zip(backends, kept, strict=True):
-                backend.fp32_precision = precision
 
 
 def _checked(queries: Tensor, bank: Tensor, metric: str) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,12 @@ def test_every_kind_of_the_foundation_has_a_case():
         "stego": "cluster_lookup linear_probe corr_helper corr_loss super_perm sample crf_aux_loss seg_head knn",
         "evaluation_protocol": "unsupervised_metrics overcluster_metrics flip_predict loader_transform five_crop_boxes "
         "dense_crf",
+        "segsort": "spherical_kmeans calculate_prototypes segment_mean grid_labels grid_labels_tf location_features "
+        "location_features_tf segment_by_kmeans prepare_prototype_labels prepare_prototype_labels_tf majority_label "
+        "segsort_loss vmf_unsupervised_tf vmf_nca_supervised_tf vmf_memory_tf topk_retrieval predict_by_retrieval "
+        "knn_predict_tf extract_prototypes_tf iou",
+        "hsg": "knn_affinity dmon_loss transition_composition group_means transformer_clustering generate_clusters "
+        "end_to_end_gradient losses centroid_contrastive gather_prototypes cluster_mapping reorder_image_indices",
     }
     assert {f"{method}.{name}" for method, names in wanted.items() for name in names.split()} <= kinds
     assert all(path.stat().st_size < 1 << 20 for path in PATHS)

@@ -181,7 +181,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: the package {error.name} is missing; run `make setup`, or use .venv/bin/python", file=sys.stderr)
         return 2
     except Stopped as stop:
-        log.info("%s", stop)
+        from lightning.pytorch.utilities import rank_zero_only
+
+        if rank_zero_only.rank == 0:
+            log.info("%s", stop)
         return stop.code
     except KeyboardInterrupt:
         return 130  # as shells expect of Ctrl-C

@@ -37,7 +37,7 @@ AGAIN = 85
 
 
 class Stopped(Exception):  # noqa: N818 - nothing went wrong
-    """A run that ended because a signal asked it to; `code` is the exit code. Not an error: the same command goes on."""
+    """A run that ended because a signal asked it to, no error; `code` is the exit code. The same command goes on."""
 
     def __init__(self, signum: int, step: int, saved: bool) -> None:
         self.code = AGAIN if signum == signal.SIGUSR1 else 128 + signum

@@ -73,7 +73,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         if model.trains_backbone:
             exporting.export_backbone(folder.path, cfg, data, model, metrics)
         seconds, speed = time.perf_counter() - started, metrics["train_images_per_second"]
-        facts = environment.describe(cfg.seed, trainer.strategy.root_device, commit, seconds, speed)
+        device, processes = trainer.strategy.root_device, trainer.world_size
+        facts = environment.describe(cfg.seed, device, commit, seconds, speed, processes)
         report.write_json(folder.path / "environment.json", facts)
         report.write_json(folder.metrics, metrics)
     return metrics

@@ -355,7 +355,7 @@ def test_a_model_trained_without_labels_is_evaluated_on_labelled_pictures(capsys
 @pytest.mark.ddp
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM])
 def test_a_killed_process_goes_on(kind, tmp_path, small_run):
-    """kill -9, Ctrl-C or a scheduler's signal in the middle, then the same command again: the numbers of the run that was not killed."""
+    """kill -9, Ctrl-C or a scheduler's signal in the middle, then the same command: numbers as if not killed."""
     plain = small_run("kmeans_baseline")
     words = small_words("kmeans_baseline", f"run.dir={tmp_path}", "run.name=k")
     command = [sys.executable, "run.py", "train", *words]

@@ -15,6 +15,9 @@ NODES ?= 1
 GPUS ?= 1
 SITE ?=
 DRY ?=
+SWEEP ?= $(METHOD)
+TRIALS ?=
+OFFLINE ?=
 VENV ?= .venv
 ifeq ($(origin PY), undefined)
 PY := $(VENV)/bin/python
@@ -27,7 +30,7 @@ WORDS = $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(if $(or $(filter-out file
 	$(if $(DATA),data=$(DATA)) $(if $(BACKBONE),backbone=$(BACKBONE)) $(if $(TRAINER),trainer=$(TRAINER)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train eval predict data list show-config doctor slurm test test-fast test-ddp test-slurm test-slow \
+.PHONY: help setup train eval predict data list show-config doctor sweep slurm test test-fast test-ddp test-slurm test-slow \
 	test-realdata test-gpu reference bench lint lock clean
 
 help: ## this page
@@ -58,6 +61,11 @@ eval: $(READY) ## CKPT=runs/x/checkpoints/last.ckpt [ARGS=…]: the scores of a 
 
 predict: $(READY) ## CKPT=… INPUT=folder OUTPUT=folder [ARGS=…]: cluster maps and overlays of any pictures
 	@$(PY) run.py predict ckpt=$(CKPT) input=$(INPUT) output=$(OUTPUT) $(ARGS)
+
+sweep: $(READY) ## METHOD=hidden_positives [SWEEP=configs/sweep/<name>] [TRIALS=20] [OFFLINE=1] [DATA=…] [ARGS=…]: by W&B, or here
+	@$(PY) -m launch.sweep sweep=$(SWEEP) $(if $(TRIALS),trials=$(TRIALS)) $(if $(filter-out 0,$(OFFLINE)),offline=true) \
+		$(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(if $(DATA),data=$(DATA)) $(if $(BACKBONE),backbone=$(BACKBONE)) \
+		$(if $(TRAINER),trainer=$(TRAINER)) $(ARGS)
 
 slurm: $(READY) ## METHOD=… NODES=2 GPUS=8 [SITE=launch/site.yaml] [DRY=1] [ARGS=…]: train on a SLURM cluster; GPUS=0: on CPUs
 	@$(PY) -m launch.submit nodes=$(NODES) gpus=$(GPUS) $(if $(SITE),site=$(SITE)) $(if $(filter-out 0,$(DRY)),dry=true) $(WORDS)

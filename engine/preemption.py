@@ -24,7 +24,7 @@ from engine.callbacks import RunKeeper
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 MARKER_VARIABLE = "LABELFREE_REQUEUE"
-"""Names the file that any rank makes when it is asked to come back; the batch script puts the job into the queue."""
+"""Names the file that a rank makes when it is asked to stop; the batch script then requeues the job."""
 
 
 class Preemption(Callback):
@@ -69,7 +69,7 @@ class Preemption(Callback):
         if launcher is not None:  # processes that Lightning started itself: the scheduler does not know them
             launcher.kill(signum)
         marker = os.environ.get(MARKER_VARIABLE)
-        if marker and signum == signal.SIGUSR1:
+        if marker:
             Path(marker).touch()
         if not self.training:
             raise Stopped(signum, self.trainer.global_step, saved=False)

@@ -80,10 +80,11 @@ class Cluster:
             f"SlurmctldPidFile={folder}/slurmctld.pid", f"SlurmctldLogFile={folder}/slurmctld.log",
             "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none", "SchedulerType=sched/backfill",
             "SelectType=select/linear", "ReturnToService=2", "MpiDefault=none", "SlurmdParameters=config_overrides",
-            "KillWait=5",
+            "KillWait=5", "PreemptType=preempt/partition_prio", "PreemptMode=REQUEUE",
             *(f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=1 RealMemory=2000"
               for name, port in zip(NODES, ports, strict=True)),
-            f"PartitionName=debug Nodes={','.join(NODES)} Default=YES MaxTime=INFINITE State=UP",
+            f"PartitionName=debug Nodes={','.join(NODES)} Default=YES PriorityTier=1 GraceTime=60 State=UP",
+            f"PartitionName=urgent Nodes={','.join(NODES)} PriorityTier=9 State=UP",
         ]  # fmt: skip
         (folder / "state").mkdir()
         self.conf.write_text("\n".join(lines) + "\n")

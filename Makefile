@@ -13,6 +13,13 @@ INPUT ?=
 OUTPUT ?=
 FROM ?=
 FILE ?=
+NODES ?= 1
+GPUS ?= 1
+SITE ?=
+DRY ?=
+SWEEP ?= $(METHOD)
+TRIALS ?=
+OFFLINE ?=
 VENV ?= .venv
 ifeq ($(origin PY), undefined)
 PY := $(VENV)/bin/python
@@ -25,8 +32,8 @@ WORDS = $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(if $(or $(filter-out file
 	$(if $(DATA),data=$(DATA)) $(if $(BACKBONE),backbone=$(BACKBONE)) $(if $(TRAINER),trainer=$(TRAINER)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train eval predict import-checkpoint data list show-config doctor test test-fast test-ddp test-slow test-realdata test-gpu \
-	reference bench lint lock clean
+.PHONY: help setup train eval predict import-checkpoint data list show-config doctor sweep slurm test test-fast test-ddp test-slurm \
+	test-slow test-realdata test-gpu reference bench lint lock clean
 
 help: ## this page
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | awk -F'\t' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -60,6 +67,14 @@ predict: $(READY) ## CKPT=… INPUT=folder OUTPUT=folder [ARGS=…]: cluster map
 import-checkpoint: $(READY) ## FROM=stego|hp FILE=… OUTPUT=….ckpt [DATA=…] [ARGS=…]: the authors' checkpoint as one of ours
 	@$(PY) run.py import-checkpoint from=$(FROM) file=$(FILE) output=$(OUTPUT) $(if $(DATA),data=$(DATA)) $(ARGS)
 
+sweep: $(READY) ## METHOD=hidden_positives [SWEEP=configs/sweep/<name>] [TRIALS=20] [OFFLINE=1] [DATA=…] [ARGS=…]: by W&B, or here
+	@$(PY) -m launch.sweep sweep=$(SWEEP) $(if $(TRIALS),trials=$(TRIALS)) $(if $(filter-out 0,$(OFFLINE)),offline=true) \
+		$(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(if $(DATA),data=$(DATA)) $(if $(BACKBONE),backbone=$(BACKBONE)) \
+		$(if $(TRAINER),trainer=$(TRAINER)) $(ARGS)
+
+slurm: $(READY) ## METHOD=… NODES=2 GPUS=8 [SITE=launch/site.yaml] [DRY=1] [ARGS=…]: train on a SLURM cluster; GPUS=0: on CPUs
+	@$(PY) -m launch.submit nodes=$(NODES) gpus=$(GPUS) $(if $(SITE),site=$(SITE)) $(if $(filter-out 0,$(DRY)),dry=true) $(WORDS)
+
 data: $(READY) ## DATA=cocostuff27 [ARGS="root=folder rebuild=true"]: what to fetch, from where, under which terms; checks what is there
 	@$(PY) run.py data $(if $(DATA),name=$(DATA)) $(ARGS)
 
@@ -72,14 +87,17 @@ show-config: $(READY) ## the merged configuration of METHOD=… DATA=… …
 doctor: $(READY) ## versions, CUDA, faiss, disk, W&B: ok, or what to do
 	@$(PY) run.py doctor
 
-test: $(READY) ## all tests but slow, gpu and realdata ones (each has a target of its own)
-	$(PY) -m pytest -q -m "not slow and not gpu and not realdata"
+test: $(READY) ## all tests but slow, gpu, realdata and slurm ones (each has a target of its own)
+	$(PY) -m pytest -q -m "not slow and not gpu and not realdata and not slurm"
 
 test-fast: $(READY) ## unit tests only: no training runs, no second process
-	$(PY) -m pytest -q -m "not slow and not gpu and not realdata and not ddp and not train"
+	$(PY) -m pytest -q -m "not slow and not gpu and not realdata and not slurm and not ddp and not train"
 
 test-ddp: $(READY) ## tests with two real processes
-	$(PY) -m pytest -q -m "ddp and not gpu"
+	$(PY) -m pytest -q -m "ddp and not gpu and not slurm"
+
+test-slurm: $(READY) ## a two-node SLURM on this machine (installs it as root on Debian, else skips), a job, a preemption
+	$(PY) -m pytest -q -m slurm
 
 test-slow: $(READY) ## the long ones
 	$(PY) -m pytest -q -m "slow and not gpu and not realdata"

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from common.errors import ConfigError, LabelfreeError, did_you_mean
+from common.errors import ConfigError, LabelfreeError, Stopped, did_you_mean
 
 log = logging.getLogger("labelfree")
 
@@ -159,7 +159,10 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; 0: done, 1: interrupted or unhealthy, 2: something for the user to mend (one line on stderr)."""
+    """Run one command; 0: done, 1: unhealthy, 2: something for the user to mend (one line on stderr).
+
+    85: stopped by SIGUSR1, to be started again; 143: stopped by SIGTERM; 130: by Ctrl-C.
+    """
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for room in (
@@ -188,6 +191,12 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"error: the package {error.name} is missing; run `make setup`, or use .venv/bin/python", file=sys.stderr)
         return 2
+    except Stopped as stop:
+        from lightning.pytorch.utilities import rank_zero_only
+
+        if rank_zero_only.rank == 0:
+            log.info("%s", stop)
+        return stop.code
     except KeyboardInterrupt:
         return 130  # as shells expect of Ctrl-C
     return 0

@@ -4,6 +4,7 @@ The line names the key or the file, the value that was found, the rule, and what
 """
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -29,6 +30,19 @@ class CheckpointError(LabelfreeError):
 
 class TrainingError(LabelfreeError):
     """A training that cannot go on as it is: its numbers are not finite any more."""
+
+
+AGAIN = 85
+"""Exit code of a run that SIGUSR1 stopped: start the same command again."""
+
+
+class Stopped(Exception):  # noqa: N818 - nothing went wrong
+    """A run that ended because a signal asked it to, no error; `code` is the exit code. The same command goes on."""
+
+    def __init__(self, signum: int, step: int, saved: bool) -> None:
+        self.code = AGAIN if signum == signal.SIGUSR1 else 128 + signum
+        where = f"saved at step {step}" if saved else f"at step {step}, to go on from the last checkpoint"
+        super().__init__(f"stopped by {signal.Signals(signum).name}, {where}; the same command goes on")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

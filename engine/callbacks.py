@@ -97,7 +97,7 @@ class RunKeeper(Callback):
         if self._mark is not None:
             self.seconds += now - self._mark
             self.timed_steps += 1
-        logged, validated = step % self.settings.log_every == 0, step % self.settings.val_every == 0 and not last
+        logged, validated = step % self.settings.log_every == 0, self.validates(step, last)
         saved = not validated and (step % self.settings.checkpoint_every == 0 or last)
         if logged or validated or saved:
             self.expect_finite(trainer)
@@ -106,6 +106,10 @@ class RunKeeper(Callback):
         if saved:
             trainer.save_checkpoint(self.folder.last, weights_only=False)
         self._mark = None if validated else time.perf_counter()
+
+    def validates(self, step: int, last: bool) -> bool:
+        """True where a validation follows this step (the closing evaluation is not one), and saves it afterwards."""
+        return step % self.settings.val_every == 0 and not last
 
     def expect_finite(self, trainer: L.Trainer) -> None:
         """Raises TrainingError, on every rank, where a trained weight is NaN or infinite: before anything is written.

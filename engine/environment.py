@@ -59,15 +59,24 @@ def peak_memory() -> dict[str, float]:
 
 
 def describe(
-    seed: int, device: torch.device, commit: str | None, seconds: float, images_per_second: float | None
+    seed: int,
+    device: torch.device,
+    commit: str | None,
+    seconds: float,
+    images_per_second: float | None,
+    processes: int,
 ) -> dict[str, Any]:
-    """The content of environment.json; `commit` is what `git_commit` said when the run began."""
+    """The content of environment.json; `commit` is what `git_commit` said when the run began.
+
+    `processes` is the world size: devices of all nodes together.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "versions": versions(),
         "git_commit": commit,
         "seed": seed,
         "device": f"{device.type}: {name}",
+        "processes": processes,
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "command": sys.argv,

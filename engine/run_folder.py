@@ -63,12 +63,16 @@ class RunFolder:
 
 
 def run_name(cfg: DictConfig) -> str:
-    """`run.name`, or one made from method, data, backbone and time (the SLURM job id where there is one)."""
+    """`run.name`, or one made from method, data, backbone and time (W&B's run id in a sweep, else a SLURM job's id)."""
     if cfg.run.name is not None:
         return cfg.run.name
     if NAME_VARIABLE not in os.environ:
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        if "SLURM_JOB_ID" in os.environ:  # a requeued job finds its folder again, a second run in one job gets its own
+        if os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID"):  # agents may start within one second
+            stamp = os.environ["WANDB_RUN_ID"]
+        elif (
+            "SLURM_JOB_ID" in os.environ
+        ):  # a requeued job finds its folder again, a second run in one job gets its own
             different = {key: value for key, value in config.flatten(cfg).items() if not key.startswith(SAME_RUN)}
             stamp = f"{os.environ['SLURM_JOB_ID']}-{hashlib.sha256(repr(different).encode()).hexdigest()[:6]}"
         os.environ[NAME_VARIABLE] = f"{cfg.method.name}-{cfg.data.name}-{cfg.backbone.name}-{stamp}"

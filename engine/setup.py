@@ -18,6 +18,7 @@ import config
 from common.errors import CheckpointError, ConfigError
 from common.spec import ClassMeta
 from datamodules.base import SegmentationDataModule, load_datamodule
+from engine import slurm
 from engine.callbacks import WholeCheckpointIO
 from lightning_modules import registry
 from lightning_modules.base import FORMAT, UnsupervisedSegmenter
@@ -37,6 +38,7 @@ NOISE = (
     ".*found .* module.* in eval mode.*",
     ".*already configured with model summary.*",
     ".*is not resumable.*",
+    ".*`srun` command is available on your system but is not used.*",
     ".*val_check_interval.*",
     ".*Checkpoint directory.*exists and is not empty.*",
     ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
@@ -75,6 +77,7 @@ def build_data(cfg: DictConfig) -> tuple[DictConfig, SegmentationDataModule]:
         raise ConfigError(
             "trainer.accelerator=gpu: no CUDA device is visible; use trainer.accelerator=auto, or see `run.py doctor`"
         )
+    slurm.environment(cfg.trainer.num_nodes, cfg.trainer.devices)  # a wrong shape of the job ends before reading data
     data = load_datamodule(cfg.data.name)(cfg)
     data.setup()
     if cfg.method.num_clusters is None:
@@ -114,6 +117,7 @@ def build_trainer(
         raise ConfigError(
             f"trainer.devices={settings.devices}: this machine has {torch.cuda.device_count()} GPUs; use that or auto"
         )
+    environment = slurm.environment(settings.num_nodes, settings.devices)
     return L.Trainer(
         accelerator=accelerator,
         devices=settings.devices,
@@ -129,7 +133,7 @@ def build_trainer(
         logger=loggers or False,
         log_every_n_steps=settings.log_every,
         callbacks=callbacks,
-        plugins=[WholeCheckpointIO()],
+        plugins=[WholeCheckpointIO(), *([environment] if environment else [])],
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=any(type(item).__name__ == "RichProgressBar" for item in callbacks),

@@ -16,6 +16,7 @@ from datamodules.base import SegmentationDataModule
 from engine import environment, exporting, selection, setup, summary
 from engine.callbacks import PanelKeeper, RunKeeper, WholeCheckpointIO, numbers, progress
 from engine.fitting import KMeansFit, PosthocFit
+from engine.preemption import Preemption
 from engine.run_folder import RunFolder, open_run
 from evaluation import panels, report
 from evaluation.probes import predicts_clusters
@@ -28,7 +29,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     """Train, evaluate, write the run folder; returns the content of metrics.json.
 
     A finished run of the same name and configuration is not trained again: its metrics are returned. Raises
-    LabelfreeError with one line for whatever a user has to mend.
+    LabelfreeError with one line for whatever a user has to mend, `Stopped` where a signal asked the run to stop.
     """
     started, commit = time.perf_counter(), environment.git_commit()
     setup.begin()
@@ -53,15 +54,17 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     folder.create(cfg)
     pictures = PanelKeeper(cfg.evaluation.panels)
     loggers = [setup.wandb_logger(cfg, folder.path)] if cfg.logger == "wandb" else []
-    callbacks = [keeper, pictures, *progress(cfg.trainer.progress)]
+    preemption = Preemption(keeper)
+    callbacks = [keeper, preemption, pictures, *progress(cfg.trainer.progress)]
     trainer = setup.build_trainer(cfg, model.total_steps, callbacks, loggers, folder.path)
     introduce(cfg, data, model, folder, trainer)
     try:
-        trainer.fit(model, data, ckpt_path=folder.checkpoint, weights_only=True)
-        if not keeper.history.rows and trainer.is_global_zero:  # killed in the closing evaluation: no step was left
-            keeper.history.restore(trainer.global_step)
-        trainer.callbacks += [centroids, posthoc]
-        metrics = close(cfg, data, model, trainer, keeper, folder)
+        with preemption.listening(trainer):
+            trainer.fit(model, data, ckpt_path=folder.checkpoint, weights_only=True)
+            if not keeper.history.rows and trainer.is_global_zero:  # killed in the closing evaluation: no step was left
+                keeper.history.restore(trainer.global_step)
+            trainer.callbacks += [centroids, posthoc]
+            metrics = close(cfg, data, model, trainer, keeper, folder)
     except SystemExit:  # what Lightning makes of Ctrl-C
         log.info("stopped at step %d of %d; the same command goes on", trainer.global_step, model.total_steps)
         raise KeyboardInterrupt from None
@@ -70,7 +73,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         if model.trains_backbone:
             exporting.export_backbone(folder.path, cfg, data, model, metrics)
         seconds, speed = time.perf_counter() - started, metrics["train_images_per_second"]
-        facts = environment.describe(cfg.seed, trainer.strategy.root_device, commit, seconds, speed)
+        device, processes = trainer.strategy.root_device, trainer.world_size
+        facts = environment.describe(cfg.seed, device, commit, seconds, speed, processes)
         report.write_json(folder.path / "environment.json", facts)
         report.write_json(folder.metrics, metrics)
     return metrics

@@ -1,6 +1,7 @@
 """The words of run.py as a user types them: exit codes, one-line errors, and files that come out."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -352,9 +353,9 @@ def test_a_model_trained_without_labels_is_evaluated_on_labelled_pictures(capsys
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM])
 def test_a_killed_process_goes_on(kind, tmp_path, small_run):
-    """kill -9 or Ctrl-C in the middle, then the same command again: the numbers of the run that was not killed."""
+    """kill -9, Ctrl-C or a scheduler's signal in the middle, then the same command: numbers as if not killed."""
     plain = small_run("kmeans_baseline")
     words = small_words("kmeans_baseline", f"run.dir={tmp_path}", "run.name=k")
     command = [sys.executable, "run.py", "train", *words]
@@ -368,6 +369,10 @@ def test_a_killed_process_goes_on(kind, tmp_path, small_run):
     if kind == signal.SIGINT:
         assert process.returncode == 130, err
         assert "of 8; the same command goes on" in err
+        assert "Traceback" not in err
+    if kind in (signal.SIGUSR1, signal.SIGTERM):
+        assert process.returncode == {signal.SIGUSR1: 85, signal.SIGTERM: 143}[kind], err
+        assert re.search(rf"stopped by {kind.name}, .* step \d.*; the same command goes on", err)
         assert "Traceback" not in err
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr

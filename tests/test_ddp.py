@@ -1,8 +1,10 @@
 """Two real processes equal one at the same global batch, to float32 rounding."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +18,23 @@ from tests.datamodules.pictures import noise, save
 
 pytestmark = pytest.mark.ddp
 
+ROOT = Path(entry.__file__).parent
 ROUNDING = 2e-4
 """Weights after eight steps of AdamW differ by the order of sums alone; a wrong batch split moves them by 1e-2."""
 
 
-def run_two(method: str, parent: Path, *more: str, processes: int = 2, script: str | Path = "run.py") -> Path:
-    """The small run as two processes (or more) that Lightning starts; returns its folder."""
+def command_of(method: str, parent: Path, *more: str, processes: int = 2, script: str | Path = "run.py") -> list[str]:
+    """The command of the small run as two processes (or more) that Lightning starts."""
     ddp = ["trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={processes}", "trainer.precision=32-true"]
     words = [word for word in small_words(method, *ddp, *more) if word != "trainer=cpu"]
-    command = [sys.executable, str(script), "train", *words, f"run.dir={parent}", "run.name=two"]
+    return [sys.executable, str(script), "train", *words, f"run.dir={parent}", "run.name=two"]
+
+
+def run_two(method: str, parent: Path, *more: str, processes: int = 2, script: str | Path = "run.py") -> Path:
+    """The processes that train the small run; returns its folder."""
+    command = command_of(method, parent, *more, processes=processes, script=script)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    root = Path(entry.__file__).parent
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return parent / "two"
 
@@ -114,3 +121,27 @@ def test_a_step_skipped_on_one_rank_is_skipped_on_all(small_run, tmp_path, monke
     expect_equal(two, one)
     moved = one.weights["head.linear.weight"] - small_run("hidden_positives").weights["head.linear.weight"]
     assert moved.abs().max() > 5 * ROUNDING
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("during", ["training", "evaluation"])
+def test_a_signal_to_the_first_process_stops_both(during, small_run, tmp_path):
+    """The scheduler knows the first process alone; the second one stops with it, and both go on together."""
+    command, environment = command_of("kmeans_baseline", tmp_path), {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    folder = tmp_path / "two"
+
+    def reached() -> bool:
+        if during == "training":
+            return (folder / "checkpoints" / "last.ckpt").exists()
+        return (folder / "metrics.csv").exists() and "\n8," in (folder / "metrics.csv").read_text()
+
+    while process.poll() is None and not reached():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 85, err
+    assert "stopped by SIGUSR1" in err
+    metrics = read_json(run_two("kmeans_baseline", tmp_path) / "metrics.json")
+    for key in ("val/cluster/acc", "val/linear/acc", "val/linear/miou"):
+        assert abs(metrics[key] - small_run("kmeans_baseline").metrics[key]) < 0.5, key

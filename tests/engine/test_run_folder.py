@@ -21,6 +21,13 @@ def test_a_name_is_made_once_a_process(monkeypatch):
     assert run_name(cfg("method=hidden_positives")) == name  # further ranks inherit it
 
 
+def test_a_trial_of_wandb_is_named_by_its_run_id(monkeypatch):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
+    monkeypatch.setenv("WANDB_RUN_ID", "ab12cd34")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert run_name(cfg()) == "kmeans_baseline-scenes-tiny-ab12cd34"
+
+
 def test_names_that_are_no_folder_names(tmp_path):
     with pytest.raises(ConfigError) as caught:
         open_run(cfg(f"run.dir={tmp_path}", "run.name=a/b"))

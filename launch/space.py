@@ -1,0 +1,209 @@
+"""A sweep file of W&B (configs/sweep/*.yaml): read, checked, and its trials listed (grid) or drawn (random).
+
+Keys and distributions are those of W&B's sweep configuration, so that one file serves its server and `launch.sweep`.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+import config
+from common.chance import numpy_generator
+from common.errors import ConfigError, did_you_mean
+
+KEYS = (
+    "program", "command", "method", "metric", "parameters", "run_cap", "early_terminate",
+    "name", "description", "project", "entity",
+)  # fmt: skip
+METHODS = ("grid", "random", "bayes")
+ARGUMENTS = "${args_no_hyphens}"
+"""W&B puts the trial's key=value words here."""
+
+DISTRIBUTIONS = {
+    "constant": ("value",),
+    "categorical": ("values",),
+    "int_uniform": ("min", "max"),
+    "uniform": ("min", "max"),
+    "q_uniform": ("min", "max"),
+    "log_uniform_values": ("min", "max"),
+    "q_log_uniform_values": ("min", "max"),
+    "normal": ("mu", "sigma"),
+    "q_normal": ("mu", "sigma"),
+    "log_normal": ("mu", "sigma"),
+}
+"""Distributions that are drawn here, with the keys they need; those with q take `q`, categorical `probabilities`."""
+
+DEFAULTS = {"mu": 0.0, "sigma": 1.0, "q": 1.0}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A checked sweep file."""
+
+    path: Path
+    tree: dict[str, Any]
+
+    @property
+    def words(self) -> list[str]:
+        """The words of `run.py train` that all trials share, without the choice of a logger."""
+        command = self.tree["command"]
+        fixed = command[command.index("train") + 1 : command.index(ARGUMENTS)]
+        return [word for word in fixed if not word.startswith("logger=")]
+
+    @property
+    def target(self) -> str:
+        return self.tree["metric"]["name"]
+
+    @property
+    def maximized(self) -> bool:
+        return self.tree["metric"]["goal"] == "maximize"
+
+    def command(self, words: list[str]) -> list[str]:
+        """W&B's command with more words in front of the trial's own."""
+        place = self.tree["command"].index(ARGUMENTS)
+        return [*self.tree["command"][:place], *words, *self.tree["command"][place:]]
+
+    def trials(self, number: int | None) -> list[dict[str, Any]]:
+        """The values of each trial: the grid in its order, or `number` (default `run_cap`) draws.
+
+        Draw i is the same whatever the number is, so a sweep can be prolonged. Raises ConfigError without a number.
+        """
+        parameters = self.tree["parameters"]
+        number = self.tree.get("run_cap") if number is None else number
+        if self.tree["method"] == "grid":
+            options = [spec["values"] if "values" in spec else [spec["value"]] for spec in parameters.values()]
+            grid = [dict(zip(parameters, values, strict=True)) for values in itertools.product(*options)]
+            return grid[:number]
+        if number is None:
+            raise ConfigError(f"{self.path}: run_cap: is needed with method: {self.tree['method']}; or say TRIALS=…")
+        return [
+            {
+                key: draw(spec, numpy_generator(0, f"sweep.{key}", index))
+                for key, spec in parameters.items()
+            }
+            for index in range(number)
+        ]  # fmt: skip
+
+
+def read(path: Path) -> Sweep:
+    """The sweep of a file. Raises ConfigError with one line for whatever W&B or we could not run."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is no yaml ({str(error).splitlines()[0]})") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: holds no keys; compare it with configs/sweep/hidden_positives.yaml")
+    for key in tree:
+        if key not in KEYS:
+            raise ConfigError(f"{path}: {key}: no such key; {did_you_mean(str(key), KEYS)}")
+    for key in ("command", "method", "metric", "parameters"):
+        if not tree.get(key):
+            raise ConfigError(f"{path}: {key}: is needed; compare it with configs/sweep/hidden_positives.yaml")
+    if tree["method"] not in METHODS:
+        raise ConfigError(f"{path}: method={tree['method']}: not one of {', '.join(METHODS)}")
+    metric = tree["metric"]
+    if not isinstance(metric, dict) or not metric.get("name") or metric.get("goal") not in ("maximize", "minimize"):
+        raise ConfigError(f"{path}: metric={metric}: expected {{name: val/…, goal: maximize}} or minimize")
+    command = tree["command"]
+    if not isinstance(command, list) or "train" not in command or ARGUMENTS not in command[command.index("train") :]:
+        raise ConfigError(f"{path}: command: must hold train and, after it, {ARGUMENTS} (key=value words, no dashes)")
+    cap = tree.get("run_cap")
+    if cap is not None and (type(cap) is not int or cap < 1):
+        raise ConfigError(f"{path}: run_cap={cap}: expected a whole number of at least 1")
+    if not isinstance(tree["parameters"], dict):
+        raise ConfigError(f"{path}: parameters={tree['parameters']}: expected a mapping of keys to their values")
+    for key, spec in tree["parameters"].items():
+        tree["parameters"][key] = checked(f"{path}: parameters.{key}", spec, tree["method"])
+    return Sweep(path, tree)
+
+
+def checked(where: str, spec: Any, method: str) -> dict[str, Any]:
+    """One parameter, with its distribution named. Raises ConfigError."""
+    if not isinstance(spec, dict):
+        raise ConfigError(f"{where}={spec}: expected a mapping such as {{values: [1, 2]}} or {{min: 0.1, max: 1.0}}")
+    if "parameters" in spec:
+        raise ConfigError(f"{where}: nested parameters hide the key; write its dotted name, as in optim.head.lr")
+    kind = spec.get("distribution") or guessed(spec)
+    if kind not in DISTRIBUTIONS:
+        raise ConfigError(f"{where}: distribution={kind}: not one of {', '.join(DISTRIBUTIONS)}")
+    if method == "grid" and kind not in ("constant", "categorical"):
+        raise ConfigError(f"{where}: a grid needs values, not distribution={kind}; or set method: random")
+    spec = {**spec, "distribution": kind}
+    extra = {"categorical": ("probabilities",)}.get(kind, ("q",) if kind.startswith("q_") else ())
+    for key in spec:
+        if key not in ("distribution", *DISTRIBUTIONS[kind], *extra):
+            raise ConfigError(f"{where}: {key}: is no key of {kind}; it takes {', '.join(DISTRIBUTIONS[kind] + extra)}")
+    for key in DISTRIBUTIONS[kind]:
+        if key not in spec and key not in DEFAULTS:
+            raise ConfigError(f"{where}: {key}: is needed by {kind}")
+    if "values" in spec and (not isinstance(spec["values"], list) or not spec["values"]):
+        raise ConfigError(f"{where}: values={spec['values']}: expected a list such as [1, 2]")
+    if any(value is None for value in spec.get("values", [spec.get("value", 0)])):
+        raise ConfigError(f"{where}: null: W&B hands it over as None, which is no value here; leave it out")
+    for key in ("min", "max", "mu", "sigma", "q"):
+        if key in spec and (isinstance(spec[key], bool) or not isinstance(spec[key], int | float)):
+            raise ConfigError(
+                f"{where}: {key}={spec[key]}: expected a number (yaml reads 1e-4 as a text; write 1.0e-4)"
+            )
+    if "min" in spec and not spec["min"] < spec["max"]:
+        raise ConfigError(f"{where}: min={spec['min']}: must be below max={spec['max']}")
+    if "log_uniform" in kind and spec["min"] <= 0:
+        raise ConfigError(f"{where}: min={spec['min']}: must be above 0 for {kind}")
+    probabilities = spec.get("probabilities")
+    if probabilities is not None and (
+        len(probabilities) != len(spec["values"]) or not math.isclose(sum(probabilities), 1.0)
+    ):
+        raise ConfigError(f"{where}: probabilities={probabilities}: expected one a value, with a sum of 1")
+    return spec
+
+
+def guessed(spec: dict[str, Any]) -> str:
+    """The distribution that W&B takes where none is named."""
+    if "values" in spec:
+        return "categorical"
+    if "value" in spec:
+        return "constant"
+    return "int_uniform" if all(isinstance(spec.get(key), int) for key in ("min", "max")) else "uniform"
+
+
+def draw(spec: dict[str, Any], rng: np.random.Generator) -> Any:
+    """One value of a checked parameter."""
+    spec = {**DEFAULTS, **spec}
+    kind = spec["distribution"]
+    if kind == "constant":
+        return spec["value"]
+    if kind == "categorical":
+        return spec["values"][rng.choice(len(spec["values"]), p=spec.get("probabilities"))]
+    if kind == "int_uniform":
+        return int(rng.integers(spec["min"], spec["max"], endpoint=True))
+    if kind.endswith("normal"):
+        value = float(rng.normal(spec["mu"], spec["sigma"]))
+        value = math.exp(value) if kind == "log_normal" else value
+    elif "log_uniform" in kind:
+        value = math.exp(rng.uniform(math.log(spec["min"]), math.log(spec["max"])))
+    else:
+        value = float(rng.uniform(spec["min"], spec["max"]))
+    if kind.startswith("q_"):
+        return round(value / spec["q"]) * spec["q"]
+    return float(f"{value:.6g}")  # readable in tables and names; six digits are more than a setting needs
+
+
+def word(key: str, value: Any) -> str:
+    """A trial's value as W&B's agent writes it, Python's own text; read back by `config.parse_value`."""
+    return f"{key}={value}"
+
+
+def find(name: str) -> Path:
+    """The file of a sweep: a path, or the name of one in configs/sweep. Raises ConfigError."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return path
+    known = config.names("sweep")
+    if name not in known:
+        raise ConfigError(f"sweep={name}: no such sweep; {did_you_mean(name, known)}")
+    return config.CONFIGS / "sweep" / f"{name}.yaml"

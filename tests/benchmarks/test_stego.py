@@ -16,11 +16,11 @@ def test_the_plain_formulation_gives_the_same_answer(name):
     module, piece = PIECES[name]
     plain, ours = (getattr(module, side)(**piece.settings)() for side in (piece.plain, piece.ours))
     assert plain != 0
-    assert ours == pytest.approx(plain, rel=1e-5)
+    assert ours == pytest.approx(plain, rel=2e-3 if "kept" in name else 1e-5)  # kept features are of half precision
 
 
 def test_full_sizes_carry_the_targets_and_quick_ones_do_not():
-    assert [piece.faster for piece in stego.pieces(quick=False)] == [1.25, 3.0, None]
+    assert [piece.faster for piece in stego.pieces(quick=False)] == [1.25, 3.0, None, None]
     assert [(piece.faster, piece.smaller) for piece in evaluation.pieces(quick=False)] == [(20.0, 20.0), (None, None)]
     assert all(piece.faster is None and piece.smaller is None for _, piece in PIECES.values())
 

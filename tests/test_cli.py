@@ -352,6 +352,11 @@ def test_a_model_trained_without_labels_is_evaluated_on_labelled_pictures(capsys
         assert metrics["val/cluster/entropy"] is not None
 
 
+def hears_ctrl_c() -> None:
+    """In the child: shells start background jobs, and so perhaps these tests, deaf to SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.ddp
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM])
 def test_a_killed_process_goes_on(kind, tmp_path, small_run):
@@ -361,7 +366,7 @@ def test_a_killed_process_goes_on(kind, tmp_path, small_run):
     command = [sys.executable, "run.py", "train", *words]
     root = Path(run.__file__).parent
     last = tmp_path / "k" / "checkpoints" / "last.ckpt"
-    process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True, preexec_fn=hears_ctrl_c)
     while process.poll() is None and not last.exists():
         time.sleep(0.01)
     process.send_signal(kind)

@@ -153,12 +153,14 @@ def test_first_batch_seeds_the_clusters_once():
 
 
 def test_dead_clusters_are_placed_anew():
-    codes = F.normalize(draw(2, 4, 4, 4), dim=1)
+    codes = draw(2, 4, 4, 4)
+    codes[:, 3] = 0
+    codes = F.normalize(codes, dim=1)
     probe = ClusterProbe(4, 5, reseed=3)
     with torch.no_grad():
-        probe.clusters[1:] = -codes.mean((0, 2, 3))  # one cluster takes nearly all
         probe.clusters[0] = codes.mean((0, 2, 3))
-        probe.clusters[4] = probe.clusters[3]  # a twin that never wins
+        probe.clusters[1:] = -probe.clusters[0]  # with its opposites it is above 0 for every code
+        probe.clusters[4] = torch.tensor([0.0, 0.0, 0.0, 1.0])  # 0 for all: it never wins
     kept = probe.clusters[0].detach().clone()
     for _ in range(3):
         probe.loss(codes)

@@ -55,6 +55,11 @@ def total(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def anywhere(flag: bool | Tensor, device: torch.device) -> bool:
+    """True where it holds on any rank; `device` is that of the collective."""
+    return bool(total(torch.as_tensor(flag, device=device, dtype=torch.float32)) > 0)
+
+
 def broadcast(tensor: Tensor, source: int = 0) -> Tensor:
     """The tensor of rank `source` on every rank (same shape and type everywhere)."""
     tensor = tensor.detach().clone().contiguous()

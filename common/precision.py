@@ -4,7 +4,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
+from torch import Tensor
 from torch.amp import is_autocast_available
+
+
+def real_dtype(values: Tensor) -> torch.dtype:
+    """float64 for float64 values, else float32."""
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
+def real(values: Tensor) -> Tensor:
+    """The values in `real_dtype`, as they are where they have it."""
+    return values.to(real_dtype(values))
 
 
 @contextmanager

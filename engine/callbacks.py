@@ -117,10 +117,10 @@ class RunKeeper(Callback):
         Weights are looked at, not the loss: under 16-mixed a loss may overflow in a step that is then left out.
         """
         groups = trainer.optimizers[0].param_groups
-        norms = [float(torch.nn.utils.get_total_norm([p.detach() for p in group["params"]])) for group in groups]
-        broken = sorted({group["name"] for group, norm in zip(groups, norms, strict=True) if not math.isfinite(norm)})
-        anywhere = distributed.total(torch.tensor(float(len(broken)), device=trainer.strategy.root_device))
-        if anywhere > 0:
+        norms = [torch.nn.utils.get_total_norm([p.detach() for p in group["params"]]) for group in groups]
+        finite = torch.stack(norms).isfinite().tolist()  # waits for the device once
+        broken = sorted({group["name"] for group, good in zip(groups, finite, strict=True) if not good})
+        if distributed.anywhere(bool(broken), trainer.strategy.root_device):
             loss = float(trainer.callback_metrics.get("train/loss", math.nan))
             raise TrainingError(
                 f"step {trainer.global_step}: weights of {', '.join(broken) or 'another rank'} are not finite "

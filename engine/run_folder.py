@@ -70,9 +70,7 @@ def run_name(cfg: DictConfig) -> str:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         if os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID"):  # agents may start within one second
             stamp = os.environ["WANDB_RUN_ID"]
-        elif (
-            "SLURM_JOB_ID" in os.environ
-        ):  # a requeued job finds its folder again, a second run in one job gets its own
+        elif "SLURM_JOB_ID" in os.environ:  # a requeued job finds its folder again, a second run in it gets its own
             different = {key: value for key, value in config.flatten(cfg).items() if not key.startswith(SAME_RUN)}
             stamp = f"{os.environ['SLURM_JOB_ID']}-{hashlib.sha256(repr(different).encode()).hexdigest()[:6]}"
         os.environ[NAME_VARIABLE] = f"{cfg.method.name}-{cfg.data.name}-{cfg.backbone.name}-{stamp}"

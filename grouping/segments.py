@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import ConfigError
-from common.precision import exact
+from common.precision import exact, real
 
 GRIDS = ("linspace", "ceil")
 """Initial grids: `linspace` of the PyTorch release (border cells of half width), `ceil` of the TensorFlow one."""
@@ -141,8 +141,7 @@ def spherical_kmeans(
         ConfigError: another word for `empty`.
     """
     _known("kmeans.empty", empty, EMPTY)
-    vectors = vectors.detach()
-    vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
+    vectors = real(vectors.detach())
     skip = empty == "skip"
     work = partial(_rounds, count=count, iterations=iterations, places=places, skip=skip, block_bytes=block_bytes)
     if vectors.device.type != "cpu":
@@ -232,7 +231,7 @@ def sort_pixels(
     """
     size = tuple(embeddings.shape[-2:])
     rows = embeddings.flatten(2).mT
-    unit = F.normalize(rows if rows.dtype == torch.float64 else rows.float(), dim=2)
+    unit = F.normalize(real(rows), dim=2)
     places = None
     if location is not None:
         places = locations(size, location, unit.device).flatten(0, 1) * location_scale
@@ -297,7 +296,7 @@ def chained(ids: Tensor, counts: Tensor) -> Tensor:
 
 def segment_sums(vectors: Tensor, ids: Tensor, count: int) -> Tensor:
     """Sum of the vectors [n,D] of each segment, [count,D], float32 or float64. Gradient reaches the vectors."""
-    vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
+    vectors = real(vectors)
     rows = ids.where(ids >= 0, count)
     return vectors.new_zeros(count + 1, vectors.shape[1]).index_add(0, rows, vectors)[:count]
 

@@ -218,7 +218,7 @@ class UnsupervisedSegmenter(L.LightningModule):
     def _skipped_anywhere(self, skip: bool | Tensor) -> bool:
         if not self.trains or (skip is False and not distributed.active()):
             return False
-        return bool(distributed.total(torch.as_tensor(skip, device=self.device, dtype=torch.float32)) > 0)
+        return distributed.anywhere(skip, self.device)
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         if self.global_step % max(1, self.trainer.datamodule.steps_per_epoch) == 0:

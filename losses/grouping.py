@@ -7,6 +7,7 @@ twice, and the null model has out-degrees alone. Shapes: B pictures, K groups, M
 import torch
 from torch import Tensor
 
+from common.precision import real
 from losses.vmf import vmf
 
 
@@ -52,18 +53,14 @@ def centroid_contrast(centroids: Tensor, kappa: float, against: Tensor | None = 
         against: [N,d] of all ranks, gathered with gradient; None: `centroids`.
         first: the row of `against` where this rank's centroids begin.
     """
-    unit = torch.nn.functional.normalize(_real(centroids), dim=1)
-    others = unit if against is None else torch.nn.functional.normalize(_real(against), dim=1)
+    unit = torch.nn.functional.normalize(real(centroids), dim=1)
+    others = unit if against is None else torch.nn.functional.normalize(real(against), dim=1)
     return vmf(unit, others, torch.arange(len(unit), device=unit.device) + first, kappa)
 
 
 def _valid(memberships: Tensor, padding: Tensor) -> Tensor:
-    return _real(memberships).masked_fill(padding[:, None, :], 0.0)
+    return real(memberships).masked_fill(padding[:, None, :], 0.0)
 
 
 def _mean(values: Tensor, known: Tensor) -> Tensor:
     return values.where(known, 0.0).sum() / known.sum().clamp(min=1)
-
-
-def _real(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from common.errors import ConfigError
-from common.precision import exact
+from common.precision import exact, real_dtype
 
 MAX_KAPPA = 60.0
 """Above it sums of exp(kappa) leave float32; unit rows need no subtraction of a maximum below it."""
@@ -61,7 +61,9 @@ def vmf(
         ValueError: shapes that do not fit, another reduction.
     """
     _check(pixels, prototypes, own, kappa, reduction)
-    plan = _Plan("all", kappa, own, None if present is None else present.to(_real(pixels)), None, None, block_bytes)
+    plan = _Plan(
+        "all", kappa, own, None if present is None else present.to(real_dtype(pixels)), None, None, block_bytes
+    )
     return _run(pixels, prototypes, plan, reduction)
 
 
@@ -98,11 +100,11 @@ def vmf_nca(
         raise ValueError(f"labels of shape {tuple(labels.shape)}, expected {tuple(prototypes.shape[:1])}")
     kept = None
     if memory is not None:
-        kept = F.normalize(memory[0].detach().to(_real(pixels)), dim=1)
+        kept = F.normalize(memory[0].detach().to(real_dtype(pixels)), dim=1)
         labels = torch.cat([labels, memory[1].to(labels)])
     # Equal labels have equal ranks; ranks are exact as floats, which torch compares faster than integers.
-    ranks = torch.searchsorted(labels.sort().values, labels).to(_real(pixels))
-    present = (labels >= 0).to(_real(pixels))
+    ranks = torch.searchsorted(labels.sort().values, labels).to(real_dtype(pixels))
+    present = (labels >= 0).to(real_dtype(pixels))
     plan = _Plan("nca" if nca else "own", kappa, own, present, ranks, kept, block_bytes)
     return _run(pixels, prototypes, plan, reduction)
 
@@ -125,7 +127,7 @@ class _Plan:
 
 
 def _run(pixels: Tensor, prototypes: Tensor, plan: _Plan, reduction: str) -> Tensor:
-    real = _real(pixels)
+    real = real_dtype(pixels)
     with exact(pixels.device):
         pixels, prototypes = pixels.to(real).contiguous(), prototypes.to(real).contiguous()
         if reduction == "none":
@@ -217,10 +219,6 @@ def _check(pixels: Tensor, prototypes: Tensor, own: Tensor, kappa: float, reduct
         )
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction={reduction!r}: must be mean or none")
-
-
-def _real(rows: Tensor) -> torch.dtype:
-    return torch.float64 if rows.dtype == torch.float64 else torch.float32
 
 
 def _block_height(count: int, width: int, like: Tensor, block_bytes: int | None) -> int:

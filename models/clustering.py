@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from common import distributed
 from common.errors import ConfigError
+from common.precision import real
 
 _FLOOR = 1e-12
 """Added to a sum of squares before its root, whose gradient at zero is infinite."""
@@ -35,7 +36,7 @@ class NodeNorm(nn.Module):
 
     def forward(self, rows: Tensor, padding: Tensor | None = None) -> Tensor:
         """Rows [...,d] and padding bool [...] -> the same shape, float32 (float64 for float64 rows)."""
-        rows = rows if rows.dtype == torch.float64 else rows.float()
+        rows = real(rows)
         if padding is None and not (self.training and distributed.active()):
             state = self.running_mean, self.running_var, self.weight, self.bias
             channels = rows.transpose(1, -1)
@@ -158,14 +159,14 @@ class ClusteringTransformer(nn.Module):
         if self.training and len(nodes) * distributed.world_size() < 2:
             raise ConfigError("data.batch_size=1: the clustering transformer normalises over pictures; use 2 or more")
         with torch.autocast(nodes.device.type, enabled=False):
-            nodes, positions = (_real(rows).transpose(0, 1) for rows in (nodes, positions))
+            nodes, positions = (real(rows).transpose(0, 1) for rows in (nodes, positions))
             counted = None if self.faithful or padding is None else padding.T
             memory = nodes
             for layer in self.encoder:
                 memory = layer(memory, positions, padding, counted)
             summary = self.summary_norm(self.summary(torch.cat(self._spread(memory, padding), dim=1)))
             groups = self.target(F.relu(summary)).repeat(len(queries), 1, 1)
-            asked = _real(queries)[:, None].expand_as(groups)
+            asked = real(queries)[:, None].expand_as(groups)
             for layer in self.decoder:
                 groups = layer(groups, asked, memory=(memory, memory + positions, padding))
             groups, memory = self.decoder_norm(groups).transpose(0, 1), memory.transpose(0, 1)
@@ -194,7 +195,3 @@ class ClusteringTransformer(nn.Module):
 
 def _root(values: Tensor) -> Tensor:
     return (values + _FLOOR).sqrt()
-
-
-def _real(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()

@@ -171,7 +171,7 @@ class Together:
 
     def agree(self, here: bool) -> bool:
         """True where it holds on every rank."""
-        return bool(distributed.total(torch.tensor(float(not here), device=self.device)) == 0)
+        return not distributed.anywhere(not here, self.device)
 
     def share(self, error: Exception | None) -> None:
         """Raises an error of any rank on all of them."""

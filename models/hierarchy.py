@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.precision import real
 from models.clustering import ClusteringTransformer
 
 
@@ -21,10 +22,7 @@ def compose(fine_logits: Tensor, coarse_logits: Tensor) -> tuple[Tensor, Tensor,
     memberships as well.
     """
     with torch.autocast(fine_logits.device.type, enabled=False):
-        fine, transition = (
-            (logits if logits.dtype == torch.float64 else logits.float()).softmax(1)
-            for logits in (fine_logits, coarse_logits)
-        )
+        fine, transition = (real(logits).softmax(1) for logits in (fine_logits, coarse_logits))
         return fine, transition, transition @ fine
 
 

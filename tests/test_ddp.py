@@ -20,7 +20,11 @@ pytestmark = pytest.mark.ddp
 
 ROOT = Path(entry.__file__).parent
 ROUNDING = 2e-4
-"""Weights after eight steps of AdamW differ by the order of sums alone; a wrong batch split moves them by 1e-2."""
+"""Weights after eight steps of AdamW differ by the order of sums alone; a wrong batch split moves nine of ten more."""
+
+UNSETTLED = 1e-3
+"""Share of a tensor that may differ by more, up to five times: AdamW divides a gradient by its own size, and so
+follows the rounding of one that is nearly zero. One process on two threads differs so from itself on one."""
 
 
 def command_of(method: str, parent: Path, *more: str, processes: int = 2, script: str | Path = "run.py") -> list[str]:
@@ -46,7 +50,10 @@ def expect_equal(folder: Path, one: Run) -> None:
     for name, value in one.weights.items():
         if name.startswith("kmeans_probe."):
             continue  # k-means may end in another optimum for codes that differ in the last bit
-        assert torch.allclose(weights[name].float(), value.float(), rtol=0, atol=ROUNDING), name
+        apart = (weights[name].double() - value.double()).abs()
+        beyond = int((apart > ROUNDING).sum())
+        assert beyond <= UNSETTLED * apart.numel(), f"{name}: {beyond} of {apart.numel()}"
+        assert float(apart.max()) < 5 * ROUNDING, f"{name}: {float(apart.max()):.1e}"
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -14,7 +14,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common.errors import CheckpointError, ConfigError, did_you_mean
+from common.errors import CheckpointError, ConfigError, did_you_mean, one_of
 from common.files import write_text
 
 log = logging.getLogger("labelfree.config")
@@ -287,8 +287,8 @@ def check(cfg: DictConfig) -> None:
             )
     for key, value in flat.items():
         choices = GROUP_CHOICES.get(key.rsplit(".", 1)[-1]) if key.startswith("optim.") else None
-        if choices and value not in choices:
-            raise ConfigError(f"{key}={value}: not one of {', '.join(choices)}")
+        if choices:
+            one_of(key, value, choices)
         if key.startswith("optim.") and key.endswith(OPTIM_NOT_NEGATIVE) and value is not None and value < 0:
             raise ConfigError(f"{key}={value}: must not be negative")
         if key.startswith("optim.") and ".clip_" in key and value is not None and value <= 0:

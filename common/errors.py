@@ -6,6 +6,7 @@ The line names the key or the file, the value that was found, the rule, and what
 import difflib
 import signal
 from collections.abc import Iterable
+from typing import Any
 
 
 class LabelfreeError(ValueError):
@@ -43,6 +44,12 @@ class Stopped(Exception):  # noqa: N818 - nothing went wrong
         self.code = AGAIN if signum == signal.SIGUSR1 else 128 + signum
         where = f"saved at step {step}" if saved else f"at step {step}, to go on from the last checkpoint"
         super().__init__(f"stopped by {signal.Signals(signum).name}, {where}; the same command goes on")
+
+
+def one_of(key: str, value: Any, known: Iterable[Any]) -> None:
+    """Raises ConfigError where `value`, that of `key`, is none of the known ones."""
+    if value not in (known := tuple(known)):
+        raise ConfigError(f"{key}={value}: not one of {', '.join(map(str, known))}")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -3,12 +3,14 @@
 A reader, and the next start after a kill, see the old file or the new one.
 """
 
+import fcntl
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 @contextmanager
@@ -38,6 +40,34 @@ def copy_whole(source: str | Path, target: str | Path) -> None:
     """Copy a file so that `target` is never seen half written."""
     with whole(target) as temporary:
         shutil.copyfile(source, temporary)
+
+
+@contextmanager
+def unfinished(path: Path, token: str | None = None) -> Iterator[BinaryIO]:
+    """A new file beside `path` for long work, open for writing; at the end it is removed unless it was renamed.
+
+    Its name ends with `token` (by default one by chance), so that two runs that make the same file do not meet. A lock
+    marks it as somebody's work: leftovers of killed processes have none and are removed first.
+    """
+    remove_leftovers(path)
+    part = path.with_name(f"{path.name}.part-{token or secrets.token_hex(4)}")
+    file = part.open("wb")
+    try:
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+    finally:
+        with suppress(OSError):  # a full disk: what is still in the buffer cannot be written either
+            file.close()
+        part.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Deletes unfinished files of `path` that no living process writes."""
+    for part in path.parent.glob(f"{path.name}.part-*"):
+        with suppress(OSError), part.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink()
 
 
 def cache_folder(cfg: Any) -> Path:

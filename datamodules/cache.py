@@ -34,7 +34,7 @@ from datamodules.dataset import read_pair, take_foreign
 from datamodules.decoded import COLUMNS, DecodedStore, DecodedWriter
 from datamodules.label_map import Foreign
 from datamodules.reading import UnreadableError
-from datamodules.transforms import Geometry
+from datamodules.transforms import FIXED_CROPS, Geometry
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class Plan:
     def needed(self) -> tuple[int, bool]:
         """Bytes of the file, and whether they are exact or an estimate from some of the pictures."""
         depth = 4 if self.has_labels else 3
-        if self.geometry.crop in ("center", "five", "none"):
+        if self.geometry.crop in FIXED_CROPS:
             height, width = self.geometry.kept_size(1, 1)
             return self.items * (depth * height * width + 8 * COLUMNS), True
         measure = getattr(self.source, "size", None)

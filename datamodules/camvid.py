@@ -4,7 +4,7 @@ Read as the tutorial lays it out (train/ beside trainannot/, value 11 = unlabell
 labels/train (255 = unlabelled). Frames come from a few drives, so neighbouring frames of one split look alike.
 """
 
-from common.errors import ConfigError
+from common.errors import one_of
 from common.spec import ClassMeta
 from datamodules.label_map import LabelMap
 from datamodules.listed import Entry
@@ -35,8 +35,7 @@ class CamvidDataModule(OfficialDataModule):
     @property
     def evaluated(self) -> str:
         """The split that is evaluated."""
-        if self.data.eval_split not in ("val", "test"):
-            raise ConfigError(f"data.eval_split={self.data.eval_split}: not one of val, test")
+        one_of("data.eval_split", self.data.eval_split, ("val", "test"))
         return self.data.eval_split
 
     def parts(self) -> dict[str, Part]:

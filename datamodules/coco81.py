@@ -7,7 +7,7 @@ COMUS painted the instance annotations instead, where what nobody labelled is ba
 
 from dataclasses import replace
 
-from common.errors import ConfigError
+from common.errors import one_of
 from common.palette import default_palette
 from common.spec import ClassMeta
 from datamodules.coco_files import FINE_NAMES, CocoDataModule, used_fine
@@ -24,8 +24,7 @@ class Coco81DataModule(CocoDataModule):
     facts = replace(CocoDataModule.facts, title="COCO 2017 in 81 classes, read from the pixel labels of COCO-Stuff")
 
     def label_map(self) -> LabelMap:
-        if self.data.unlabelled not in ("ignore", "background"):
-            raise ConfigError(f"data.unlabelled={self.data.unlabelled}: not one of ignore, background")
+        one_of("data.unlabelled", self.data.unlabelled, ("ignore", "background"))
         things = [fine for fine in used_fine() if fine < THINGS]
         table = {fine: place + 1 for place, fine in enumerate(things)}
         table |= {fine: 0 for fine in used_fine() if fine >= THINGS}

@@ -5,16 +5,15 @@ known; a tail that names both and ends with MAGIC. The tail is written last and 
 a file that was cut, or belongs to other pictures or another geometry, is told by its tail and never read.
 """
 
-import contextlib
-import fcntl
 import json
 import os
-import secrets
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from common.files import unfinished
 from datamodules.label_map import Foreign
 from datamodules.reading import UnreadableError
 
@@ -83,28 +82,20 @@ def _meta(data: np.ndarray) -> dict | None:
 
 
 class DecodedWriter:
-    """Writes a store beside its final name; `finish` gives it the name, leaving the context without it removes it.
-
-    A lock marks the unfinished file as somebody's work; leftovers of killed processes have none and are removed.
-    """
+    """Writes a store beside its final name; `finish` gives it the name, leaving the context without it removes it."""
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         self.path, self.fingerprint = path, fingerprint
-        self.part = path.with_name(f"{path.name}.part-{secrets.token_hex(4)}")
         self.rows: list[tuple[int, ...]] = []
         self.broken: dict[int, list[str]] = {}
 
     def __enter__(self) -> "DecodedWriter":
-        remove_leftovers(self.path)
-        self.file = self.part.open("wb")
-        with contextlib.suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(self.file, fcntl.LOCK_EX)
+        self.work = unfinished(self.path)
+        self.file = self.work.__enter__()
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        with contextlib.suppress(OSError):  # a full disk: what is still in the buffer cannot be written either
-            self.file.close()
-        self.part.unlink(missing_ok=True)
+    def __exit__(self, *exception: Any) -> None:
+        self.work.__exit__(*exception)
 
     def add(self, image: np.ndarray, label: np.ndarray | None, size: tuple[int, int]) -> None:
         """The next item: uint8 [h,w,3], uint8 or int32 [h,w] or None."""
@@ -128,17 +119,9 @@ class DecodedWriter:
         self.file.write(text + TAIL.pack(table, place, len(text), MAGIC))
         self.file.flush()
         os.fsync(self.file.fileno())
-        self.part.replace(self.path)
+        Path(self.file.name).replace(self.path)
 
     def _write(self, array: np.ndarray) -> int:
         place = self.file.tell()
         self.file.write(np.ascontiguousarray(array).data)
         return place
-
-
-def remove_leftovers(path: Path) -> None:
-    """Deletes unfinished files of `path` that no living process writes."""
-    for part in path.parent.glob(f"{path.name}.part-*"):
-        with contextlib.suppress(OSError), part.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            part.unlink()

@@ -4,7 +4,7 @@ HSG reports on KITTI-STEP; its lists were not released, so the published sequenc
 pictures of 2015 have no published validation split: every fifth is evaluated here. hsg.md section 2.1.
 """
 
-from common.errors import ConfigError
+from common.errors import one_of
 from common.spec import ClassMeta
 from datamodules import cityscapes27
 from datamodules.label_map import LabelMap
@@ -43,8 +43,7 @@ class KittiDataModule(OfficialDataModule):
 
     @property
     def step(self) -> bool:
-        if self.data.release not in ("step", "semantics"):
-            raise ConfigError(f"data.release={self.data.release}: not one of step, semantics")
+        one_of("data.release", self.data.release, ("step", "semantics"))
         return self.data.release == "step"
 
     def parts(self) -> dict[str, Part]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import ConfigError, DataError
+from common.errors import DataError, one_of
 from common.spec import ClassMeta
 from datamodules.label_map import LabelMap
 from datamodules.listed import Entry, ListedSource
@@ -42,8 +42,7 @@ class PascalVocDataModule(OfficialDataModule):
     @property
     def plus(self) -> bool:
         """True where SBD is needed."""
-        if self.data.train_list not in ("train", "train_plus"):
-            raise ConfigError(f"data.train_list={self.data.train_list}: not one of train, train_plus")
+        one_of("data.train_list", self.data.train_list, ("train", "train_plus"))
         return self.data.train_list == "train_plus"
 
     def parts(self) -> dict[str, Part]:

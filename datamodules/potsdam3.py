@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import ConfigError, DataError
+from common.errors import DataError, one_of
 from common.spec import ClassMeta
 from datamodules.label_map import LabelMap
 from datamodules.listed import Entry, ListedSource
@@ -70,8 +70,8 @@ class Potsdam3DataModule(OfficialDataModule):
 
     def _list(self, split: str) -> str:
         chosen = self.data.train_list if split == "train" else "labelled_test"
-        if split == "train" and chosen not in TRAIN_LISTS:
-            raise ConfigError(f"data.train_list={chosen}: not one of {', '.join(TRAIN_LISTS)}")
+        if split == "train":
+            one_of("data.train_list", chosen, TRAIN_LISTS)
         return chosen
 
     def _list_file(self, name: str) -> Path:

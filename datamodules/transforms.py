@@ -17,6 +17,8 @@ from common.errors import ConfigError
 from common.spec import IGNORE, Geometric
 
 CROPS = ("center", "random", "five", "none", "keep")
+FIXED_CROPS = ("center", "five", "none")
+"""Those that cut every picture to one size, always in the same way."""
 INTERPOLATIONS = {
     "faithful": Image.Resampling.NEAREST,
     "nearest": Image.Resampling.NEAREST,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from common.errors import ConfigError
+from common.errors import ConfigError, one_of
 
 UNMATCHED = -1
 MATCHINGS = ("hungarian", "hungarian_iou", "many_to_one", "many_to_one_iou")
@@ -99,8 +99,7 @@ def check_policies(matching: str, extra: str, absent: str) -> None:
     for key, value, known in (
         ("matching", matching, (*MATCHINGS, "identity")), ("extra", extra, EXTRAS), ("absent", absent, ABSENTS)
     ):  # fmt: skip
-        if value not in known:
-            raise ConfigError(f"evaluation.{key}={value}: not one of {', '.join(known)}")
+        one_of(f"evaluation.{key}", value, known)
     if extra == "stego_compat" and matching not in ("hungarian", "identity"):
         raise ConfigError(f"evaluation.extra=stego_compat: the release matches with hungarian only, not {matching}")
     if extra == "stego_compat" and absent != "skip":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from common import chance, distributed
-from common.errors import CheckpointError, ConfigError
+from common.errors import CheckpointError, ConfigError, one_of
 from evaluation import readout
 
 LABEL_PROBES = ("linear", "linear_posthoc")
@@ -99,8 +99,7 @@ class ClusterProbe(nn.Module):
 
     def __init__(self, dim: int, k: int, seed: int = 0, init: str = "normal", reseed: int = 0):
         super().__init__()
-        if init not in ("normal", "first_batch"):
-            raise ConfigError(f"evaluation.cluster_init={init}: not one of normal, first_batch")
+        one_of("evaluation.cluster_init", init, ("normal", "first_batch"))
         if reseed < 0:
             raise ConfigError(f"evaluation.cluster_reseed={reseed}: expected 0 (never) or a number of steps")
         self.seed, self.reseed = seed, reseed

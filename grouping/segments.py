@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.errors import ConfigError
+from common.errors import one_of
 from common.precision import exact, real
 
 GRIDS = ("linspace", "ceil")
@@ -34,17 +34,12 @@ _CACHE_BYTES = 2 << 20
 """Bytes of vectors that a CPU takes through all rounds at a time, whole pictures; other devices take all at once."""
 
 
-def _known(key: str, value: str, words: tuple[str, ...]) -> None:
-    if value not in words:
-        raise ConfigError(f"{key}={value}: not one of {', '.join(words)}")
-
-
 # Where a picture starts: grid and location.
 
 
 def grid_count(size: tuple[int, int], cells: tuple[int, int], rule: str = "linspace") -> int:
     """How many cells of a grid (rows, columns) a map of `size` really has: small maps have fewer than asked for."""
-    _known("kmeans.grid", rule, GRIDS)
+    one_of("kmeans.grid", rule, GRIDS)
     if rule == "linspace":
         counts = [min(n, side) for side, n in zip(size, cells, strict=True)]
     else:
@@ -66,7 +61,7 @@ def grid_labels(
     Raises:
         ConfigError: another rule than those of GRIDS.
     """
-    _known("kmeans.grid", rule, GRIDS)
+    one_of("kmeans.grid", rule, GRIDS)
     axes = []
     for side, n in zip(size, cells, strict=True):
         if rule == "ceil":
@@ -92,7 +87,7 @@ def locations(size: tuple[int, int], rule: str = "centred", device: torch.device
     Raises:
         ConfigError: another rule than those of LOCATIONS.
     """
-    _known("kmeans.location", rule, LOCATIONS)
+    one_of("kmeans.location", rule, LOCATIONS)
     if rule == "relative":
         axes = [torch.arange(side, device=device) / side for side in size]
     else:
@@ -140,7 +135,7 @@ def spherical_kmeans(
     Raises:
         ConfigError: another word for `empty`.
     """
-    _known("kmeans.empty", empty, EMPTY)
+    one_of("kmeans.empty", empty, EMPTY)
     vectors = real(vectors.detach())
     skip = empty == "skip"
     work = partial(_rounds, count=count, iterations=iterations, places=places, skip=skip, block_bytes=block_bytes)
@@ -255,7 +250,7 @@ def relabel(keys: Tensor, valid: Tensor | None = None, order: str = "key") -> tu
     Raises:
         ConfigError: another order.
     """
-    _known("order", order, ORDERS)
+    one_of("order", order, ORDERS)
     count = keys.shape[1]
     valid = torch.ones_like(keys, dtype=torch.bool) if valid is None else valid
     keys = keys.where(valid, torch.iinfo(torch.int64).max)

@@ -14,7 +14,7 @@ import yaml
 
 import config
 from common.chance import numpy_generator
-from common.errors import ConfigError, did_you_mean
+from common.errors import ConfigError, did_you_mean, one_of
 
 KEYS = (
     "program", "command", "method", "metric", "parameters", "run_cap", "early_terminate",
@@ -104,8 +104,7 @@ def read(path: Path) -> Sweep:
     for key in ("command", "method", "metric", "parameters"):
         if not tree.get(key):
             raise ConfigError(f"{path}: {key}: is needed; compare it with configs/sweep/hidden_positives.yaml")
-    if tree["method"] not in METHODS:
-        raise ConfigError(f"{path}: method={tree['method']}: not one of {', '.join(METHODS)}")
+    one_of(f"{path}: method", tree["method"], METHODS)
     metric = tree["metric"]
     if not isinstance(metric, dict) or not metric.get("name") or metric.get("goal") not in ("maximize", "minimize"):
         raise ConfigError(f"{path}: metric={metric}: expected {{name: val/…, goal: maximize}} or minimize")
@@ -129,8 +128,7 @@ def checked(where: str, spec: Any, method: str) -> dict[str, Any]:
     if "parameters" in spec:
         raise ConfigError(f"{where}: nested parameters hide the key; write its dotted name, as in optim.head.lr")
     kind = spec.get("distribution") or guessed(spec)
-    if kind not in DISTRIBUTIONS:
-        raise ConfigError(f"{where}: distribution={kind}: not one of {', '.join(DISTRIBUTIONS)}")
+    one_of(f"{where}: distribution", kind, DISTRIBUTIONS)
     if method == "grid" and kind not in ("constant", "categorical"):
         raise ConfigError(f"{where}: a grid needs values, not distribution={kind}; or set method: random")
     spec = {**spec, "distribution": kind}

@@ -172,6 +172,14 @@ class UnsupervisedSegmenter(L.LightningModule):
             return self.features(batch[view])
         return store.features(batch["index" if view == "image" else f"{view}.index"], self.device)
 
+    @torch.no_grad()
+    def frozen_features(self, split: str, batch: dict[str, Any]) -> Features:
+        """Backbone features of a batch of `unlabelled_loader(split, ...)`: kept ones where the split has them."""
+        store = self.kept_features.get(split)
+        if store is None:
+            return self.backbone.features(batch["image"].to(self.device))
+        return store.features(batch["index"], self.device)
+
     def on_fit_start(self) -> None:
         """Before the training loader is made: kept features, and the table of near pictures where one is wanted."""
         if self.cfg.backbone.cache_features:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import chance, distributed
-from common.errors import ConfigError
+from common.errors import ConfigError, one_of
 from common.spec import Geometric, Photometric, ViewSpec
 from datamodules.transforms import Replay, meeting
 from evaluation.collapse import CollapseWatch
@@ -234,10 +234,8 @@ def check_settings(settings: Any, backbone: Backbone) -> None:
             raise ConfigError(
                 f"method.crops.{kind}_scale={[low, high]}: shares of the picture's area, above 0 and at most 1"
             )
-    if settings.centring not in ("mean", "sinkhorn"):
-        raise ConfigError(f"method.centring={settings.centring}: not one of mean, sinkhorn")
-    if settings.patch_centring not in ("batch", "picture"):
-        raise ConfigError(f"method.patch_centring={settings.patch_centring}: not one of batch, picture")
+    one_of("method.centring", settings.centring, ("mean", "sinkhorn"))
+    one_of("method.patch_centring", settings.patch_centring, ("batch", "picture"))
     if dense.weight > 0 and not backbone.transformer:
         raise ConfigError(
             f"method.dense.weight={dense.weight:g}: masked patches need a transformer, and {backbone.network} is none; "

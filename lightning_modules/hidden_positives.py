@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common import distributed
-from common.errors import ConfigError
+from common.errors import ConfigError, one_of
 from common.spec import Photometric, ViewSpec
 from lightning_modules.base import Loss, UnsupervisedSegmenter
 from losses.consistency import consistency
@@ -212,7 +212,7 @@ class HiddenPositives(UnsupervisedSegmenter):
         place = pictures * distributed.rank() // distributed.world_size()
         rows: list[list[Tensor]] = [[] for _ in draws]
         for batch in batches:
-            maps = self.backbone.features(batch["image"].to(self.device)).concat()
+            maps = self.frozen_features("train", batch).concat()
             places = range(place, place := place + len(maps))
             cells = maps.shape[2] * maps.shape[3]
             for draw, collected in zip(draws, rows, strict=True):
@@ -235,16 +235,13 @@ def unit_rows(maps: Tensor) -> Tensor:
 
 def check_settings(settings: Any, backbone: Any) -> None:
     """Raises ConfigError for values that the method cannot run with."""
-    if settings.lhp.attention not in ("auto", "backbone", "affinity"):
-        raise ConfigError(f"method.lhp.attention={settings.lhp.attention}: not one of auto, backbone, affinity")
+    one_of("method.lhp.attention", settings.lhp.attention, ("auto", "backbone", "affinity"))
     if settings.lhp.enabled and settings.lhp.attention == "backbone" and not backbone.has_attention:
         raise ConfigError(
             "method.lhp.attention=backbone: this backbone has no attention; use affinity or auto, or a ViT backbone"
         )
-    if settings.pool.refill not in ("kept", "release"):
-        raise ConfigError(f"method.pool.refill={settings.pool.refill}: not one of kept, release")
-    if settings.loss_version not in VERSIONS:
-        raise ConfigError(f"method.loss_version={settings.loss_version}: not one of {', '.join(VERSIONS)}")
+    one_of("method.pool.refill", settings.pool.refill, ("kept", "release"))
+    one_of("method.loss_version", settings.loss_version, VERSIONS)
     for name, value in (("temperature", settings.temperature), ("lhp.sigma", settings.lhp.sigma)):
         if value <= 0:
             raise ConfigError(f"method.{name}={value}: must be above 0")

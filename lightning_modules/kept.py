@@ -8,16 +8,13 @@ from torch import Tensor
 
 from common.errors import ConfigError
 from common.files import cache_folder
-from datamodules.transforms import Geometry
+from datamodules.transforms import FIXED_CROPS, Geometry
 from models import feature_store
 from models.backbone import Features
 from models.feature_store import FeatureStore, Layout
 
 if TYPE_CHECKING:
     from lightning_modules.base import UnsupervisedSegmenter
-
-FIXED_CROPS = ("center", "five", "none")
-"""Values of train_crop and eval_crop that cut every picture to one size, always in the same way."""
 
 
 def check_kept(method: "UnsupervisedSegmenter") -> None:

@@ -7,7 +7,7 @@ that any feature has to beat.
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.errors import ConfigError
+from common.errors import one_of
 from lightning_modules.base import UnsupervisedSegmenter
 from models.backbone import Features
 
@@ -18,8 +18,7 @@ class KMeansBaseline(UnsupervisedSegmenter):
     trains = False
 
     def build(self) -> None:
-        if self.cfg.method.features not in ("backbone", "colour"):
-            raise ConfigError(f"method.features={self.cfg.method.features}: not one of backbone, colour")
+        one_of("method.features", self.cfg.method.features, ("backbone", "colour"))
         self.colour = self.cfg.method.features == "colour"
         self.code_dim = 3 if self.colour else self.backbone.dim
 

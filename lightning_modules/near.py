@@ -52,15 +52,10 @@ def near_pictures(method: "UnsupervisedSegmenter", data: Any, spec: NeighbourSpe
             name,
         )
 
-    kept = method.kept_features.get("train")  # of the same geometry: with chance in it there is none
-
     def make() -> Tensor:
         rows, items = [], []
         for batch in method.unlabelled_loader("train", geometry=geometry, purpose="neighbours"):
-            if kept is None:
-                maps = method.backbone.features(batch["image"].to(method.device)).concat()
-            else:
-                maps = kept.features(batch["index"], method.device).concat()
+            maps = method.frozen_features("train", batch).concat()  # kept ones have this geometry: none has chance
             mask = dropout_mask(method.cfg.seed, batch["index"], maps.shape[1], spec.dropout)
             rows.append(neighbours.pooled(drop_channels(maps, None if mask is None else mask.to(maps.device))))
             items.append(batch["index"])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import distributed
-from common.errors import ConfigError
+from common.errors import ConfigError, one_of
 from common.spec import Geometric, NeighbourSpec, Photometric, ViewSpec
 from evaluation import readout
 from lightning_modules.base import Loss, UnsupervisedSegmenter
@@ -136,10 +136,8 @@ class Stego(UnsupervisedSegmenter):
 
 def check_settings(settings: Any) -> None:
     """Raises ConfigError for values that the method cannot run with."""
-    if settings.projection not in ("nonlinear", "linear"):
-        raise ConfigError(f"method.projection={settings.projection}: not one of nonlinear, linear")
-    if settings.negatives.draw not in NEGATIVES:
-        raise ConfigError(f"method.negatives.draw={settings.negatives.draw}: not one of {', '.join(NEGATIVES)}")
+    one_of("method.projection", settings.projection, ("nonlinear", "linear"))
+    one_of("method.negatives.draw", settings.negatives.draw, NEGATIVES)
     near, crf = settings.neighbours, settings.crf
     for name, value in (
         ("dim", settings.dim),

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import chance
-from common.errors import ConfigError
+from common.errors import one_of
 
 EPS = 1e-10
 """Smallest norm that a feature or a code is divided by, as released."""
@@ -69,8 +69,7 @@ def random_negatives(seed: int, step: int, repeats: int, count: int, kind: str =
     Raises:
         ConfigError: another kind.
     """
-    if kind not in NEGATIVES:
-        raise ConfigError(f"method.negatives.draw={kind}: not one of {', '.join(NEGATIVES)}")
+    one_of("method.negatives.draw", kind, NEGATIVES)
     orders = [
         torch.randperm(count, generator=chance.generator(seed, "stego.negatives", step, r)) for r in range(repeats)
     ]

@@ -24,7 +24,7 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from common import chance
-from common.errors import ConfigError, did_you_mean
+from common.errors import ConfigError, did_you_mean, one_of
 from models import attention as layers
 from models import positions, weights
 from models.folding import fold_batch_norms
@@ -155,15 +155,13 @@ class Backbone(nn.Module):
         if self.network not in known:
             hint = did_you_mean(self.network, known)
             raise ConfigError(f"backbone.timm={self.network}: timm has no such network; {hint}")
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"backbone.precision={self.precision}: not one of {', '.join(PRECISIONS)}")
+        one_of("backbone.precision", self.precision, PRECISIONS)
         if not self.frozen and self.precision != "float32":
             raise ConfigError(
                 f"backbone.precision={self.precision}: is for frozen backbones; with backbone.frozen=false set "
                 "trainer.precision instead and leave backbone.precision=float32"
             )
-        if cfg.pos_interp not in positions.RULES:
-            raise ConfigError(f"backbone.pos_interp={cfg.pos_interp}: not one of {', '.join(positions.RULES)}")
+        one_of("backbone.pos_interp", cfg.pos_interp, positions.RULES)
         for key in OWN_KEYS:
             if key in create:
                 raise ConfigError(f"backbone.create.{key}: cannot be set here; it follows from the other backbone keys")

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterable
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from common import distributed
 from common.errors import ConfigError, DataError
-from common.files import size_text, write_text
+from common.files import remove_leftovers, size_text, unfinished, write_text
 from models.backbone import Features
 
 log = logging.getLogger(__name__)
@@ -129,29 +130,22 @@ def provide(
     found, group = FeatureStore.find(path), Together(device)
     if group.agree(found is not None):
         return found
-    part = path.with_name(f"{path.name}.part")
-    leader = distributed.rank() == 0
-    trouble = _begin(path, part, items * layout.numbers * 2, what) if leader else None
-    group.share(trouble)
-    group.share(
-        None if part.is_file() else DataError(f"{_key()}: {part} is not seen by every process; {_shared_disk()}")
-    )
-    seen, trouble = _write(part, layout, batches, items, what)
-    group.share(trouble)
-    written = torch.cat(seen).to(device) if seen else torch.empty(0, dtype=torch.int64, device=device)
-    present = distributed.gather_uneven(written)
-    if leader:
-        missing = sorted(set(range(items)) - set(present.tolist()))
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-        facts = {"items": items, "levels": layout.levels, "cls": layout.cls, "prefix": layout.prefix}
-        write_text(facts_path(path), json.dumps(facts | {"missing": missing}))
-    group.agree(True)  # nobody looks before it has its name
+    with contextlib.ExitStack() as stack:
+        part = _begin_together(stack, group, path, items * layout.numbers * 2, what)
+        seen, trouble = _write(part, layout, batches, items, what)
+        group.share(trouble)
+        written = torch.cat(seen).to(device) if seen else torch.empty(0, dtype=torch.int64, device=device)
+        present = distributed.gather_uneven(written)
+        if distributed.rank() == 0:
+            missing = sorted(set(range(items)) - set(present.tolist()))
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
+            facts = {"items": items, "levels": layout.levels, "cls": layout.cls, "prefix": layout.prefix}
+            write_text(facts_path(path), json.dumps(facts | {"missing": missing}))
+        group.agree(True)  # nobody looks before it has its name
     store = FeatureStore.find(path)
-    group.share(
-        None if store is not None else DataError(f"{_key()}: {path} is not seen by every process; {_shared_disk()}")
-    )
+    group.share(None if store is not None else _unseen(path))
     return store
 
 
@@ -159,8 +153,10 @@ def _key() -> str:
     return "backbone.cache_features=true"
 
 
-def _shared_disk() -> str:
-    return "set cache.dir to a folder that all machines share"
+def _unseen(path: Path) -> DataError:
+    return DataError(
+        f"{_key()}: {path} is not seen by every process; set cache.dir to a folder that all machines share"
+    )
 
 
 class Together:
@@ -182,11 +178,20 @@ class Together:
             raise DataError(f"{_key()}: another process could not write its part; its own line says why")
 
 
-def _begin(path: Path, part: Path, needed: int, what: str) -> Exception | None:
-    """An empty file of the full length, after the disk was asked; what went wrong instead."""
+def _begin_together(stack: contextlib.ExitStack, group: Together, path: Path, needed: int, what: str) -> Path:
+    """The unfinished file, of the full length and one for all ranks; gone when the first rank's stack ends."""
+    token = f"{int(distributed.broadcast(torch.tensor(secrets.randbits(31), device=group.device))):08x}"
+    group.share(_begin(stack, path, token, needed, what) if distributed.rank() == 0 else None)
+    part = path.with_name(f"{path.name}.part-{token}")
+    group.share(None if part.is_file() else _unseen(part))
+    return part
+
+
+def _begin(stack: contextlib.ExitStack, path: Path, token: str, needed: int, what: str) -> Exception | None:
+    """Asks the disk and makes an empty file of the full length; returns what went wrong."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.unlink(missing_ok=True)
+        remove_leftovers(path)
         free = shutil.disk_usage(path.parent).free
         if needed > free:
             return ConfigError(
@@ -194,8 +199,7 @@ def _begin(path: Path, part: Path, needed: int, what: str) -> Exception | None:
                 "free; set cache.dir to a larger disk, or backbone.cache_features=false"
             )
         log.info("%s: %s once into %s, %s (%s free)", _key(), what, path, size_text(needed), size_text(free))
-        with part.open("wb") as file:
-            file.truncate(needed)
+        stack.enter_context(unfinished(path, token)).truncate(needed)
     except OSError as error:
         return ConfigError(f"cache.dir={path.parent}: cannot be written to ({error.strerror}); name another folder")
     return None
@@ -224,8 +228,6 @@ def _write(
                     said = time.monotonic()
                     log.info("%s: %d of %d", _key(), count * distributed.world_size(), items)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
         return seen, DataError(
             f"{_key()}: {part} cannot be written ({error.strerror or error}); it is gone again; set cache.dir to a "
             "larger disk, or backbone.cache_features=false"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.errors import ConfigError
+from common.errors import one_of
 
 RULES = ("dino", "timm")
 DINO_OFFSET = 0.1
@@ -33,8 +33,7 @@ def resample(embedding: Tensor, base: tuple[int, int], grid: tuple[int, int], pr
         ConfigError: unknown rule.
         ValueError: `embedding` does not have prefix + h0*w0 rows.
     """
-    if rule not in RULES:
-        raise ConfigError(f"backbone.pos_interp={rule}: not one of {', '.join(RULES)}")
+    one_of("backbone.pos_interp", rule, RULES)
     if embedding.shape[1] != prefix + base[0] * base[1]:
         raise ValueError(f"{embedding.shape[1]} rows are not {prefix} prefix rows and a grid of {base[0]} x {base[1]}")
     if tuple(grid) == tuple(base):

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import signal
 from collections import namedtuple
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -250,7 +251,7 @@ def test_a_killed_build_leaves_nothing_that_is_read_and_is_swept_up(odd, tmp_pat
 
 def test_the_part_of_a_living_process_stays(tmp_path):
     with DecodedWriter(tmp_path / "x", "f") as writer, DecodedWriter(tmp_path / "x", "f"):
-        assert writer.part.exists()
+        assert Path(writer.file.name).exists()
 
 
 def test_a_wrong_label_stops_the_build_with_its_line_and_no_file(odd, tmp_path):

@@ -2,20 +2,19 @@
 
 import itertools
 import logging
-import multiprocessing
 from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from common.errors import ConfigError, DataError
 from common.spec import Geometric, Photometric, ViewSpec
 from datamodules.transforms import Geometry, Replay
 from tests.datamodules.pictures import Stripes, StripesModule, config
+from tests.ranks import on_two_ranks
 
 
 def module(cls=StripesModule, **data) -> StripesModule:
@@ -220,9 +219,7 @@ def test_offline_passes_take_other_sources_and_geometries():
 # ---- ranks ----
 
 
-def _as_rank(rank, folder, queue):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _as_rank(rank):
     found = module(make(train=Stripes(18, broken=(2, 7)), val=Stripes(5)), max_broken=0.9)
     found.views = {"v": ViewSpec(Photometric(), Geometric())}
     found.trainer = SimpleNamespace(accumulate_grad_batches=1, global_step=6, training=True, num_devices=2)
@@ -241,20 +238,12 @@ def _as_rank(rank, folder, queue):
         found.sync_broken()
     except DataError as error:
         result["stopped"] = str(error)
-    queue.put((rank, result))
-    dist.destroy_process_group()
+    return result
 
 
 @pytest.mark.ddp
-def test_two_processes_see_what_one_sees(tmp_path):
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    processes = [context.Process(target=_as_rank, args=(rank, tmp_path, queue)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    ranks = dict(queue.get(timeout=60) for _ in processes)
-    for process in processes:
-        process.join()
+def test_two_processes_see_what_one_sees():
+    ranks = on_two_ranks(_as_rank, start="fork")
 
     one = module(make(train=Stripes(18, broken=(2, 7)), val=Stripes(5)), max_broken=0.9)
     one.views = {"v": ViewSpec(Photometric(), Geometric())}

@@ -27,6 +27,7 @@ from datamodules.folder import FolderDataModule
 from datamodules.transforms import Geometry
 from tests.datamodules import trees
 from tests.datamodules.pictures import StripesModule, config, labelled_folder, noise, save
+from tests.ranks import on_two_ranks
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -383,9 +384,7 @@ def test_leftovers_of_killed_processes_go_and_those_in_use_stay():
 # ---- several processes ----
 
 
-def _as_rank(rank, root, tmp_path, mode, queue):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store-{mode}", rank=rank, world_size=2)
+def _as_rank(rank, root, tmp_path, mode):
     cache.TURN = 0.0  # every picture is a turn of its own
     writes = []
     real = DecodedWriter.finish
@@ -400,24 +399,16 @@ def _as_rank(rank, root, tmp_path, mode, queue):
         made(root, tmp_path, mode).train_dataloader()
     except DataError as error:
         result["error"] = str(error)
-    queue.put((rank, result))
     dist.barrier()
     cache._remove_memory_folder(os.getpid())
-    dist.destroy_process_group()
+    return result
 
 
 @pytest.mark.ddp
 @pytest.mark.parametrize("mode", ["disk", "ram"])
 def test_one_of_two_processes_writes_and_both_read(odd, tmp_path, mode):
     one = next(iter(made(odd, tmp_path, "none").train_dataloader()))
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    processes = [context.Process(target=_as_rank, args=(rank, odd, tmp_path, mode, queue)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    ranks = dict(queue.get(timeout=60) for _ in processes)
-    for process in processes:
-        process.join()
+    ranks = on_two_ranks(_as_rank, odd, tmp_path, mode, start="fork")
     joined = np.concatenate([ranks[rank]["image"] for rank in range(2)])
     np.testing.assert_array_equal(joined, one["image"].numpy())
     assert [ranks[rank]["val"] for rank in range(2)] == [["val0", "val2"], ["val1"]]

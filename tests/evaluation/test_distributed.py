@@ -1,15 +1,12 @@
 """Two real gloo processes against one: counts, usage, and the gradients of both probes."""
 
-import multiprocessing as forkserver
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from evaluation.metrics import ClusterUsage, SegmentationScore
 from evaluation.probes import ClusterProbe, LinearProbe
+from tests.ranks import on_two_ranks
 
 SHARES = ((slice(0, 2), slice(2, 3), slice(3, 5)), (slice(5, 6),))
 """Pictures of a set of six that each rank sees, batch by batch: uneven on purpose."""
@@ -45,27 +42,18 @@ def measure(batches, training):
     return result
 
 
-def worker(rank, port, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def worker(rank):
     result = measure(SHARES[rank], slice(0, 3) if rank == 0 else slice(3, 6))
     for grad in result["grads"]:  # what DDP does
         dist.all_reduce(grad)
         grad /= 2
-    torch.save(result, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return result
 
 
 @pytest.mark.ddp
-def test_two_processes_equal_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    forkserver.set_forkserver_preload(["torchmetrics"])  # imported once, not once a process
-    mp.start_processes(worker, args=(port, str(tmp_path)), nprocs=2, start_method="forkserver")
+def test_two_processes_equal_one():
     one = measure(SHARES[0] + SHARES[1], slice(0, 6))
-    for rank in range(2):
-        two = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+    for two in on_two_ranks(worker):
         assert two["counts"].tolist() == one["counts"].tolist()
         assert two["miou"] == one["miou"]
         assert two["usage"] == pytest.approx(one["usage"])

@@ -1,14 +1,10 @@
 """Two real gloo processes against one: statistics and gradients of the clustering transformer's norms."""
 
-import multiprocessing as forkserver
-import socket
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from models.clustering import NodeNorm
+from tests.ranks import on_two_ranks
 
 
 def measure(part: slice) -> dict[str, torch.Tensor]:
@@ -25,21 +21,13 @@ def measure(part: slice) -> dict[str, torch.Tensor]:
     return results
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.save(measure(slice(0, 1) if rank == 0 else slice(1, 4)), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def uneven(rank: int) -> dict[str, torch.Tensor]:
+    return measure(slice(0, 1) if rank == 0 else slice(1, 4))
 
 
 @pytest.mark.ddp
-def test_two_processes_normalise_as_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    forkserver.set_forkserver_preload(["torch"])
-    mp.start_processes(worker, (port, str(tmp_path)), nprocs=2, start_method="forkserver")
-    parts, whole = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)], measure(slice(0, 4))
+def test_two_processes_normalise_as_one():
+    parts, whole = on_two_ranks(uneven), measure(slice(0, 4))
     for name, value in whole.items():
         if name.endswith("var"):
             for part in parts:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from common.errors import ConfigError
 from retrieval import kmeans, memory
+from tests.ranks import on_two_ranks
 
 
 def bank_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -43,8 +43,7 @@ def feed(rank: int | None) -> dict[str, torch.Tensor]:
     return state | {"positions": torch.cat(positions)}
 
 
-def work(rank: int, store: str, out: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def work(rank: int) -> dict:
     points = torch.randn(50, 4, generator=torch.Generator().manual_seed(1))
     own = points[:35] if rank == 0 else points[35:]
     result = kmeans.fit_distributed(own, 3, seed=2)
@@ -53,13 +52,10 @@ def work(rank: int, store: str, out: str) -> None:
         kmeans.fit_distributed(own[:1], 3)  # fails on rank 0, which alone fits
     except ConfigError as error:
         found["error"] = str(error)
-    torch.save({**found, "state": feed(rank)}, f"{out}/{rank}.pt")
-    dist.destroy_process_group()
+    return {**found, "state": feed(rank)}
 
 
 @pytest.fixture(scope="session")
-def two_ranks(tmp_path_factory) -> list[dict]:
+def two_ranks() -> list[dict]:
     """What each of the two processes found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, (str(folder / "store"), str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return on_two_ranks(work)

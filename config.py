@@ -5,7 +5,6 @@ strict: only what the layers define exists, a wrong key or type ends in one line
 """
 
 import logging
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -106,17 +105,27 @@ def figure(experiment: str) -> str:
     facts = load_group("experiment", experiment)["figure"]
     source = f" ({facts['source']})" if facts["source"] != "-" else ""
     here = f"reached here: {facts['here']}" if facts["here"] else "not run here"
-    return f"to reach: {facts['reach']}{source}; {here}"
+    return f"to reach: {_reach_text(facts['reach'])}{source}; {here}"
+
+
+def _reach_text(reach: str | dict[str, float]) -> str:
+    """{"cluster_crf/acc": 57.2, "cluster_crf/miou": 24.6} -> cluster_crf 57.2 acc / 24.6 mIoU."""
+    if isinstance(reach, str):
+        return reach
+    probes: dict[str, list[str]] = {}
+    for key, value in reach.items():
+        probe, name = key.split("/")
+        probes.setdefault(probe, []).append(f"{value} {'mIoU' if name == 'miou' else name}")
+    return ", ".join(f"{probe} {' / '.join(scores)}" for probe, scores in probes.items())
 
 
 def published(experiment: str) -> dict[str, float]:
-    """The figures that a recipe has to reach, as metrics.json names them: {"cluster_crf/acc": 57.2, …}, percent."""
+    """The figures that a recipe has to reach, as metrics.json names them: {"cluster_crf/acc": 57.2, …}, percent.
+
+    Empty where its `figure.reach` is a text: nothing published, or a figure of another kind.
+    """
     reach = load_group("experiment", experiment)["figure"]["reach"]
-    after = "_crf" if reach.endswith(", with CRF") else ""
-    figures: dict[str, float] = {}
-    for probe, acc, miou in re.findall(r"(cluster|linear) ([\d.]+)(?: acc)?(?: / ([\d.]+))?", reach):
-        figures |= {f"{probe}{after}/{name}": float(text) for name, text in (("acc", acc), ("miou", miou)) if text}
-    return figures
+    return {} if isinstance(reach, str) else dict(reach)
 
 
 def parse_words(tokens: Iterable[str]) -> dict[str, str]:

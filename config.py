@@ -146,6 +146,14 @@ def parse_words(tokens: Iterable[str]) -> dict[str, str]:
     return words
 
 
+def flag(words: dict[str, str], key: str) -> bool:
+    """Takes a word that is true or false out of `words`; False where it is not there. Raises ConfigError."""
+    value = words.pop(key, "false")
+    if value not in ("true", "false"):
+        raise ConfigError(f"{key}={value}: expected true or false")
+    return value == "true"
+
+
 def compose(tokens: Iterable[str] = (), defaults: dict[str, str] | None = None) -> DictConfig:
     """The full, checked configuration of a run from command-line words.
 

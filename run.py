@@ -64,20 +64,19 @@ def data(words: list[str]) -> None:
     from datamodules import inventory
 
     named = config.parse_words(words)
-    name, root, rebuild = (named.pop(key, None) for key in ("name", "root", "rebuild"))
+    rebuild = config.flag(named, "rebuild")
+    name, root = (named.pop(key, None) for key in ("name", "root"))
     if name is None:
         if words:
             raise ConfigError(f"{words[0]}: name the data set first, as in run.py data name=cocostuff27 root=<folder>")
         print("\n".join(inventory.names()))
         return
-    if rebuild not in (None, "true", "false"):
-        raise ConfigError(f"rebuild={rebuild}: expected true or false")
     keys = {key if "." in key else f"data.{key}": value for key, value in named.items()}
     keys |= {} if root is None else {"data.root": root}
     cfg = config.compose([f"data={name}", *(f"{key}={value}" for key, value in keys.items())])
     for line in inventory.describe(cfg):
         print(line)
-    for line in inventory.examine(cfg, rebuild == "true"):
+    for line in inventory.examine(cfg, rebuild):
         print(line)
 
 

@@ -90,14 +90,22 @@ class Sweep:
         ]  # fmt: skip
 
 
-def read(path: Path) -> Sweep:
-    """The sweep of a file. Raises ConfigError with one line for whatever W&B or we could not run."""
+def read_keys(path: Path, model: str, empty: bool = False) -> dict[str, Any]:
+    """The mapping of a yaml file; `model` names a good one. Raises ConfigError (without `empty`, also for no keys)."""
     try:
         tree = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is no yaml ({str(error).splitlines()[0]})") from None
+        raise ConfigError(f"{path}: is no yaml ({str(error).splitlines()[0]}); compare it with {model}") from None
+    if empty and tree is None:
+        return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: holds no keys; compare it with configs/sweep/hidden_positives.yaml")
+        raise ConfigError(f"{path}: holds no keys; compare it with {model}")
+    return tree
+
+
+def read(path: Path) -> Sweep:
+    """The sweep of a file. Raises ConfigError with one line for whatever W&B or we could not run."""
+    tree = read_keys(path, "configs/sweep/hidden_positives.yaml")
     for key in tree:
         if key not in KEYS:
             raise ConfigError(f"{path}: {key}: no such key; {did_you_mean(str(key), KEYS)}")

@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 
 import config
 from common.errors import ConfigError, LabelfreeError, did_you_mean
+from launch.space import read_keys
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "launch/slurm.sbatch"
@@ -61,14 +62,7 @@ def read_site(path: Path) -> dict[str, Any]:
     """The settings of a site over those of launch/site.yaml. Raises ConfigError with one line."""
     if not path.is_file():
         raise ConfigError(f"site={path}: no such file; copy launch/site.yaml and change what differs on your cluster")
-    try:
-        own = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"{path}: is no yaml ({str(error).splitlines()[0]}); compare it with launch/site.yaml"
-        ) from None
-    if not isinstance(own, dict):
-        raise ConfigError(f"{path}: holds no keys; compare it with launch/site.yaml")
+    own = read_keys(path, "launch/site.yaml", empty=True)
     for key, value in own.items():
         if key not in SITE_TYPES:
             raise ConfigError(f"{path}: {key}: no such key; {did_you_mean(str(key), SITE_TYPES)}")
@@ -155,12 +149,9 @@ def main(argv: list[str] | None = None) -> int:
     """Submit or show; 0: done, 2: something for the user to mend (one line on stderr)."""
     words = sys.argv[1:] if argv is None else argv
     try:
-        parsed = config.parse_words(words)
-        dry = parsed.get("dry", "false")
-        if dry not in ("true", "false"):
-            raise ConfigError(f"dry={dry}: expected true or false")
+        dry = config.flag(config.parse_words(words), "dry")
         submission = plan([word for word in words if not word.startswith("dry=")])
-        if dry == "true":
+        if dry:
             print(submission)
             return 0
         job = submit(submission)

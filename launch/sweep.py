@@ -228,15 +228,14 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     try:
         named = config.parse_words(words)
-        offline, name, raw, part = (named.pop(key, None) for key in ("offline", "sweep", "trials", "part"))
+        offline = config.flag(named, "offline")
+        name, raw, part = (named.pop(key, None) for key in ("sweep", "trials", "part"))
         if name is None:
             raise ConfigError("sweep: is needed; write sweep=hidden_positives or another file of configs/sweep")
-        if offline not in (None, "true", "false"):
-            raise ConfigError(f"offline={offline}: expected true or false")
         rest = [f"{key}={value}" for key, value in named.items()]
         sweep, trials = space.read(space.find(name)), None if raw is None else count("trials", raw, 1)
         first, parts = part_of(part)
-        reason = "part" if part else why_here(offline == "true")
+        reason = "part" if part else why_here(offline)
         if reason is None:
             return run_wandb(sweep, rest, trials)
         local = LocalSweep(sweep, rest, trials)

@@ -3,13 +3,13 @@
 import json
 import os
 from pathlib import Path
-from statistics import mean
 
 import pytest
 
 import config
 from engine import training
 from tests.conftest import small_words
+from tests.scores import score
 
 pytestmark = pytest.mark.realdata
 
@@ -19,7 +19,6 @@ MARGIN_OVER_BASELINE = 3.0
 """Points of mIoU by which it must beat val/kmeans/miou of the baseline on camvid."""
 MARGIN_OF_CORE = 10.0
 """Points of mIoU that it must lose there without its contrastive term."""
-SEEDS = (0, 1, 2)
 
 
 @pytest.fixture(scope="session")
@@ -61,22 +60,11 @@ def test_camvid_names_and_split(pictures, tmp_path):
     assert (tmp_path / "v" / "classes.csv").read_text().splitlines()[1].startswith("0,sky,")
 
 
-def score(folder: Path, method: str, key: str, *words: str) -> float:
-    """Mean of a score of three runs of a method."""
-
-    def one(seed: int) -> float:
-        name = f"{method}-{seed}-{len(words)}"
-        run = [f"method={method}", f"seed={seed}", f"run.dir={folder}", f"run.name={name}", "trainer.progress=none"]
-        return training.train(config.compose(["data=folder", *run, "evaluation.panels=0", *words]))[key]
-
-    return mean(one(seed) for seed in SEEDS)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_hidden_positives_on_camvid(pictures, weights, tmp_path):
     """In its band, above k-means on the same features, and below the band without its core term."""
-    common = [f"data.root={pictures}/camvid", "backbone=mobilenetv2", f"backbone.weights={weights}"]
+    common = ["data=folder", f"data.root={pictures}/camvid", "backbone=mobilenetv2", f"backbone.weights={weights}"]
     off = ["method.positives.agnostic=false", "method.positives.specific=false"]
     ours = score(tmp_path, "hidden_positives", "val/cluster/miou", *common)
     baseline = score(tmp_path, "kmeans_baseline", "val/kmeans/miou", *common, "trainer.max_steps=1")
@@ -90,7 +78,13 @@ def test_hidden_positives_on_camvid(pictures, weights, tmp_path):
 def test_hidden_positives_on_coco200(pictures, weights, tmp_path):
     """In its band, and not below k-means on the same features; trained on unlabelled pictures too."""
     roots = f"data.train_roots=[{pictures}/coco200,{pictures}/imagenet1000_unlabelled]"
-    common = [f"data.root={pictures}/coco200", roots, "backbone=mobilenetv2", f"backbone.weights={weights}"]
+    common = [
+        "data=folder",
+        f"data.root={pictures}/coco200",
+        roots,
+        "backbone=mobilenetv2",
+        f"backbone.weights={weights}",
+    ]
     common += ["backbone.levels=[4]", "evaluation.kmeans.pictures=200"]
     ours = score(tmp_path, "hidden_positives", "val/cluster/miou", *common)
     assert COCO_BAND[0] <= ours <= COCO_BAND[1]

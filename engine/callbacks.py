@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from torch import Tensor
@@ -17,21 +16,10 @@ from torch import Tensor
 from common import distributed
 from common.chance import key
 from common.errors import TrainingError
-from common.files import whole
 from engine.run_folder import History, RunFolder
 from engine.selection import Selection
 
 log = logging.getLogger(__name__)
-
-
-class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes to a temporary neighbour first: a kill leaves the old checkpoint or the new one, never half of one."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as temporary:
-            torch.save(checkpoint, temporary)
 
 
 class RunKeeper(Callback):
@@ -70,6 +58,12 @@ class RunKeeper(Callback):
         self.best, self.best_step = state["best"], state["best_step"]
         self.seconds, self.timed_steps = state["seconds"], state["timed_steps"]
         self._rng = state
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.folder.damaged or self.folder.stands_in:
+            trainer.strategy.barrier()  # every rank has found its checkpoint, and read it
+            if trainer.is_global_zero:
+                self.folder.mend()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.folder.best.is_file():  # going on in a new folder: the best so far lies elsewhere

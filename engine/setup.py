@@ -18,8 +18,8 @@ import config
 from common.errors import CheckpointError, ConfigError
 from common.spec import ClassMeta
 from datamodules.base import SegmentationDataModule, load_datamodule
-from engine import slurm
-from engine.callbacks import WholeCheckpointIO
+from engine import checkpoints, slurm
+from engine.checkpoints import WholeCheckpointIO
 from lightning_modules import registry
 from lightning_modules.base import FORMAT, UnsupervisedSegmenter
 from retrieval import search
@@ -178,6 +178,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(
             f"ckpt={path}: no such file; a run keeps its own under checkpoints/last.ckpt and best.ckpt"
+        )
+    broken = checkpoints.damage(path)
+    if broken is not None:
+        raise CheckpointError(
+            f"ckpt={path}: cannot be read as a checkpoint ({broken}); use another one of its run, or train it anew"
         )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)

@@ -14,7 +14,8 @@ from common.errors import CheckpointError, ConfigError
 from common.files import copy_whole
 from datamodules.base import SegmentationDataModule
 from engine import environment, exporting, selection, setup, summary
-from engine.callbacks import PanelKeeper, RunKeeper, WholeCheckpointIO, numbers, progress
+from engine.callbacks import PanelKeeper, RunKeeper, numbers, progress
+from engine.checkpoints import WholeCheckpointIO
 from engine.fitting import KMeansFit, PosthocFit
 from engine.preemption import Preemption
 from engine.run_folder import RunFolder, open_run
@@ -77,6 +78,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         facts = environment.describe(cfg.seed, device, commit, seconds, speed, processes)
         report.write_json(folder.path / "environment.json", facts)
         report.write_json(folder.metrics, metrics)
+        folder.previous.unlink(missing_ok=True)  # nothing goes on from here
     return metrics
 
 

@@ -37,8 +37,8 @@ class DiskFullError(OSError, LabelfreeError):
 
     def __str__(self) -> str:
         return (
-            f"{self.filename}: cannot be written ({self.strerror}); nothing that was written before is lost. Make room, "
-            "then the same command goes on"
+            f"{self.filename}: cannot be written ({self.strerror}); nothing that was written before is lost. Make "
+            "room, then the same command goes on"
         )
 
 

@@ -4,7 +4,6 @@ import logging
 import math
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -69,7 +68,7 @@ class RunKeeper(Callback):
         if not self.folder.best.is_file():  # going on in a new folder: the best so far lies elsewhere
             self.best, self.best_step = {}, 0
         if trainer.is_global_zero:
-            self.history.restore(trainer.global_step)
+            self.restore_history(trainer)
         saved = getattr(self, "_rng", None)
         if trainer.global_rank > 0:  # libraries that draw by themselves: a stream of its own for every further rank
             torch.manual_seed(key(self.seed, "library", trainer.global_step, trainer.global_rank))
@@ -80,6 +79,19 @@ class RunKeeper(Callback):
             if torch.cuda.is_available() and "cuda_rng" in saved:
                 torch.cuda.set_rng_state(saved["cuda_rng"].cpu())
         self._mark = None  # the first step is not timed: it waits for the method's preparation
+
+    def restore_history(self, trainer: L.Trainer) -> None:
+        """metrics.csv and the W&B run as they were at this step."""
+        self.history.restore(trainer.global_step)
+        for row in self.history.rows:
+            for logger in trainer.loggers:
+                logger.add(int(row["step"]), {key: value for key, value in row.items() if key != "step"})
+
+    def record(self, trainer: L.Trainer, step: int, values: dict[str, float]) -> None:
+        """A row of metrics.csv, and of the W&B run."""
+        self.history.add(step, values)
+        for logger in trainer.loggers:
+            logger.add(step, values)
 
     # -------------------------------------------------- training
 
@@ -96,7 +108,7 @@ class RunKeeper(Callback):
         if logged or validated or saved:
             self.expect_finite(trainer)
         if trainer.is_global_zero and logged:
-            self.history.add(step, numbers(trainer.callback_metrics, "train/"))
+            self.record(trainer, step, numbers(trainer.callback_metrics, "train/"))
         if saved:
             trainer.save_checkpoint(self.folder.last, weights_only=False)
         self._mark = None if validated else time.perf_counter()
@@ -127,7 +139,7 @@ class RunKeeper(Callback):
             return
         values = numbers(trainer.callback_metrics, "val/")
         if trainer.is_global_zero:
-            self.history.add(trainer.global_step, values)
+            self.record(trainer, trainer.global_step, values)
         if self.offer(trainer.global_step, values):
             trainer.save_checkpoint(self.folder.best, weights_only=False)
         trainer.save_checkpoint(self.folder.last, weights_only=False)

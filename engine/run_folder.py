@@ -132,7 +132,7 @@ def open_run(cfg: DictConfig) -> RunFolder:
                 f"run.name={name}: {path} already holds a run; choose another name, run.resume=auto to go on, "
                 "or run.overwrite=true to empty it"
             )
-        before = config.with_defaults(yaml.safe_load(stored.read_text()))
+        before = config.with_defaults(read_yaml(stored))
         difference = config.first_difference(before, config.plain(cfg), ignore=SAME_RUN)
         if difference is not None:
             raise ConfigError(
@@ -148,6 +148,17 @@ def open_run(cfg: DictConfig) -> RunFolder:
             if rank_zero_only.rank == 0:
                 report_damage(found)
     return RunFolder(path, state, checkpoint, damaged)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The stored configuration of a run; raises ConfigError where it is not one. Tags that would call code are not."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = type(error).__name__
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: is not the configuration of a run ({content}); give the run another run.name")
+    return content
 
 
 def report_damage(found: checkpoints.Found) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig
 
 import config
@@ -20,6 +19,7 @@ from common.spec import ClassMeta
 from datamodules.base import SegmentationDataModule, load_datamodule
 from engine import checkpoints, slurm
 from engine.checkpoints import WholeCheckpointIO
+from engine.wandb_rows import StepLogger
 from lightning_modules import registry
 from lightning_modules.base import FORMAT, UnsupervisedSegmenter
 from retrieval import search
@@ -141,7 +141,7 @@ def build_trainer(
     )
 
 
-def wandb_logger(cfg: DictConfig, folder: Path) -> WandbLogger:
+def wandb_logger(cfg: DictConfig, folder: Path) -> StepLogger:
     """W&B; offline where no key is known, so that nothing asks and nothing hangs. A resumed run keeps its id."""
     os.environ.setdefault("WANDB_SILENT", "true")
     offline = os.environ.get("WANDB_MODE") in (None, "offline") and not has_wandb_key()
@@ -149,7 +149,8 @@ def wandb_logger(cfg: DictConfig, folder: Path) -> WandbLogger:
         os.environ["WANDB_MODE"] = "offline"
         log.info("W&B: no key found, logging offline into %s (upload later with `wandb sync`)", folder / "wandb")
     stored = folder / "wandb_id"
-    logger = WandbLogger(
+    logger = StepLogger(
+        folder / "wandb_step",
         name=folder.name,
         save_dir=folder,
         project=cfg.wandb.project,

@@ -63,7 +63,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         with preemption.listening(trainer):
             trainer.fit(model, data, ckpt_path=folder.checkpoint, weights_only=True)
             if not keeper.history.rows and trainer.is_global_zero:  # killed in the closing evaluation: no step was left
-                keeper.history.restore(trainer.global_step)
+                keeper.restore_history(trainer)
             trainer.callbacks += [centroids, posthoc]
             metrics = close(cfg, data, model, trainer, keeper, folder)
     except SystemExit:  # what Lightning makes of Ctrl-C
@@ -144,7 +144,7 @@ def close(
         WholeCheckpointIO().save_checkpoint(checkpoint, folder.last)
         if improved or not folder.best.is_file():
             copy_whole(folder.last, folder.best)
-        keeper.history.add(model.total_steps, final)
+        keeper.record(trainer, model.total_steps, final)
     trainer.strategy.barrier()
     metrics = summary.scores(model, final) | keeper.summary() | summary.protocol(cfg, data, model)
     metrics |= summary.facts(cfg, model, model.total_steps)
@@ -165,4 +165,6 @@ def write_files(model: UnsupervisedSegmenter, pictures: PanelKeeper, folder: Pat
         panels.save(folder / "panels" / "sheet.png", rows, model.meta, mappings)
         for logger in loggers:
             logger.log_image("panels", [str(folder / "panels" / "sheet.png")])
+    for logger in loggers:
+        logger.close()
     log.info("panels, tables and checkpoints are in %s", folder)

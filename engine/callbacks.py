@@ -82,7 +82,7 @@ class RunKeeper(Callback):
 
     def restore_history(self, trainer: L.Trainer) -> None:
         """metrics.csv and the W&B run as they were at this step."""
-        self.history.restore(trainer.global_step)
+        self.history.restore(trainer.global_step, closing=trainer.global_step >= trainer.max_steps)
         for row in self.history.rows:
             for logger in trainer.loggers:
                 logger.add(int(row["step"]), {key: value for key, value in row.items() if key != "step"})

@@ -178,12 +178,15 @@ class History:
         self.rows: list[dict[str, Any]] = []
         self.columns: list[str] = ["step"]
 
-    def restore(self, step: int) -> None:
-        """Keep what is on disk up to `step` (0: start anew)."""
+    def restore(self, step: int, closing: bool = False) -> None:
+        """Keep what is on disk up to `step` (0: start anew); `closing`: without the scores of that step itself, because
+        no training is left and the closing evaluation comes again."""
         if step and self.path.is_file():
             with self.path.open(newline="") as handle:
                 lines = [line for line in handle if line.endswith("\n")]  # a full disk may have cut the last one
             self.rows = [row for row in csv.DictReader(lines) if int(row["step"]) <= step]
+            if closing:
+                self.rows = [row for row in self.rows if int(row["step"]) < step or not scored(row)]
         self.columns = list(dict.fromkeys(["step", *(key for row in self.rows for key in row)]))
         self._write()
 
@@ -204,6 +207,11 @@ class History:
             writer = csv.DictWriter(handle, self.columns)
             writer.writeheader()
             writer.writerows(self.rows)
+
+
+def scored(row: dict[str, Any]) -> bool:
+    """True of the row of a validation."""
+    return any(value for key, value in row.items() if key.startswith("val/"))
 
 
 def _cell(value: Any) -> Any:

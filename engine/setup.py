@@ -11,10 +11,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 import config
 from common.errors import CheckpointError, ConfigError
+from common.precision import usable
 from common.spec import ClassMeta
 from datamodules.base import SegmentationDataModule, load_datamodule
 from engine import checkpoints, slurm
@@ -118,12 +120,18 @@ def build_trainer(
             f"trainer.devices={settings.devices}: this machine has {torch.cuda.device_count()} GPUs; use that or auto"
         )
     environment = slurm.environment(settings.num_nodes, settings.devices)
+    precision = usable(settings.precision, accelerator)
+    if precision != settings.precision and rank_zero_only.rank == 0:
+        log.warning(
+            "trainer.precision=%s: float16 training is for GPUs, there is none of it on a CPU; %s is used",
+            settings.precision, precision,
+        )  # fmt: skip
     return L.Trainer(
         accelerator=accelerator,
         devices=settings.devices,
         num_nodes=settings.num_nodes,
         strategy=settings.strategy,
-        precision=settings.precision,
+        precision=precision,
         max_steps=total_steps,
         max_epochs=-1,
         val_check_interval=settings.val_every,
@@ -161,7 +169,7 @@ def wandb_logger(cfg: DictConfig, folder: Path) -> StepLogger:
         offline=offline,
         config=config.plain(cfg),
     )
-    if L.pytorch.utilities.rank_zero_only.rank == 0:
+    if rank_zero_only.rank == 0:
         stored.write_text(logger.experiment.id)
     return logger
 

@@ -111,12 +111,13 @@ test-gpu: $(READY) ## tests that need a GPU
 reference: $(READY) ## DIR=folder: replay the authors' numbers
 	@$(PY) -m tests.reference $(DIR) $(ARGS)
 
-bench: $(READY) ## time and memory beside the plain formulation
+bench: $(READY) ## time and memory beside the plain formulation; pictures per second by batch and processes
 	@$(PY) -m benchmarks.hidden_positives $(ARGS)
 	@$(PY) -m benchmarks.search
 	@$(PY) -m benchmarks.stego
 	@$(PY) -m benchmarks.segments
 	@$(PY) -m benchmarks.evaluation
+	@$(PY) -m benchmarks.scaling
 
 lint: $(READY) ## ruff
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .

@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from common.errors import ConfigError, LabelfreeError, Stopped, did_you_mean
+from common.errors import ConfigError, DiskFullError, LabelfreeError, Stopped, did_you_mean
+from common.files import FULL
 
 log = logging.getLogger("labelfree")
 
@@ -186,6 +187,11 @@ def main(argv: list[str] | None = None) -> int:
         COMMANDS[command](words)
     except LabelfreeError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        print(f"error: {DiskFullError(error.filename or 'a file', error)}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         print(f"error: the package {error.name} is missing; run `make setup`, or use .venv/bin/python", file=sys.stderr)

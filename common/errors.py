@@ -29,6 +29,20 @@ class CheckpointError(LabelfreeError):
     """A checkpoint that is missing, cut off, or of another method or config."""
 
 
+class DiskFullError(OSError, LabelfreeError):
+    """A file that could not be written because there is no room; the one before it is as it was."""
+
+    def __init__(self, path: object, error: OSError) -> None:
+        super().__init__(error.errno, error.strerror)
+        self.filename = str(path)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.filename}: cannot be written ({self.strerror}); nothing that was written before is lost. Make "
+            "room, then the same command goes on"
+        )
+
+
 class TrainingError(LabelfreeError):
     """A training that cannot go on as it is: its numbers are not finite any more."""
 

@@ -3,6 +3,7 @@
 A reader, and the next start after a kill, see the old file or the new one.
 """
 
+import errno
 import fcntl
 import os
 import secrets
@@ -12,22 +13,73 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from common.errors import DiskFullError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""No room: on the disk, in the user's quota, or for a file of this size."""
+
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
     """A temporary neighbour to write to, which takes the place of `path` at the end; removed where anything fails.
 
     It is on the disk before it is renamed, so that a crash of the machine does not leave an empty file either.
+    Raises DiskFullError where there is no room; other errors are passed on.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield temporary
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
+        with clear_when_full(path):
+            yield temporary
+            with temporary.open("rb") as handle:
+                os.fsync(handle.fileno())
+            temporary.replace(path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def clear_when_full(path: Path) -> Iterator[None]:
+    """Errors that say that there is no room become a DiskFullError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL and not isinstance(error, DiskFullError):
+            raise DiskFullError(path, error) from None
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename last through a crash of the machine, where the system can."""
+    with suppress(OSError):  # Windows, and some network file systems, cannot
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def keep_as(path: Path, other: Path) -> None:
+    """Give the content of `path` the name `other` too, at no cost; `path` stays what and where it is.
+
+    A file system without hard links gives it the other name only: `path` is missing until it is written anew.
+    """
+    temporary = other.with_name(f".{other.name}.{os.getpid()}")
+    try:
+        temporary.unlink(missing_ok=True)
+        os.link(path, temporary)
+    except OSError:
+        path.replace(other)
+        return
+    temporary.replace(other)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what a killed process left half written by `whole`; nobody else may be writing into the folder."""
+    for path in folder.glob(".*.*"):
+        if path.is_file() and path.suffix[1:].isdigit():
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

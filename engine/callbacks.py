@@ -4,12 +4,10 @@ import logging
 import math
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from torch import Tensor
@@ -17,21 +15,10 @@ from torch import Tensor
 from common import distributed
 from common.chance import key
 from common.errors import TrainingError
-from common.files import whole
 from engine.run_folder import History, RunFolder
 from engine.selection import Selection
 
 log = logging.getLogger(__name__)
-
-
-class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes to a temporary neighbour first: a kill leaves the old checkpoint or the new one, never half of one."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as temporary:
-            torch.save(checkpoint, temporary)
 
 
 class RunKeeper(Callback):
@@ -71,11 +58,17 @@ class RunKeeper(Callback):
         self.seconds, self.timed_steps = state["seconds"], state["timed_steps"]
         self._rng = state
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.folder.damaged or self.folder.stands_in:
+            trainer.strategy.barrier()  # every rank has found its checkpoint, and read it
+            if trainer.is_global_zero:
+                self.folder.mend()
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.folder.best.is_file():  # going on in a new folder: the best so far lies elsewhere
             self.best, self.best_step = {}, 0
         if trainer.is_global_zero:
-            self.history.restore(trainer.global_step)
+            self.restore_history(trainer)
         saved = getattr(self, "_rng", None)
         if trainer.global_rank > 0:  # libraries that draw by themselves: a stream of its own for every further rank
             torch.manual_seed(key(self.seed, "library", trainer.global_step, trainer.global_rank))
@@ -86,6 +79,19 @@ class RunKeeper(Callback):
             if torch.cuda.is_available() and "cuda_rng" in saved:
                 torch.cuda.set_rng_state(saved["cuda_rng"].cpu())
         self._mark = None  # the first step is not timed: it waits for the method's preparation
+
+    def restore_history(self, trainer: L.Trainer) -> None:
+        """metrics.csv and the W&B run as they were at this step."""
+        self.history.restore(trainer.global_step, closing=trainer.global_step >= trainer.max_steps)
+        for row in self.history.rows:
+            for logger in trainer.loggers:
+                logger.add(int(row["step"]), {key: value for key, value in row.items() if key != "step"})
+
+    def record(self, trainer: L.Trainer, step: int, values: dict[str, float]) -> None:
+        """A row of metrics.csv, and of the W&B run."""
+        self.history.add(step, values)
+        for logger in trainer.loggers:
+            logger.add(step, values)
 
     # -------------------------------------------------- training
 
@@ -102,7 +108,7 @@ class RunKeeper(Callback):
         if logged or validated or saved:
             self.expect_finite(trainer)
         if trainer.is_global_zero and logged:
-            self.history.add(step, numbers(trainer.callback_metrics, "train/"))
+            self.record(trainer, step, numbers(trainer.callback_metrics, "train/"))
         if saved:
             trainer.save_checkpoint(self.folder.last, weights_only=False)
         self._mark = None if validated else time.perf_counter()
@@ -133,7 +139,7 @@ class RunKeeper(Callback):
             return
         values = numbers(trainer.callback_metrics, "val/")
         if trainer.is_global_zero:
-            self.history.add(trainer.global_step, values)
+            self.record(trainer, trainer.global_step, values)
         if self.offer(trainer.global_step, values):
             trainer.save_checkpoint(self.folder.best, weights_only=False)
         trainer.save_checkpoint(self.folder.last, weights_only=False)

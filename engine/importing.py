@@ -15,7 +15,7 @@ from common.spec import ClassMeta
 from datamodules.base import load_datamodule
 from datamodules.official import OfficialDataModule
 from engine import released, setup
-from engine.callbacks import WholeCheckpointIO
+from engine.checkpoints import WholeCheckpointIO
 from engine.released import Released
 
 log = logging.getLogger(__name__)

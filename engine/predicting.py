@@ -9,6 +9,7 @@ import torch
 from omegaconf import DictConfig
 
 import config
+from common import precision
 from common.errors import CheckpointError, ConfigError, DataError
 from common.palette import default_palette
 from common.spec import ClassMeta
@@ -110,7 +111,7 @@ def legend(cfg: DictConfig, mapping: list[int] | None, meta: ClassMeta) -> tuple
 def cluster_ids(model: UnsupervisedSegmenter, batch: dict[str, Any], probe: str, device: torch.device) -> np.ndarray:
     """Ids [H,W] at the size of the picture file."""
     image = batch["image"].to(device)
-    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(model.cfg.trainer.precision)
+    dtype = precision.AUTOCAST[precision.usable(model.cfg.trainer.precision, device.type)]
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         codes, scores = model.read(image)
     valid = batch["valid"][0]

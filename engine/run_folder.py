@@ -2,10 +2,11 @@
 
 import csv
 import hashlib
+import logging
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from omegaconf import DictConfig
 
 import config
 from common.errors import CheckpointError, ConfigError
-from common.files import whole
+from common.files import clear_when_full, copy_whole, remove_unfinished, whole
+from engine import checkpoints
+
+log = logging.getLogger(__name__)
 
 SAME_RUN = ("run.", "wandb.", "logger", "trainer.progress", "trainer.threads", "data.workers", "data.cache", "cache.")
 """Keys that may differ between the parts of one run."""
@@ -33,14 +37,32 @@ class RunFolder:
     """new | resume | finished"""
     checkpoint: Path | None = None
     """Where training goes on from."""
+    damaged: dict[Path, str] = field(default_factory=dict)
+    """Checkpoints of it that cannot be read, and why."""
 
     @property
     def last(self) -> Path:
-        return self.path / "checkpoints" / "last.ckpt"
+        return self.path / "checkpoints" / checkpoints.LAST
+
+    @property
+    def previous(self) -> Path:
+        return self.path / "checkpoints" / checkpoints.PREVIOUS
 
     @property
     def best(self) -> Path:
-        return self.path / "checkpoints" / "best.ckpt"
+        return self.path / "checkpoints" / checkpoints.BEST
+
+    @property
+    def stands_in(self) -> bool:
+        """True where another checkpoint takes the place of a `last.ckpt` that is damaged or missing."""
+        return self.state == "resume" and self.checkpoint != self.last
+
+    def mend(self) -> None:
+        """Put damaged checkpoints aside (as `<name>.damaged`), and what the run goes on from into `last.ckpt`."""
+        for path in self.damaged:
+            path.replace(path.with_name(f"{path.name}.damaged"))
+        if self.stands_in:
+            copy_whole(self.checkpoint, self.last)
 
     @property
     def metrics(self) -> Path:
@@ -53,6 +75,8 @@ class RunFolder:
             shutil.rmtree(self.path)
         (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         (self.path / "panels").mkdir(exist_ok=True)
+        for folder in (self.path, self.path / "checkpoints"):
+            remove_unfinished(folder)
         self.metrics.unlink(missing_ok=True)  # of an earlier run under this name: this one is not finished
         config.save(cfg, self.path / "config.yaml")
         latest = self.path.parent / "latest"
@@ -99,26 +123,51 @@ def open_run(cfg: DictConfig) -> RunFolder:
     if path.is_dir() and any(path.iterdir()) and not stored.is_file():
         raise ConfigError(f"run.name={name}: {path} exists and is no run folder; choose another name or run.dir")
     state, checkpoint = "new", explicit
-    begun = (path / "checkpoints" / "last.ckpt").is_file() or (path / "metrics.json").is_file()
+    names = (f"checkpoints/{name}" for name in (checkpoints.LAST, checkpoints.PREVIOUS, checkpoints.BEST))
+    begun = any((path / name).is_file() for name in ("metrics.json", *names))
+    damaged: dict[Path, str] = {}
     if stored.is_file() and begun and explicit is None and not cfg.run.overwrite:
         if cfg.run.resume == "never" and rank_zero_only.rank == 0:
             raise ConfigError(
                 f"run.name={name}: {path} already holds a run; choose another name, run.resume=auto to go on, "
                 "or run.overwrite=true to empty it"
             )
-        before = config.with_defaults(yaml.safe_load(stored.read_text()))
+        before = config.with_defaults(read_yaml(stored))
         difference = config.first_difference(before, config.plain(cfg), ignore=SAME_RUN)
         if difference is not None:
             raise ConfigError(
                 f"run.name={name}: {path} holds a run with another configuration, first difference {difference}; "
                 "choose another name, or run.overwrite=true to empty it"
             )
-        last = path / "checkpoints" / "last.ckpt"
         if (path / "metrics.json").is_file():
             state = "finished"
-        elif last.is_file():
-            state, checkpoint = "resume", last
-    return RunFolder(path, state, checkpoint)
+        else:
+            found = checkpoints.newest(path / "checkpoints")
+            checkpoint, damaged = found.path, found.damaged
+            state = "new" if checkpoint is None else "resume"
+            if rank_zero_only.rank == 0:
+                report_damage(found)
+    return RunFolder(path, state, checkpoint, damaged)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The stored configuration of a run; raises ConfigError where it is not one. Tags that would call code are not."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = type(error).__name__
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: is not the configuration of a run ({content}); give the run another run.name")
+    return content
+
+
+def report_damage(found: checkpoints.Found) -> None:
+    """One line for every checkpoint that was skipped: what is wrong with it, and what the run does."""
+    then = "no whole one is left: training starts at step 0"
+    if found.path is not None:
+        then = f"going on from {found.path.name}, step {found.step}"
+    for path, reason in found.damaged.items():
+        log.warning("%s is damaged (%s) and skipped; %s", path, reason, then)
 
 
 class History:
@@ -129,11 +178,15 @@ class History:
         self.rows: list[dict[str, Any]] = []
         self.columns: list[str] = ["step"]
 
-    def restore(self, step: int) -> None:
-        """Keep what is on disk up to `step` (0: start anew)."""
+    def restore(self, step: int, closing: bool = False) -> None:
+        """Keep what is on disk up to `step` (0: start anew); `closing`: without the scores of that step itself, because
+        no training is left and the closing evaluation comes again."""
         if step and self.path.is_file():
             with self.path.open(newline="") as handle:
-                self.rows = [row for row in csv.DictReader(handle) if int(row["step"]) <= step]
+                lines = [line for line in handle if line.endswith("\n")]  # a full disk may have cut the last one
+            self.rows = [row for row in csv.DictReader(lines) if int(row["step"]) <= step]
+            if closing:
+                self.rows = [row for row in self.rows if int(row["step"]) < step or not scored(row)]
         self.columns = list(dict.fromkeys(["step", *(key for row in self.rows for key in row)]))
         self._write()
 
@@ -146,7 +199,7 @@ class History:
             self.columns += fresh
             self._write()
             return
-        with self.path.open("a", newline="") as handle:
+        with clear_when_full(self.path), self.path.open("a", newline="") as handle:
             csv.DictWriter(handle, self.columns).writerow(row)
 
     def _write(self) -> None:
@@ -154,6 +207,11 @@ class History:
             writer = csv.DictWriter(handle, self.columns)
             writer.writeheader()
             writer.writerows(self.rows)
+
+
+def scored(row: dict[str, Any]) -> bool:
+    """True of the row of a validation."""
+    return any(value for key, value in row.items() if key.startswith("val/"))
 
 
 def _cell(value: Any) -> Any:

@@ -11,15 +11,17 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 import config
 from common.errors import CheckpointError, ConfigError
+from common.precision import usable
 from common.spec import ClassMeta
 from datamodules.base import SegmentationDataModule, load_datamodule
-from engine import slurm
-from engine.callbacks import WholeCheckpointIO
+from engine import checkpoints, slurm
+from engine.checkpoints import WholeCheckpointIO
+from engine.wandb_rows import StepLogger
 from lightning_modules import registry
 from lightning_modules.base import FORMAT, UnsupervisedSegmenter
 from retrieval import search
@@ -118,12 +120,18 @@ def build_trainer(
             f"trainer.devices={settings.devices}: this machine has {torch.cuda.device_count()} GPUs; use that or auto"
         )
     environment = slurm.environment(settings.num_nodes, settings.devices)
+    precision = usable(settings.precision, accelerator)
+    if precision != settings.precision and rank_zero_only.rank == 0:
+        log.warning(
+            "trainer.precision=%s: float16 training is for GPUs, there is none of it on a CPU; %s is used",
+            settings.precision, precision,
+        )  # fmt: skip
     return L.Trainer(
         accelerator=accelerator,
         devices=settings.devices,
         num_nodes=settings.num_nodes,
         strategy=settings.strategy,
-        precision=settings.precision,
+        precision=precision,
         max_steps=total_steps,
         max_epochs=-1,
         val_check_interval=settings.val_every,
@@ -141,7 +149,7 @@ def build_trainer(
     )
 
 
-def wandb_logger(cfg: DictConfig, folder: Path) -> WandbLogger:
+def wandb_logger(cfg: DictConfig, folder: Path) -> StepLogger:
     """W&B; offline where no key is known, so that nothing asks and nothing hangs. A resumed run keeps its id."""
     os.environ.setdefault("WANDB_SILENT", "true")
     offline = os.environ.get("WANDB_MODE") in (None, "offline") and not has_wandb_key()
@@ -149,7 +157,8 @@ def wandb_logger(cfg: DictConfig, folder: Path) -> WandbLogger:
         os.environ["WANDB_MODE"] = "offline"
         log.info("W&B: no key found, logging offline into %s (upload later with `wandb sync`)", folder / "wandb")
     stored = folder / "wandb_id"
-    logger = WandbLogger(
+    logger = StepLogger(
+        folder / "wandb_step",
         name=folder.name,
         save_dir=folder,
         project=cfg.wandb.project,
@@ -160,7 +169,7 @@ def wandb_logger(cfg: DictConfig, folder: Path) -> WandbLogger:
         offline=offline,
         config=config.plain(cfg),
     )
-    if L.pytorch.utilities.rank_zero_only.rank == 0:
+    if rank_zero_only.rank == 0:
         stored.write_text(logger.experiment.id)
     return logger
 
@@ -178,6 +187,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(
             f"ckpt={path}: no such file; a run keeps its own under checkpoints/last.ckpt and best.ckpt"
+        )
+    broken = checkpoints.damage(path)
+    if broken is not None:
+        raise CheckpointError(
+            f"ckpt={path}: cannot be read as a checkpoint ({broken}); use another one of its run, or train it anew"
         )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)

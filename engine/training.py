@@ -14,7 +14,8 @@ from common.errors import CheckpointError, ConfigError
 from common.files import copy_whole
 from datamodules.base import SegmentationDataModule
 from engine import environment, exporting, selection, setup, summary
-from engine.callbacks import PanelKeeper, RunKeeper, WholeCheckpointIO, numbers, progress
+from engine.callbacks import PanelKeeper, RunKeeper, numbers, progress
+from engine.checkpoints import WholeCheckpointIO
 from engine.fitting import KMeansFit, PosthocFit
 from engine.preemption import Preemption
 from engine.run_folder import RunFolder, open_run
@@ -62,7 +63,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         with preemption.listening(trainer):
             trainer.fit(model, data, ckpt_path=folder.checkpoint, weights_only=True)
             if not keeper.history.rows and trainer.is_global_zero:  # killed in the closing evaluation: no step was left
-                keeper.history.restore(trainer.global_step)
+                keeper.restore_history(trainer)
             trainer.callbacks += [centroids, posthoc]
             metrics = close(cfg, data, model, trainer, keeper, folder)
     except SystemExit:  # what Lightning makes of Ctrl-C
@@ -77,6 +78,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         facts = environment.describe(cfg.seed, device, commit, seconds, speed, processes)
         report.write_json(folder.path / "environment.json", facts)
         report.write_json(folder.metrics, metrics)
+        folder.previous.unlink(missing_ok=True)  # nothing goes on from here
     return metrics
 
 
@@ -142,7 +144,7 @@ def close(
         WholeCheckpointIO().save_checkpoint(checkpoint, folder.last)
         if improved or not folder.best.is_file():
             copy_whole(folder.last, folder.best)
-        keeper.history.add(model.total_steps, final)
+        keeper.record(trainer, model.total_steps, final)
     trainer.strategy.barrier()
     metrics = summary.scores(model, final) | keeper.summary() | summary.protocol(cfg, data, model)
     metrics |= summary.facts(cfg, model, model.total_steps)
@@ -163,4 +165,6 @@ def write_files(model: UnsupervisedSegmenter, pictures: PanelKeeper, folder: Pat
         panels.save(folder / "panels" / "sheet.png", rows, model.meta, mappings)
         for logger in loggers:
             logger.log_image("panels", [str(folder / "panels" / "sheet.png")])
+    for logger in loggers:
+        logger.close()
     log.info("panels, tables and checkpoints are in %s", folder)

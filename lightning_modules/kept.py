@@ -8,6 +8,7 @@ from torch import Tensor
 
 from common.errors import ConfigError
 from common.files import cache_folder
+from common.precision import usable
 from datamodules.transforms import FIXED_CROPS, Geometry
 from models import feature_store
 from models.backbone import Features
@@ -64,7 +65,7 @@ def _keep(method: "UnsupervisedSegmenter", data: Any, split: str, geometry: Geom
     height, width = (-(-side // multiple) * multiple for side in geometry.kept_size(1, 1))
     layout = Layout.of(_features(method, torch.zeros(1, 3, height, width)))
     items = len(data.source(split)) * geometry.crops
-    precision = str(method.cfg.trainer.precision)
+    precision = usable(method.cfg.trainer.precision, method.device.type)
     name = feature_store.name(backbone.features_key, data.fingerprint(split, geometry), f"{height}x{width}", precision)
 
     def batches() -> Iterator[tuple[Tensor, Features]]:

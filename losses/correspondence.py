@@ -15,6 +15,7 @@ from torch import Tensor
 
 from common import chance
 from common.errors import one_of
+from common.precision import real, real_dtype
 
 EPS = 1e-10
 """Smallest norm that a feature or a code is divided by, as released."""
@@ -80,7 +81,7 @@ def random_negatives(seed: int, step: int, repeats: int, count: int, kind: str =
 def cosines(one: Tensor, two: Tensor) -> Tensor:
     """Cosine of every place of one [B,C,h,w] with every place of two [B,C,i,j]: [B,h,w,i,j], float32."""
     with torch.autocast(one.device.type, enabled=False):
-        first, second = (F.normalize(maps.to(_full(maps)), dim=1, eps=EPS).flatten(2) for maps in (one, two))
+        first, second = (F.normalize(maps.to(real_dtype(maps)), dim=1, eps=EPS).flatten(2) for maps in (one, two))
         return torch.bmm(first.transpose(1, 2), second).reshape(len(one), *one.shape[2:], *two.shape[2:])
 
 
@@ -178,13 +179,9 @@ def correspondence_loss(
     return Correspondence(total, losses, similarities)
 
 
-def _full(maps: Tensor) -> torch.dtype:
-    return torch.float64 if maps.dtype == torch.float64 else torch.float32
-
-
 def reconstruction(decoded: Tensor, features: Tensor) -> Tensor:
     """-mean cosine of decoded codes and features, both [B,C,h,w]; the features are constants."""
-    return -F.cosine_similarity(decoded, features.detach(), dim=1, eps=EPS).mean()
+    return -F.cosine_similarity(real(decoded), real(features.detach()), dim=1, eps=EPS).mean()
 
 
 def alignment(codes: Tensor, augmented: Tensor, view: Any) -> Tensor:
@@ -200,5 +197,5 @@ def alignment(codes: Tensor, augmented: Tensor, view: Any) -> Tensor:
     right = torch.where(view.flip[:, None], 1 - right, right)
     y, x = 2 * (top + down * height) - 1, 2 * (left + right * width) - 1
     places = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)
-    here = F.grid_sample(codes, places.to(codes.dtype), padding_mode="border", align_corners=False)
-    return -F.cosine_similarity(here, augmented, dim=1, eps=EPS).mean()
+    here = F.grid_sample(real(codes), places.to(real_dtype(codes)), padding_mode="border", align_corners=False)
+    return -F.cosine_similarity(here, real(augmented), dim=1, eps=EPS).mean()

@@ -98,6 +98,17 @@ def test_ranks_without_a_valid_pixel_wait_for_nobody(tmp_path):
     expect_equal(run_two("hidden_positives", tmp_path, *data), one)
 
 
+def test_both_processes_skip_a_damaged_checkpoint(small_run, tmp_path):
+    """last.ckpt is cut; both go on from best.ckpt, and the first one puts the damaged file aside."""
+    folder = run_two("kmeans_baseline", tmp_path)
+    (folder / "metrics.json").unlink()
+    last = folder / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    expect_equal(run_two("kmeans_baseline", tmp_path), small_run("kmeans_baseline"))
+    kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert kept == ["best.ckpt", "last.ckpt", "last.ckpt.damaged"]
+
+
 SKIPPING = """
 import sys
 import run

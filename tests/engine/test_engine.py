@@ -9,8 +9,9 @@ import torch
 
 import config
 from common.errors import TrainingError
-from engine import callbacks, doctor, setup
-from engine.callbacks import RunKeeper, WholeCheckpointIO, clock, numbers
+from engine import checkpoints, doctor, setup
+from engine.callbacks import RunKeeper, clock, numbers
+from engine.checkpoints import WholeCheckpointIO
 from engine.run_folder import RunFolder
 from engine.selection import Selection
 from lightning_modules.hidden_positives import HiddenPositives
@@ -22,10 +23,10 @@ def test_a_checkpoint_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     WholeCheckpointIO().save_checkpoint({"step": 1}, path)
 
     def half(checkpoint, file):
-        file.write_bytes(b"half of it")
+        file.write(b"half of it")
         raise OSError("disk full")
 
-    monkeypatch.setattr(callbacks.torch, "save", half)
+    monkeypatch.setattr(checkpoints.torch, "save", half)
     with pytest.raises(OSError, match="disk full"):
         WholeCheckpointIO().save_checkpoint({"step": 2}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}

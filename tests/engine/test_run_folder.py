@@ -3,6 +3,7 @@
 import csv
 
 import pytest
+import torch
 
 import config
 from common.errors import CheckpointError, ConfigError
@@ -42,7 +43,7 @@ def test_states(tmp_path):
     first.create(cfg(*words))
     assert (tmp_path / "latest").resolve() == first.path.resolve()
     assert open_run(cfg(*words)).state == "new"  # killed before the first checkpoint
-    first.last.write_bytes(b"x")
+    torch.save({"global_step": 3}, first.last)
     again = open_run(cfg(*words, "trainer.progress=none"))  # how progress is shown is no other configuration
     assert (again.state, again.checkpoint) == ("resume", first.last)
     first.metrics.write_text("{}")

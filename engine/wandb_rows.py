@@ -1,0 +1,53 @@
+"""W&B rows by training step: a killed run that goes on neither repeats a row nor leaves one out."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from common.files import write_text
+
+
+class StepLogger(WandbLogger):
+    """A WandbLogger whose x-axis is the training step, as in metrics.csv: one row a step, each handed over once.
+
+    `RunKeeper` hands over the rows of metrics.csv, in place of Lightning, whose steps differ in the closing evaluation.
+    A row is held back until one of a later step comes, or `close`. The file `handed` remembers the last step that W&B
+    has: a resumed run leaves out what is up to there, and gives all rows of metrics.csv before it adds its own, so that
+    none between there and its checkpoint is missing. The x-axis is given with every row: an offline run starts a file
+    of its own after each resume.
+    """
+
+    def __init__(self, handed: Path, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._file = handed
+        self._handed = int(handed.read_text()) if handed.is_file() else 0
+        self._step = self._handed
+        self._row: dict[str, Any] = {}
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Without a step (pictures): part of the row that is open. What Lightning logs by itself is left out."""
+        if step is None:
+            self._row |= metrics
+
+    @rank_zero_only
+    def add(self, step: int, values: Mapping[str, Any]) -> None:
+        """Values of a training step; cells of a csv file are taken, and empty ones left out."""
+        if step <= self._handed:
+            return
+        if step > self._step:
+            self.close()
+        self._step = step
+        self._row |= {key: float(value) for key, value in values.items() if value not in ("", None)}
+
+    @rank_zero_only
+    def close(self) -> None:
+        """Hand over the row that is held back."""
+        if not self._row:
+            return
+        self.experiment.log({**self._row, "trainer/global_step": self._step}, step=self._step, commit=True)
+        self._row, self._handed = {}, self._step
+        write_text(self._file, f"{self._handed}\n")

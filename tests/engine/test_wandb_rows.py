@@ -1,0 +1,105 @@
+"""What W&B gets of a run that was killed: every step once. The offline files are read as W&B itself writes them."""
+
+import csv
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import wandb
+from wandb.proto.wandb_internal_pb2 import Record
+
+from engine.callbacks import RunKeeper
+from engine.wandb_rows import StepLogger
+from tests.conftest import run_small
+
+pytestmark = pytest.mark.train
+
+BLOCK, HEADER, FIRST_BLOCK = 32768, 7, 7
+"""Of LevelDB's log format, in which W&B keeps an offline run: bytes of a block, of a record's header, of the file's."""
+
+
+class StopError(Exception):
+    """Stands for a kill."""
+
+
+def records(path: Path) -> list[Record]:
+    data, place, part, found = path.read_bytes(), FIRST_BLOCK, b"", []
+    while place + HEADER <= len(data):
+        left = BLOCK - place % BLOCK
+        if left < HEADER:
+            place += left
+            continue
+        length, kind = struct.unpack("<HB", data[place + 4 : place + HEADER])
+        part += data[place + HEADER : place + HEADER + length]
+        place += HEADER + length
+        if kind in (1, 4):  # whole, or the last part
+            found.append(Record.FromString(part))
+            part = b""
+    return found
+
+
+def history(folder: Path) -> list[dict]:
+    """The rows of all offline files of a run, in the order of their times."""
+    rows = []
+    for file in sorted((folder / "wandb").glob("offline-run-*/*.wandb")):
+        for record in records(file):
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                rows.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in items})
+    return rows
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "offer"])
+def test_a_resumed_run_repeats_no_step_and_leaves_none_out(hook, tmp_path, monkeypatch):
+    """Killed in step 7, whose last checkpoint is of step 6; and in the closing evaluation, when no step was left."""
+    real = getattr(RunKeeper, hook)
+
+    def dies(self, first, *rest):
+        if (first.global_step if hook == "on_train_batch_end" else first) == (7 if hook == "on_train_batch_end" else 8):
+            raise StopError
+        return real(self, first, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunKeeper, hook, dies)
+        with pytest.raises(StopError):
+            run_small("kmeans_baseline", tmp_path, "w", "logger=wandb")
+    wandb.finish()
+    before = (tmp_path / "w" / "wandb_id").read_text()
+    run = run_small("kmeans_baseline", tmp_path, "w", "logger=wandb")
+    wandb.finish()
+    files = list((run.folder / "wandb").glob("offline-run-*"))
+    assert len(files) == 2
+    assert {file.name.rpartition("-")[2] for file in files} == {before}
+    with (run.folder / "metrics.csv").open(newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    expected: dict[int, dict[str, float]] = {}
+    for row in rows:
+        values = {key: float(value) for key, value in row.items() if value and key != "step"}
+        expected.setdefault(int(row["step"]), {}).update(values)
+    got = history(run.folder)
+    assert [row["_step"] for row in got] == list(expected) == list(range(1, 9))
+    for row in got:
+        assert row["trainer/global_step"] == row["_step"]
+        numbers = {key: value for key, value in row.items() if key.startswith(("train/", "val/"))}
+        assert numbers == pytest.approx(expected[row["_step"]], rel=1e-5)
+    assert "panels" in got[-1]
+    assert not any("panels" in row for row in got[:-1])
+
+
+def test_rows_between_what_was_handed_over_and_the_checkpoint_are_filled_in(tmp_path, monkeypatch):
+    """A kill between a row of metrics.csv and its way to W&B."""
+    sent = []
+    (tmp_path / "step").write_text("2\n")
+    logger = StepLogger(tmp_path / "step", save_dir=tmp_path, offline=True)
+    monkeypatch.setattr(
+        logger, "_experiment", type("Run", (), {"log": lambda self, row, **how: sent.append(how["step"])})()
+    )
+    for step in range(1, 5):
+        logger.add(step, {"train/loss": "0.5", "val/x": ""})
+    logger.add(5, {"train/loss": 0.25})
+    assert sent == [3, 4]
+    logger.close()
+    logger.close()
+    assert sent == [3, 4, 5]
+    assert (tmp_path / "step").read_text() == "5\n"

@@ -17,7 +17,7 @@ import config
 from common import distributed
 from common.chance import library_draws
 from common.errors import CheckpointError, ConfigError
-from common.spec import ClassMeta, NeighbourSpec, ViewSpec
+from common.spec import ClassMeta, NeighbourSpec, RegionSpec, ViewSpec
 from evaluation import readout, report
 from evaluation.crf import Constants, DenseCRF
 from evaluation.matching import Scores
@@ -26,6 +26,7 @@ from evaluation.probes import LABEL_PROBES, ClusterProbe, KMeansProbe, LinearPro
 from lightning_modules.kept import check_kept, keep_features
 from lightning_modules.near import near_pictures
 from lightning_modules.optim import CompositeOptimizer, clip_gradients, scheduled
+from lightning_modules.regions import region_files
 from models.backbone import Backbone, Features
 from models.feature_store import FeatureStore
 
@@ -55,14 +56,16 @@ class UnsupervisedSegmenter(L.LightningModule):
     Class facts: `uses_labels` (supervised variants only, shown in every table), `trains` (False: no method loss, the
     probes still learn), `wants_attention` (ask the backbone for the attention logits of its last block),
     `wants_features` (False: `loss` gets no features of `image`, because it looks at views alone and returns codes of
-    one), `trains_backbone` (the backbone changes, by gradient or as a momentum copy; the run then exports it).
+    one), `trains_backbone` (the backbone changes, by gradient or as a momentum copy; the run then exports it; None:
+    as backbone.frozen says), `exports` (what its weights are, for the card of the export).
     """
 
     uses_labels = False
     trains = True
     wants_attention = False
     wants_features = True
-    trains_backbone = False
+    trains_backbone: bool | None = False
+    exports = "the weights"
 
     def __init__(self, cfg: DictConfig, meta: ClassMeta, linear_probe: bool = True) -> None:
         super().__init__()
@@ -99,6 +102,8 @@ class UnsupervisedSegmenter(L.LightningModule):
 
     def _check_frozen(self) -> None:
         name = self.cfg.method.name
+        if self.trains_backbone is None:
+            self.trains_backbone = not self.backbone.frozen
         if not self.backbone.frozen and not self.trains_backbone:
             raise ConfigError(
                 f"backbone.frozen=false: method={name} does not train the backbone; set backbone.frozen=true"
@@ -141,6 +146,11 @@ class UnsupervisedSegmenter(L.LightningModule):
         """Where set, a batch carries a near training picture of each picture as `neighbour`."""
         return None
 
+    @property
+    def region_maps(self) -> RegionSpec | None:
+        """Where set, a training batch carries contour regions as `regions`, and so do all its views."""
+        return None
+
     def param_groups(self) -> list[dict[str, Any]]:
         """`{name, params}` of each group; its settings are `optim.<name>.*`."""
         return []
@@ -173,9 +183,13 @@ class UnsupervisedSegmenter(L.LightningModule):
         return store.features(batch["index" if view == "image" else f"{view}.index"], self.device)
 
     def on_fit_start(self) -> None:
-        """Before the training loader is made: kept features, and the table of near pictures where one is wanted."""
+        """Before the training loader is made: kept features, contour regions and the table of near pictures, where they
+        are wanted."""
         if self.cfg.backbone.cache_features:
             self.kept_features = keep_features(self, self.trainer.datamodule)
+        if self.region_maps is not None:
+            data = self.trainer.datamodule
+            data.regions = region_files(self, data, self.region_maps)
         if self.neighbours is not None:
             self.neighbour_table, table = near_pictures(self, self.trainer.datamodule, self.neighbours)
             self.trainer.datamodule.neighbours = table.numpy()[:, : self.neighbours.drawn]

@@ -90,27 +90,26 @@ class SegSort(UnsupervisedSegmenter):
     def loss(self, views: dict[str, Any], features: Features | None) -> Loss:
         """Method document section 4, on the cells of all views of the batch of all ranks."""
         settings, names = self.cfg.method, list(self.views)
-        codes = self.embed(self.features(torch.cat([views[name] for name in names])))
+        codes = self.embed(self.features(adjacent(views, names)))
         size = tuple(codes.shape[-2:])
-        valid = at_cells(torch.cat([views[f"{name}.valid"] for name in names]), size)
+        valid = at_cells(adjacent(views, names, ".valid"), size)
         cut = keys = None
         if self.regions is not None:
-            cut = at_cells(torch.cat([views[f"{name}.regions"] for name in names]), size)
+            cut = at_cells(adjacent(views, names, ".regions"), size)
             valid = valid & (cut != OUTSIDE)
         if self.uses_labels:
-            keys = at_cells(torch.cat([views[f"{name}.label"] for name in names]), size)
+            keys = at_cells(adjacent(views, names, ".label"), size)
             valid = valid & (keys != IGNORE)
             cut = keys if cut is None else cut * (IGNORE + 1) + keys  # a segment has one class and one region
         elif settings.loss == "vmf_nca":
-            keys = views["index"].repeat(len(names))[:, None, None] * PICTURE + cut
+            keys = views["index"].repeat_interleave(len(names))[:, None, None] * PICTURE + cut
         found = sort_pixels(codes, **self._kmeans(), regions=cut, valid=valid)
         pixels, ids = found.unit.flatten(0, 1), found.ids.flatten()
         table = gather_segments(pixels, ids, found.counts)
         loss = self._contrast(pixels, table, keys) * table.share
         empty = ~table.present.any()
         parts = {"segments": table.present.sum() / (len(codes) * distributed.world_size())}
-        first = codes[: len(views[names[0]])]
-        return Loss(loss, {"vmf": loss.detach(), **parts}, skip=empty, codes=first, view=names[0])
+        return Loss(loss, {"vmf": loss.detach(), **parts}, skip=empty, codes=codes[:: len(names)], view=names[0])
 
     def _kmeans(self) -> dict[str, Any]:
         settings = self.cfg.method.kmeans
@@ -140,6 +139,12 @@ class SegSort(UnsupervisedSegmenter):
         if self.fresh is not None and not self.optimizers().optimizer.skip_method:
             self.memory.enqueue(self.fresh[0], label=self.fresh[1])
         self.fresh = None
+
+
+def adjacent(views: dict[str, Any], names: list[str], what: str = "") -> Tensor:
+    """Some views of a batch (or a map of them, `.valid`) as one batch, in which the views of a picture are neighbours:
+    so the order of several ranks is that of one process."""
+    return torch.stack([views[f"{name}{what}"] for name in names], dim=1).flatten(0, 1)
 
 
 def check_settings(settings: Any) -> None:

@@ -94,13 +94,14 @@ POSITIVE = (
     "trainer.max_steps", "trainer.max_epochs", "trainer.val_every", "trainer.checkpoint_every", "trainer.log_every",
     "trainer.num_nodes", "trainer.threads", "data.batch_size", "data.eval_batch_size", "method.num_clusters",
     "evaluation.kmeans.restarts", "evaluation.kmeans.iterations", "evaluation.kmeans.points",
-    "evaluation.kmeans.pictures",
+    "evaluation.kmeans.pictures", "evaluation.retrieval.pictures",
     "predict.size",
 )  # fmt: skip
 
 NOT_NEGATIVE = (
     "seed", "evaluation.posthoc.epochs", "evaluation.posthoc.lr", "evaluation.posthoc.weight_decay",
-    "evaluation.posthoc.keep_mb",
+    "evaluation.posthoc.keep_mb", "evaluation.retrieval.k", "evaluation.retrieval.iterations",
+    "evaluation.retrieval.location_scale",
 )  # fmt: skip
 
 

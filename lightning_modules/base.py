@@ -23,6 +23,7 @@ from evaluation.crf import Constants, DenseCRF
 from evaluation.matching import Scores
 from evaluation.metrics import ClusterUsage, SegmentationScore
 from evaluation.probes import LABEL_PROBES, ClusterProbe, KMeansProbe, LinearProbe
+from evaluation.retrieval import SegmentBank, SegmentRetrieval
 from lightning_modules.kept import check_kept, keep_features
 from lightning_modules.near import near_pictures
 from lightning_modules.optim import CompositeOptimizer, clip_gradients, scheduled
@@ -86,6 +87,7 @@ class UnsupervisedSegmenter(L.LightningModule):
             LinearProbe(self.code_dim, meta.num_classes, cfg.seed) if meta.has_labels and linear_probe else None
         )
         self.posthoc_probe: LinearProbe | None = None  # `set_posthoc` gives one, after training
+        self.retrieval = self._retrieval()
         self.has_own_scores = type(self).scores is not UnsupervisedSegmenter.scores
         self.confusion = nn.ModuleDict(
             {probe: self._confusion(probe) for probe in self.probe_names()} if meta.has_labels else {}
@@ -272,6 +274,17 @@ class UnsupervisedSegmenter(L.LightningModule):
         learned = {"linear": self.linear_probe, "linear_posthoc": self.posthoc_probe}
         return ["cluster", "kmeans", *own, *(name for name, probe in learned.items() if probe is not None)]
 
+    def _retrieval(self) -> SegmentRetrieval | None:
+        """The read-out `evaluation.retrieval`, scored as soon as it has a bank (after training)."""
+        if not self.cfg.evaluation.retrieval.k:
+            return None
+        if not self.meta.has_labels:
+            raise ConfigError(
+                f"evaluation.retrieval.k={self.cfg.evaluation.retrieval.k}: this read-out votes by labels of training "
+                "pictures and the data has none; set evaluation.retrieval.k=0"
+            )
+        return SegmentRetrieval(self.cfg.evaluation.retrieval, self.meta.num_classes)
+
     def _confusion(self, probe: str) -> SegmentationScore:
         rows = self.meta.num_classes if probe in LABEL_PROBES else self.cfg.method.num_clusters
         rules = self.cfg.evaluation
@@ -305,6 +318,8 @@ class UnsupervisedSegmenter(L.LightningModule):
         codes, scores = self.read(batch["image"], self.features_of(batch))
         maps = {probe: readout.predict(values, batch["image"].shape[-2:]) for probe, values in scores.items()}
         self.usage.update(scores["cluster"], codes, batch["valid"])
+        if self.retrieval is not None and self.retrieval.bank is not None:
+            maps["retrieval"] = self.retrieval.predict(codes, batch["valid"])
         if self.refining:
             maps |= self.refined(batch["image"], batch["valid"], codes, scores)
         if "label" in batch:
@@ -363,6 +378,11 @@ class UnsupervisedSegmenter(L.LightningModule):
         self.posthoc_probe = probe.to(self.device).requires_grad_(False)
         if self.meta.has_labels:
             self.confusion["linear_posthoc"] = self._confusion("linear_posthoc").to(self.device)
+
+    def set_retrieval(self, bank: SegmentBank) -> None:
+        """Take labelled segments of training pictures; from now on val/retrieval/* is scored."""
+        self.retrieval.bank = bank
+        self.confusion["retrieval"] = self._confusion("retrieval").to(self.device)
 
     def offline_state(self) -> dict[str, Tensor]:
         """The part of the state dict that is fitted after training: k-means centroids, post-hoc linear probe."""

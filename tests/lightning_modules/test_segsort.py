@@ -1,4 +1,4 @@
-"""SegSort: its loss against the formulas of the method document, segments, the memory, variants, and what is refused."""
+"""SegSort: its loss against the formulas of the method document, the memory, variants, and what is refused."""
 
 import math
 from types import SimpleNamespace
@@ -68,7 +68,7 @@ def test_the_unsupervised_loss_is_the_formula_of_the_document(monkeypatch):
 
 
 def nca(unit, rows, prototypes, labels, kappa, memory=None) -> float:
-    """4.2, cell by cell: positives are the segments of the own label but the own one (the own one where it is alone)."""
+    """4.2, cell by cell: positives are the other segments of the own label, or the own one where it is alone."""
     bank, kinds = prototypes, list(labels)
     if memory is not None:
         bank, kinds = torch.cat([prototypes, F.normalize(memory[0], dim=1)]), kinds + memory[1].tolist()
@@ -88,9 +88,7 @@ def test_regions_of_one_picture_are_positives_in_both_views(monkeypatch):
     views, codes = made(model, monkeypatch)
     regions = adjacent(views, list(model.views), ".regions")[:, 1::2, 1::2]
     unit, rows, prototypes = segments_of(codes, regions)
-    labels = [
-        (row[0] // 16 // 2, int(regions.flatten()[row[0]])) for row in rows
-    ]  # two views of a picture are adjacent
+    labels = [(row[0] // 32, int(regions.flatten()[row[0]])) for row in rows]  # the two views of a picture: 32 cells
     expected = nca(unit.detach(), rows, prototypes.detach(), labels, 10.0)
     assert float(model.loss(views, None).total.detach()) == pytest.approx(expected, abs=2e-6)
     assert len(set(labels)) == 8
@@ -98,7 +96,7 @@ def test_regions_of_one_picture_are_positives_in_both_views(monkeypatch):
 
 
 def test_the_supervised_loss_compares_with_classes_and_memory(monkeypatch):
-    model = build(*LABELS, "method.views=1", "method.kmeans.cells=[1,1]")
+    model = build(*LABELS, "method.views=1", "method.kmeans.cells=[1,1]", "method.labels.banks=4")
     views, codes = made(model, monkeypatch)
     labels = views["view0.label"][:, 1::2, 1::2]
     unit, rows, prototypes = segments_of(codes, labels)

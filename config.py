@@ -123,7 +123,9 @@ def published(experiment: str) -> dict[str, float]:
     reach = load_group("experiment", experiment)["figure"]["reach"]
     after = "_crf" if reach.endswith(", with CRF") else ""
     figures: dict[str, float] = {}
-    for probe, acc, miou in re.findall(r"(cluster|linear) ([\d.]+)(?: acc)?(?: / ([\d.]+))?", reach):
+    pattern = r"(cluster|linear|retrieval) ([\d.]+)(?: acc)?(?: / ([\d.]+)| (mIoU))?"
+    for probe, first, second, alone in re.findall(pattern, reach):
+        acc, miou = ("", first) if alone else (first, second)
         figures |= {f"{probe}{after}/{name}": float(text) for name, text in (("acc", acc), ("miou", miou)) if text}
     return figures
 

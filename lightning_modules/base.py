@@ -4,6 +4,7 @@ The base owns the backbone, the probes on detached codes, the optimiser with cli
 prediction, and the rule that labels never reach a method.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ import lightning as L
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import config
 from common import distributed
@@ -28,8 +30,10 @@ from lightning_modules.kept import check_kept, keep_features
 from lightning_modules.near import near_pictures
 from lightning_modules.optim import CompositeOptimizer, clip_gradients, scheduled
 from lightning_modules.regions import region_files
-from models.backbone import Backbone, Features
+from models.backbone import Backbone, Features, synchronise_norms
 from models.feature_store import FeatureStore
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 """Version of what we add to a Lightning checkpoint under the key `labelfree`."""
@@ -183,6 +187,18 @@ class UnsupervisedSegmenter(L.LightningModule):
         if store is None:
             return self.features(batch[view])
         return store.features(batch["index" if view == "image" else f"{view}.index"], self.device)
+
+    def configure_model(self) -> None:
+        """Batch norms that are trained see the whole global batch where there are several GPUs."""
+        if self.trainer.world_size == 1 or self.trainer.state.fn != "fit":
+            return
+        if self.trainer.strategy.root_device.type == "cuda":
+            synchronise_norms(self)
+        elif any(isinstance(part, _BatchNorm) and part.training for part in self.modules()):
+            log.warning(
+                "batch norms are not synchronised between processes on CPUs: each sees its own part of the batch, so "
+                "this run is not equal to that of one process (method.head.norm, backbone.freeze_norms)"
+            )
 
     def on_fit_start(self) -> None:
         """Before the training loader is made: kept features, contour regions and the table of near pictures, where they

@@ -18,7 +18,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
-from timm.layers import Attention, AttentionRope
+from timm.layers import Attention, AttentionRope, convert_sync_batchnorm
 from timm.models import VisionTransformer
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
@@ -440,6 +440,17 @@ class Backbone(nn.Module):
                 result.qkv = projected if qkv else None
                 result.attention = layers.logits(attn, projected, seen.get("rope")) if attention else None
         return result
+
+
+def synchronise_norms(module: nn.Module) -> bool:
+    """Let every batch norm below `module` see the batch of all processes (GPUs only), in place; whether there is any.
+
+    timm's own conversion: that of torch loses the activation that some of timm's batch norms carry.
+    """
+    found = any(isinstance(part, _BatchNorm) for part in module.modules())
+    if found:
+        convert_sync_batchnorm(module)
+    return found
 
 
 def _create(name: str, **kwargs: Any) -> nn.Module:

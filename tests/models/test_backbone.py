@@ -11,7 +11,7 @@ from torch import nn
 
 from common.errors import ConfigError
 from models import positions
-from models.backbone import Backbone, Features
+from models.backbone import Backbone, Features, synchronise_norms
 from tests.models.networks import CREATE_OF, REGISTERS, TRANSFORMERS, make_cfg, make_cnn, make_transformer
 
 # ---- transformers -------------------------------------------------------------------------------------------------
@@ -402,3 +402,18 @@ def test_frozen_norms_keep_their_statistics():
     model = Backbone(make_cnn(frozen=False)).train()
     model.features(torch.rand(2, 3, 64, 64))
     assert any(not torch.equal(value, before[name]) for name, value in model.named_buffers())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_035"])
+def test_synchronised_norms_are_the_same_network(name):
+    """The same weights under the same names, and the same features; the activations inside timm's norms stay."""
+    model = Backbone(make_cnn(timm=name, create={}, frozen=False)).eval()
+    images = torch.rand(1, 3, 64, 64)
+    before, names = model.features(images).map, list(model.state_dict())
+    weights = list(model.parameters())
+    assert synchronise_norms(model)
+    assert any(isinstance(part, nn.SyncBatchNorm) for part in model.modules())
+    assert list(model.state_dict()) == names
+    assert all(one is two for one, two in zip(weights, model.parameters(), strict=True))
+    assert torch.allclose(model.features(images).map, before, atol=1e-5)
+    assert not synchronise_norms(nn.Linear(2, 2))

@@ -41,10 +41,13 @@ NULLABLE = {
     "backbone.std": list,
     "backbone.levels": list,
     "backbone.output_stride": int,
+    "backbone.eval_output_stride": int,
     "backbone.pad_type": str,
     "backbone.licence": str,
     "method.num_clusters": int,
     "method.licence": str,
+    "method.regions.root": str,
+    "method.crop.size": int,
 }
 """Types of keys whose default does not tell them: null, or one of several types."""
 
@@ -77,21 +80,27 @@ CHOICES = {
     "backbone.pos_interp": ("dino", "timm"),
     "backbone.precision": ("float32", "bf16", "fp16"),
 }
-GROUP_CHOICES = {"optimizer": ("adam", "adamw", "sgd"), "schedule": ("constant", "cosine", "linear")}
-OPTIONAL = (".clip_norm", ".clip_value", ".clip_each", ".weight_decay_end")
+GROUP_CHOICES = {
+    "optimizer": ("adam", "adamw", "sgd"),
+    "schedule": ("constant", "cosine", "linear", "poly", "step"),
+}
+OPTIONAL = (".clip_norm", ".clip_value", ".clip_each", ".weight_decay_end", ".warmup_from")
 """Keys of optimiser groups that may be null."""
-OPTIM_NOT_NEGATIVE = (".lr", ".lr_end", ".weight_decay", ".weight_decay_end", ".warmup")
+OPTIM_NOT_NEGATIVE = (
+    ".lr", ".lr_end", ".weight_decay", ".weight_decay_end", ".warmup", ".warmup_from", ".power", ".drop",
+)  # fmt: skip
 POSITIVE = (
     "trainer.max_steps", "trainer.max_epochs", "trainer.val_every", "trainer.checkpoint_every", "trainer.log_every",
     "trainer.num_nodes", "trainer.threads", "data.batch_size", "data.eval_batch_size", "method.num_clusters",
     "evaluation.kmeans.restarts", "evaluation.kmeans.iterations", "evaluation.kmeans.points",
-    "evaluation.kmeans.pictures",
+    "evaluation.kmeans.pictures", "evaluation.retrieval.pictures",
     "predict.size",
 )  # fmt: skip
 
 NOT_NEGATIVE = (
     "seed", "evaluation.posthoc.epochs", "evaluation.posthoc.lr", "evaluation.posthoc.weight_decay",
-    "evaluation.posthoc.keep_mb",
+    "evaluation.posthoc.keep_mb", "evaluation.retrieval.k", "evaluation.retrieval.iterations",
+    "evaluation.retrieval.location_scale",
 )  # fmt: skip
 
 

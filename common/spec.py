@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 IGNORE = 255
 """The label of pixels that no score counts."""
+OUTSIDE = -1
+"""The region of places that are no part of the picture; every other region id is 0 or more."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,29 @@ class Geometric:
     """Share of the source's area that the crop covers."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip_p: float = 0.5
+    zoom: tuple[float, float] | None = None
+    """Where set, instead of `scale` and `ratio`: the picture is scaled by a factor drawn from this range, and a window
+    of `size` is cut out; where the scaled picture is smaller, it reaches beyond the right and lower border (HSG)."""
+
+
+@dataclass(frozen=True)
+class RegionSpec:
+    """Contour regions of every training picture, made without labels: see {grouping,datamodules}/regions.py."""
+
+    source: str = "felzenszwalb"
+    """felzenszwalb | watershed | slic, computed once; or folder: files that are there."""
+    root: str | None = None
+    """Folder of region files, with source folder."""
+    most: int = 48
+    """Regions of a picture at most; thresholds are raised until it is kept."""
+    thresholds: tuple[float, ...] = (100, 300, 600, 1000, 2000, 4000, 8000)
+    """Scales of felzenszwalb, or border strengths (0..1) of watershed, to try in ascending order."""
+    sigma: float = 0.8
+    """Blur of felzenszwalb before it looks, px."""
+    min_size: int = 100
+    """Smallest region of felzenszwalb, px."""
+    compactness: float = 10.0
+    """Of slic: weight of space against colour."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from datamodules import cache, sampling, views
 from datamodules.dataset import BrokenFiles, CheckedLoader, Collate, PictureDataset
 from datamodules.decoded import DecodedStore
 from datamodules.label_map import ForeignIds
+from datamodules.regions import RegionFiles
 from datamodules.transforms import Geometry
 
 __all__ = ["SegmentationDataModule", "Source", "available", "load_datamodule"]
@@ -54,12 +55,14 @@ class SegmentationDataModule(L.LightningDataModule):
     After `setup`: `meta` (class names; empty without labels) and `source(split)`. The runner assigns `views`
     ({name: ViewSpec}, made on the device in training) and `pad_multiple` (pixels; every batch is padded to a multiple
     of it, for backbones that need whole patches), both before the loaders are made. So it does with `neighbours`, an
-    int64 array [training items, k], where the method wants a near picture beside each.
+    int64 array [training items, k], where the method wants a near picture beside each, and with `regions`, a
+    `regions.RegionFiles` of the training pictures, where it wants contour regions.
 
     A batch: `image` float32 [B,3,H,W] in 0..1, not normalised; `label` int64 [B,H,W], 255 = ignore (absent when the
     data has none); `valid` bool [B,H,W], false on padding; `index` int64 [B], position in the data set (with
     five crops 5 * picture + crop); `id` list of B names; `size` int64 [B,2], height and width of the picture in its
-    file; `broken` list of messages on unreadable files; in training the views, see `views.py`, and with `neighbours`
+    file; `broken` list of messages on unreadable files; in training the views, see `views.py`; with
+    regions `regions` int64 [B,H,W], -1 outside the picture, and with neighbours
     `neighbour` float32 [B,3,H',W'], `neighbour.valid` bool [B,H',W'] and `neighbour.index` int64 [B], never a label.
 
     Raises ConfigError where a `data.*` key does not fit the rest.
@@ -73,6 +76,7 @@ class SegmentationDataModule(L.LightningDataModule):
         self.views: dict[str, ViewSpec] = {}
         self.pad_multiple = 1
         self.neighbours: np.ndarray | None = None
+        self.regions: RegionFiles | None = None
         self.meta = ClassMeta()
         self.broken = {split: BrokenFiles(split, float(self.data.max_broken)) for split in ("train", "val")}
         self.foreign = {split: ForeignIds(split) for split in ("train", "val")}
@@ -125,6 +129,7 @@ class SegmentationDataModule(L.LightningDataModule):
         room: float = 0.0,
         store: DecodedStore | None = None,
         neighbours: np.ndarray | None = None,
+        regions: RegionFiles | None = None,
     ) -> PictureDataset:
         """The map-style data set behind a loader; takes keys (pass, index) or plain indices."""
         source = self.source(split) if isinstance(split, str) else split
@@ -139,6 +144,7 @@ class SegmentationDataModule(L.LightningDataModule):
             cache=room,
             store=store,
             neighbours=neighbours,
+            regions=regions,
         )
 
     def _decoded(self, split: str, geometry: Geometry, make: bool) -> DecodedStore | None:
@@ -246,6 +252,7 @@ class SegmentationDataModule(L.LightningDataModule):
             room=self._cache(self.train_items),
             store=store,
             neighbours=self.neighbours,
+            regions=self.regions,
         )
         return self._loader(data, order, "train", len(order) * local, persistent=True)
 

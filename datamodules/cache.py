@@ -112,12 +112,12 @@ def provide(plan: Plan) -> DecodedStore:
     """
     own = plan.find()
     leader = distributed.rank() == 0
-    _together(build(plan) if leader and own is None else None)
+    together(build(plan) if leader and own is None else None)
     own = own or plan.find()
     local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", distributed.rank())))
-    _together(build(plan) if local == 0 and own is None else None)
+    together(build(plan) if local == 0 and own is None else None)
     own = own or plan.find()
-    _together(None if own is not None else _lost(plan))
+    together(None if own is not None else _lost(plan))
     return own
 
 
@@ -128,8 +128,11 @@ def _lost(plan: Plan) -> Iterator[None]:
     yield
 
 
-def _together(work: Iterator[None] | None) -> None:
-    """Runs the work of those ranks that have some while the others wait; an error of one is raised on all."""
+def together(work: Iterator[None] | None) -> None:
+    """Runs the work of those ranks that have some while the others wait; an error of one is raised on all.
+
+    A collective. work: does its part between two yields, None for a rank that has nothing to do.
+    """
     while True:
         state: str | Exception = "idle"
         if work is not None:

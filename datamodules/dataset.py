@@ -7,7 +7,7 @@ So errors of the user's data travel as data, and `CheckedLoader` raises them in 
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,11 +17,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from common import chance, distributed
 from common.errors import DataError, LabelfreeError
-from common.spec import IGNORE
+from common.spec import IGNORE, OUTSIDE
 from datamodules.decoded import DecodedStore
 from datamodules.label_map import Foreign, ForeignIds
 from datamodules.reading import UnreadableError
 from datamodules.transforms import Geometry
+
+if TYPE_CHECKING:
+    from datamodules.regions import RegionFiles
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +40,7 @@ class Item:
 
     image: np.ndarray | None = None
     label: np.ndarray | None = None
+    regions: np.ndarray | None = None
     index: int = 0
     id: str = ""
     size: tuple[int, int] = (0, 0)
@@ -57,6 +61,8 @@ class PictureDataset(Dataset):
     cache: without a store, megabytes of resized pictures that each reading process keeps, so that small sets are
     decoded once. What does not fit any more is read again each time.
 
+    regions: contour regions beside every picture (`regions.RegionFiles`).
+
     neighbours: int64 [items,k]; each item then comes with one of the k items of its row, drawn by (pass, index) and cut
     and mirrored by a draw of its own.
     """
@@ -73,6 +79,7 @@ class PictureDataset(Dataset):
         cache: float = 0.0,
         store: DecodedStore | None = None,
         neighbours: np.ndarray | None = None,
+        regions: "RegionFiles | None" = None,
     ) -> None:
         self.source = source
         self.geometry = geometry
@@ -85,6 +92,8 @@ class PictureDataset(Dataset):
         self.room = 0 if store is not None else int(cache * 2**20)
         self.kept: dict[int, tuple[np.ndarray, np.ndarray | None, tuple[int, int]]] = {}
         self.neighbours = neighbours
+        self.regions = regions
+        self.kept_regions: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.source) * self.geometry.crops
@@ -125,8 +134,16 @@ class PictureDataset(Dataset):
         else:
             image, label, item.size = self.kept.get(taken) or self._resized(taken)
             item.foreign |= take_foreign(self.source)
+        maps = [] if label is None else [label]
+        if self.regions is not None:
+            maps.append(self._regions(taken, item.size))
         draw = chance.numpy_generator(self.seed, f"{purpose}.crop", number, index)
-        item.image, item.label = self.geometry.finish(image, label, draw, flip=self.flip)
+        together = None if not maps else maps[0] if len(maps) == 1 else np.dstack(maps)
+        item.image, together = self.geometry.finish(image, together, draw, flip=self.flip)
+        if label is None or self.regions is None:
+            item.label, item.regions = (together, None) if self.regions is None else (None, together)
+        else:
+            item.label, item.regions = together[..., 0], together[..., 1]
         item.index, item.id = taken, self.source.id(taken // self.geometry.crops)
         return item
 
@@ -140,6 +157,17 @@ class PictureDataset(Dataset):
             self.room -= needed
             self.kept[index] = image, label, size
         return image, label, size
+
+    def _regions(self, index: int, size: tuple[int, int]) -> np.ndarray:
+        """int32, as large as the resized picture; `size` is that of the picture in its file."""
+        if index in self.kept_regions:
+            return self.kept_regions[index]
+        picture, crop = divmod(index, self.geometry.crops)
+        found = self.geometry.resize_map(self.regions.read(picture, size), crop)
+        if index in self.kept and found.nbytes <= self.room:
+            self.room -= found.nbytes
+            self.kept_regions[index] = found
+        return found
 
 
 def read_pair(source: Any, picture: int, has_labels: bool) -> tuple[np.ndarray, np.ndarray | None]:
@@ -158,7 +186,7 @@ def take_foreign(source: Any) -> Foreign:
 class Collate:
     """Items of any sizes to one batch: padded right and bottom to the largest, rounded up to `multiple` pixels.
 
-    Padding is 0 in `image`, 255 in `label`, False in `valid`.
+    Padding is 0 in `image`, 255 in `label`, -1 in `regions`, False in `valid`.
     """
 
     def __init__(self, multiple: int = 1) -> None:
@@ -178,6 +206,9 @@ class Collate:
         if items[0].label is not None:
             size = tuple(batch["image"].shape[-2:])
             batch["label"] = _stack([item.label for item in items], size, IGNORE).long()
+        if items[0].regions is not None:
+            size = tuple(batch["image"].shape[-2:])
+            batch["regions"] = _stack([item.regions for item in items], size, OUTSIDE).long()
         if items[0].neighbour is not None:
             near = [item.neighbour for item in items]
             batch["neighbour"], batch["neighbour.valid"] = self._pictures([item.image for item in near])

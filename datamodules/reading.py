@@ -58,8 +58,9 @@ def read_picture(path: str | Path) -> np.ndarray:
         raise UnreadableError(path, _reason(error)) from error
 
 
-def read_label(path: str | Path) -> np.ndarray:
+def read_label(path: str | Path, what: str = "a label holds one class id per pixel") -> np.ndarray:
     """Class ids as they stand in a png: uint8 or int32 [H,W]; palette files give their indices, not their colours.
+    `what`: how the error for a colour picture begins.
 
     Raises UnreadableError for a broken file, DataError for a colour picture.
     """
@@ -76,8 +77,7 @@ def read_label(path: str | Path) -> np.ndarray:
     except Exception as error:
         raise UnreadableError(path, _reason(error)) from error
     raise DataError(
-        f"{path}: a label holds one class id per pixel, but this is a picture of mode {mode}; save the ids as a grey "
-        "or palette png of 8 or 16 bit"
+        f"{path}: {what}, but this is a picture of mode {mode}; save the ids as a grey or palette png of 8 or 16 bit"
     )
 
 

@@ -89,6 +89,16 @@ class Geometry:
             image, label = np.ascontiguousarray(image), None if label is None else np.ascontiguousarray(label)
         return image, label
 
+    def resize_map(self, ids: np.ndarray, crop: int = 0) -> np.ndarray:
+        """A map of ids [H,W] of the whole picture, as `resize` does it to a label: int32, nearest."""
+        if self.crop == "five":
+            top, left, height, width = five_crop_boxes(*ids.shape, self.five_crop_ratio)[crop]
+            ids = ids[top : top + height, left : left + width]
+        ids = _resize(
+            ids.astype(np.int32), resized_size(*ids.shape, self.size, self._window), INTERPOLATIONS["nearest"]
+        )
+        return np.ascontiguousarray(crop_pair(ids, None, self.size, "center")[0]) if self._window == "center" else ids
+
     def kept_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of what `resize` gives for a picture of this size."""
         if self._window == "center":
@@ -98,7 +108,10 @@ class Geometry:
     def finish(
         self, image: np.ndarray, label: np.ndarray | None, draw: np.random.Generator, flip: bool = False
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """The crop window of a resized picture, and its mirror image with probability flip_p, drawn from `draw`."""
+        """The crop window of a resized picture, and its mirror image with probability flip_p, drawn from `draw`.
+
+        `label`: one map [H,W], or several, [H,W,n].
+        """
         image, label = crop_pair(image, label, self.size, self._window, draw)
         if flip and draw.random() < self.flip_p:
             image, label = image[:, ::-1], None if label is None else label[:, ::-1]
@@ -236,6 +249,8 @@ def draw_geometry(spec: Geometric, count: int, source: tuple[int, int], draw: np
     fits, else the largest central box with an allowed aspect. Sides and offsets are whole pixels.
     """
     height, width = source
+    if spec.zoom is not None:
+        return _zoomed(spec, count, source, draw)
     area = draw.uniform(*spec.scale, size=(count, 10)) * height * width
     aspect = np.exp(draw.uniform(np.log(spec.ratio[0]), np.log(spec.ratio[1]), size=(count, 10)))
     w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
@@ -253,6 +268,17 @@ def draw_geometry(spec: Geometric, count: int, source: tuple[int, int], draw: np
     left = np.where(found, np.floor(place[:, 1] * (width - w + 1)), np.rint((width - w) / 2))
     boxes = torch.from_numpy(np.stack([top, left, h, w], axis=1)).float()
     size = source if spec.size is None else (spec.size, spec.size)
+    return Replay(boxes, torch.from_numpy(flip), source, size)
+
+
+def _zoomed(spec: Geometric, count: int, source: tuple[int, int], draw: np.random.Generator) -> Replay:
+    """Windows of `spec.size` px (None: of the source's size) of pictures scaled by `spec.zoom`; offsets are uniform."""
+    size = source if spec.size is None else (spec.size, spec.size)
+    factor, place = draw.uniform(*spec.zoom, size=count), draw.random((count, 2))
+    flip = draw.random(count) < spec.flip_p
+    sides = [side / factor for side in size]  # of the window, in pixels of the source
+    offsets = [place[:, i] * np.maximum(0.0, source[i] - sides[i]) for i in range(2)]
+    boxes = torch.from_numpy(np.stack([*offsets, *sides], axis=1)).float()
     return Replay(boxes, torch.from_numpy(flip), source, size)
 
 

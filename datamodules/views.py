@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common import chance, distributed
 from common.errors import ConfigError
-from common.spec import Photometric, ViewSpec
+from common.spec import OUTSIDE, Photometric, ViewSpec
 from datamodules.transforms import draw_geometry, identity, replay, take
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -28,7 +28,7 @@ GRAY = (0.2989, 0.587, 0.114)
 def make_views(batch: dict[str, Any], specs: Mapping[str, ViewSpec], seed: int, step: int) -> dict[str, Any]:
     """Adds to the batch, for each view: `<name>` float32 [B,3,h,w]; `<name>.params`, a `transforms.Replay` from the
     frame of the view's source to the view; and `<name>.<map>` for each integer or bool map [B,H,W] of the source
-    (`label`, `valid`, regions, segment ids), carried along with nearest and IGNORE outside.
+    (`label`, `valid`, `regions`), carried along with nearest; outside labels are IGNORE and regions OUTSIDE.
 
     A view may start from another one that stands before it (`source`). Without geometry the maps are the source's own.
     Raises ConfigError for a source or a name that cannot be.
@@ -49,7 +49,8 @@ def make_views(batch: dict[str, Any], specs: Mapping[str, ViewSpec], seed: int, 
                 draw = chance.numpy_generator(seed, f"view.{name}.colour", step)
                 view = recolour(view, spec.photometric, draw_colour(spec.photometric, count * world, draw).take(mine))
             for key, value in _maps(batch, spec.source, frame).items():
-                batch[f"{name}.{key}"] = replay(value, params, "nearest")
+                fill = OUTSIDE if key == "regions" else None
+                batch[f"{name}.{key}"] = replay(value, params, "nearest", fill=fill)
         batch[name], batch[f"{name}.params"] = view, params
     return batch
 

@@ -13,7 +13,7 @@ from common.errors import ConfigError
 from datamodules.base import SegmentationDataModule
 from engine import setup, summary
 from engine.callbacks import PanelKeeper, numbers, progress
-from engine.fitting import KMeansFit, PosthocFit
+from engine.fitting import KMeansFit, PosthocFit, RetrievalFit
 from engine.training import write_files
 from evaluation import report
 from lightning_modules.base import UnsupervisedSegmenter
@@ -58,7 +58,8 @@ def evaluate(checkpoint_path: Path, tokens: list[str]) -> dict[str, Any]:
     step = int(checkpoint["global_step"])
     parent = checkpoint_path.resolve().parent
     root = (parent.parent if parent.name == "checkpoints" else parent) / "eval"
-    fits: list[Callback] = [centroids, posthoc]  # at data.eval_size, once, where they are not there yet
+    # At data.eval_size, once, where they are not there yet.
+    fits: list[Callback] = [centroids, posthoc, RetrievalFit(cfg, data)]
     sizes = config.plain(cfg)["evaluation"]["resolutions"]
     metrics: dict[str, Any] = {}
     if not sizes:

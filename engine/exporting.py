@@ -55,7 +55,7 @@ def card(cfg: DictConfig, data: SegmentationDataModule, model: UnsupervisedSegme
         f"{model.backbone.order} on patches of {model.backbone.stride} px.",
         f"- Trained on: `{cfg.data.name}`, {pictures} pictures without labels, {model.total_steps} steps of "
         f"{cfg.data.batch_size} ({seen / pictures:.1f} passes), from {start}, seed {cfg.seed}.",
-        f"- Weights: the momentum teacher at the last step, {'float16' if cfg.method.get('half') else 'float32'}; "
+        f"- Weights: {model.exports} at the last step, {'float16' if cfg.method.get('half') else 'float32'}; "
         "no label has chosen them.",
         f"- Pictures are normalised with mean {list(map(float, model.backbone.mean.flatten()))} and standard "
         f"deviation {list(map(float, model.backbone.std.flatten()))}.",

@@ -18,6 +18,7 @@ from datamodules.base import SegmentationDataModule, Source
 from datamodules.sampling import permutation
 from evaluation import readout
 from evaluation.probes import LinearProbe
+from evaluation.retrieval import SegmentBank
 from lightning_modules.base import UnsupervisedSegmenter, split_labels
 from lightning_modules.optim import ALGORITHMS, schedule_factor
 from retrieval import kmeans
@@ -91,6 +92,43 @@ class KMeansFit(L.Callback):
                     picture = picture[order[:share].to(picture.device)]
                 rows.append(picture)
         return torch.cat(rows) if rows else torch.empty(0, pl_module.code_dim, device=pl_module.device)
+
+
+class RetrievalFit(L.Callback):
+    """Fills the bank of `evaluation.retrieval` with labelled segments of training pictures, before an evaluation.
+
+    The pictures are seen as in evaluation. The bank is not kept in a checkpoint: it is made again, to the same rows.
+    """
+
+    def __init__(self, cfg: DictConfig, data: SegmentationDataModule) -> None:
+        self.settings = cfg.evaluation.retrieval
+        self.data = data
+
+    @torch.no_grad()
+    def on_validation_start(self, trainer: L.Trainer, pl_module: UnsupervisedSegmenter) -> None:
+        if pl_module.retrieval is None or pl_module.retrieval.bank is not None:
+            return
+        vectors, labels = [torch.empty(0, pl_module.code_dim)], [torch.empty(0, dtype=torch.int64)]
+        loader = self.data.loader(
+            "train", geometry="eval", order="shuffled", limit=self.settings.pictures, purpose="retrieval"
+        )
+        for batch in loader:
+            if "label" not in batch:
+                continue
+            image, label, valid = (batch[key].to(pl_module.device) for key in ("image", "label", "valid"))
+            with trainer.precision_plugin.forward_context():
+                codes = pl_module.embed(pl_module.features(image))
+            found = pl_module.retrieval.labelled(codes, label, valid)
+            vectors.append(found.vectors.cpu())
+            labels.append(found.labels.cpu())
+        rows = [torch.cat(part).to(pl_module.device) for part in (vectors, labels)]
+        bank = SegmentBank(*(distributed.gather_uneven(part) for part in rows))
+        if not len(bank.labels):
+            raise ConfigError(
+                f"evaluation.retrieval.k={self.settings.k}: no training picture that was read has a label; set "
+                "evaluation.retrieval.k=0, or raise evaluation.retrieval.pictures"
+            )
+        pl_module.set_retrieval(bank)
 
 
 class PosthocFit(L.Callback):

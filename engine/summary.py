@@ -38,6 +38,12 @@ def protocol(cfg: DictConfig, data: SegmentationDataModule, model: UnsupervisedS
             f"{posthoc.epochs} epochs, {posthoc.optimizer}, lr {posthoc.lr:g} {posthoc.schedule}, "
             f"weight decay {posthoc.weight_decay:g}"
         )
+    if model.retrieval is not None:
+        own = rules.retrieval
+        found["protocol/retrieval"] = (
+            f"labels of training pictures, {own.k} nearest segments, grid {own.cells[0]}x{own.cells[1]}, "
+            f"{own.pictures} pictures at most"
+        )
     return found
 
 

@@ -16,7 +16,7 @@ from datamodules.base import SegmentationDataModule
 from engine import environment, exporting, selection, setup, summary
 from engine.callbacks import PanelKeeper, RunKeeper, numbers, progress
 from engine.checkpoints import WholeCheckpointIO
-from engine.fitting import KMeansFit, PosthocFit
+from engine.fitting import KMeansFit, PosthocFit, RetrievalFit
 from engine.preemption import Preemption
 from engine.run_folder import RunFolder, open_run
 from evaluation import panels, report
@@ -64,7 +64,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             trainer.fit(model, data, ckpt_path=folder.checkpoint, weights_only=True)
             if not keeper.history.rows and trainer.is_global_zero:  # killed in the closing evaluation: no step was left
                 keeper.restore_history(trainer)
-            trainer.callbacks += [centroids, posthoc]
+            trainer.callbacks += [centroids, posthoc, RetrievalFit(cfg, data)]
             metrics = close(cfg, data, model, trainer, keeper, folder)
     except SystemExit:  # what Lightning makes of Ctrl-C
         log.info("stopped at step %d of %d; the same command goes on", trainer.global_step, model.total_steps)

@@ -14,7 +14,7 @@ from common import chance, distributed
 from common.errors import CheckpointError, ConfigError, one_of
 from evaluation import readout
 
-LABEL_PROBES = ("linear", "linear_posthoc")
+LABEL_PROBES = ("linear", "linear_posthoc", "retrieval")
 """Probes that learn from labels: they predict classes, all others clusters."""
 SEEDING_POINTS = 4096
 """Patches, over all ranks, that seeding of centroids looks at."""

@@ -96,6 +96,15 @@ def locations(size: tuple[int, int], rule: str = "centred", device: torch.device
     return places - 0.5 if rule == "centred" else places
 
 
+def at_cells(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps of ids or flags [B,H,W] at the centres of h x w cells (`size`): [B,h,w], nearest."""
+    axes = [
+        ((2 * torch.arange(cells, device=maps.device) + 1) * side).div(2 * cells, rounding_mode="floor")
+        for cells, side in zip(size, maps.shape[-2:], strict=True)
+    ]
+    return maps[:, axes[0][:, None], axes[1][None, :]]
+
+
 def located(vectors: Tensor, places: Tensor) -> Tensor:
     """Unit vectors [B,N,D] with their places [N,2] or [B,N,2] appended, unit length again: [B,N,D+2]."""
     places = places.to(vectors.dtype).expand(*vectors.shape[:-1], 2)

@@ -4,6 +4,7 @@ The base owns the backbone, the probes on detached codes, the optimiser with cli
 prediction, and the rule that labels never reach a method.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,22 +13,27 @@ import lightning as L
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import config
 from common import distributed
 from common.chance import library_draws
 from common.errors import CheckpointError, ConfigError
-from common.spec import ClassMeta, NeighbourSpec, ViewSpec
+from common.spec import ClassMeta, NeighbourSpec, RegionSpec, ViewSpec
 from evaluation import readout, report
 from evaluation.crf import Constants, DenseCRF
 from evaluation.matching import Scores
 from evaluation.metrics import ClusterUsage, SegmentationScore
 from evaluation.probes import LABEL_PROBES, ClusterProbe, KMeansProbe, LinearProbe
+from evaluation.retrieval import SegmentBank, SegmentRetrieval
 from lightning_modules.kept import check_kept, keep_features
 from lightning_modules.near import near_pictures
 from lightning_modules.optim import CompositeOptimizer, clip_gradients, scheduled
-from models.backbone import Backbone, Features
+from lightning_modules.regions import region_files
+from models.backbone import Backbone, Features, synchronise_norms
 from models.feature_store import FeatureStore
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 """Version of what we add to a Lightning checkpoint under the key `labelfree`."""
@@ -55,14 +61,16 @@ class UnsupervisedSegmenter(L.LightningModule):
     Class facts: `uses_labels` (supervised variants only, shown in every table), `trains` (False: no method loss, the
     probes still learn), `wants_attention` (ask the backbone for the attention logits of its last block),
     `wants_features` (False: `loss` gets no features of `image`, because it looks at views alone and returns codes of
-    one), `trains_backbone` (the backbone changes, by gradient or as a momentum copy; the run then exports it).
+    one), `trains_backbone` (the backbone changes, by gradient or as a momentum copy; the run then exports it; None:
+    as backbone.frozen says), `exports` (what its weights are, for the card of the export).
     """
 
     uses_labels = False
     trains = True
     wants_attention = False
     wants_features = True
-    trains_backbone = False
+    trains_backbone: bool | None = False
+    exports = "the weights"
 
     def __init__(self, cfg: DictConfig, meta: ClassMeta, linear_probe: bool = True) -> None:
         super().__init__()
@@ -83,6 +91,7 @@ class UnsupervisedSegmenter(L.LightningModule):
             LinearProbe(self.code_dim, meta.num_classes, cfg.seed) if meta.has_labels and linear_probe else None
         )
         self.posthoc_probe: LinearProbe | None = None  # `set_posthoc` gives one, after training
+        self.retrieval = self._retrieval()
         self.has_own_scores = type(self).scores is not UnsupervisedSegmenter.scores
         self.confusion = nn.ModuleDict(
             {probe: self._confusion(probe) for probe in self.probe_names()} if meta.has_labels else {}
@@ -99,6 +108,8 @@ class UnsupervisedSegmenter(L.LightningModule):
 
     def _check_frozen(self) -> None:
         name = self.cfg.method.name
+        if self.trains_backbone is None:
+            self.trains_backbone = not self.backbone.frozen
         if not self.backbone.frozen and not self.trains_backbone:
             raise ConfigError(
                 f"backbone.frozen=false: method={name} does not train the backbone; set backbone.frozen=true"
@@ -141,6 +152,11 @@ class UnsupervisedSegmenter(L.LightningModule):
         """Where set, a batch carries a near training picture of each picture as `neighbour`."""
         return None
 
+    @property
+    def region_maps(self) -> RegionSpec | None:
+        """Where set, a training batch carries contour regions as `regions`, and so do all its views."""
+        return None
+
     def param_groups(self) -> list[dict[str, Any]]:
         """`{name, params}` of each group; its settings are `optim.<name>.*`."""
         return []
@@ -180,10 +196,26 @@ class UnsupervisedSegmenter(L.LightningModule):
             return self.backbone.features(batch["image"].to(self.device))
         return store.features(batch["index"], self.device)
 
+    def configure_model(self) -> None:
+        """Batch norms that are trained see the whole global batch where there are several GPUs."""
+        if self.trainer.world_size == 1 or self.trainer.state.fn != "fit":
+            return
+        if self.trainer.strategy.root_device.type == "cuda":
+            synchronise_norms(self)
+        elif any(isinstance(part, _BatchNorm) and part.training for part in self.modules()):
+            log.warning(
+                "batch norms are not synchronised between processes on CPUs: each sees its own part of the batch, so "
+                "this run is not equal to that of one process (method.head.norm, backbone.freeze_norms)"
+            )
+
     def on_fit_start(self) -> None:
-        """Before the training loader is made: kept features, and the table of near pictures where one is wanted."""
+        """Before the training loader is made: kept features, contour regions and the table of near pictures, where they
+        are wanted."""
         if self.cfg.backbone.cache_features:
             self.kept_features = keep_features(self, self.trainer.datamodule)
+        if self.region_maps is not None:
+            data = self.trainer.datamodule
+            data.regions = region_files(self, data, self.region_maps)
         if self.neighbours is not None:
             self.neighbour_table, table = near_pictures(self, self.trainer.datamodule, self.neighbours)
             self.trainer.datamodule.neighbours = table.numpy()[:, : self.neighbours.drawn]
@@ -266,6 +298,17 @@ class UnsupervisedSegmenter(L.LightningModule):
         learned = {"linear": self.linear_probe, "linear_posthoc": self.posthoc_probe}
         return ["cluster", "kmeans", *own, *(name for name, probe in learned.items() if probe is not None)]
 
+    def _retrieval(self) -> SegmentRetrieval | None:
+        """The read-out `evaluation.retrieval`, scored as soon as it has a bank (after training)."""
+        if not self.cfg.evaluation.retrieval.k:
+            return None
+        if not self.meta.has_labels:
+            raise ConfigError(
+                f"evaluation.retrieval.k={self.cfg.evaluation.retrieval.k}: this read-out votes by labels of training "
+                "pictures and the data has none; set evaluation.retrieval.k=0"
+            )
+        return SegmentRetrieval(self.cfg.evaluation.retrieval, self.meta.num_classes)
+
     def _confusion(self, probe: str) -> SegmentationScore:
         rows = self.meta.num_classes if probe in LABEL_PROBES else self.cfg.method.num_clusters
         rules = self.cfg.evaluation
@@ -299,6 +342,8 @@ class UnsupervisedSegmenter(L.LightningModule):
         codes, scores = self.read(batch["image"], self.features_of(batch))
         maps = {probe: readout.predict(values, batch["image"].shape[-2:]) for probe, values in scores.items()}
         self.usage.update(scores["cluster"], codes, batch["valid"])
+        if self.retrieval is not None and self.retrieval.bank is not None:
+            maps["retrieval"] = self.retrieval.predict(codes, batch["valid"])
         if self.refining:
             maps |= self.refined(batch["image"], batch["valid"], codes, scores)
         if "label" in batch:
@@ -357,6 +402,11 @@ class UnsupervisedSegmenter(L.LightningModule):
         self.posthoc_probe = probe.to(self.device).requires_grad_(False)
         if self.meta.has_labels:
             self.confusion["linear_posthoc"] = self._confusion("linear_posthoc").to(self.device)
+
+    def set_retrieval(self, bank: SegmentBank) -> None:
+        """Take labelled segments of training pictures; from now on val/retrieval/* is scored."""
+        self.retrieval.bank = bank
+        self.confusion["retrieval"] = self._confusion("retrieval").to(self.device)
 
     def offline_state(self) -> dict[str, Tensor]:
         """The part of the state dict that is fitted after training: k-means centroids, post-hoc linear probe."""

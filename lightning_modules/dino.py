@@ -35,6 +35,7 @@ class Dino(UnsupervisedSegmenter):
     """Codes = the teacher's features at `backbone.levels`. The student, its head and the mask token are trained."""
 
     trains_backbone = True
+    exports = "the momentum teacher"
     wants_features = False
 
     def build(self) -> None:

@@ -5,7 +5,7 @@ and Adam there, so `CompositeOptimizer` steps several torch optimisers as one.
 """
 
 import math
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ class CompositeOptimizer(Optimizer):
 
     A group is `{name, params, optimizer, lr, weight_decay, schedule, warmup, clip_norm, clip_value, owner}`; `owner` is
     `method` or `probe`. It may also have `lr_end` (where the schedule ends, default 0), `weight_decay_end` (the decay
-    follows a cosine from `weight_decay` to it), `clip_each` (norm limit of every single parameter) and `momentum` (of
-    sgd). With `skip_method` set, the next step leaves parameters and state of the method's groups as they are.
+    follows a cosine from `weight_decay` to it), `clip_each` (norm limit of every single parameter), `momentum` (of
+    sgd), and what `schedule_factor` takes besides: `warmup_from`, `power`, `milestones`, `drop`. With `skip_method`
+    set, the next step leaves parameters and state of the method's groups as they are.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
@@ -92,13 +93,32 @@ class JoinedState(MutableMapping):
         return sum(len(child.state) for child in self.children)
 
 
-def schedule_factor(schedule: str, step: int, total: int, warmup: int = 0) -> float:
+def schedule_factor(
+    schedule: str,
+    step: int,
+    total: int,
+    warmup: int = 0,
+    *,
+    warmup_from: float | None = None,
+    power: float = 0.9,
+    milestones: Sequence[float] = (0.32, 0.56, 0.75),
+    drop: float = 0.1,
+) -> float:
     """What the learning rate is multiplied by at `step` (0-based) of `total` steps.
 
-    Linear warm-up from 1/warmup to 1 comes first; then `constant`, or `cosine` / `linear` down to zero at `total`.
+    Linear warm-up from 1/warmup to 1 comes first, or, as in the releases of SegSort and HSG, from `warmup_from` at step
+    0. Then `constant`; `cosine` / `linear` down to zero at `total`; `poly`, (1 - step/total)^power, which the warm-up
+    does not exceed; or `step`, times `drop` at each of the `milestones` (shares of `total`, rounded down).
     """
+    rising = 1.0
     if step < warmup:
-        return (step + 1) / warmup
+        rising = (step + 1) / warmup if warmup_from is None else warmup_from + (1 - warmup_from) * step / warmup
+    if schedule == "poly":
+        return min(rising, max(0.0, 1 - step / max(1, total)) ** power)
+    if step < warmup:
+        return rising
+    if schedule == "step":
+        return drop ** sum(step >= int(share * total) for share in milestones)
     if schedule == "constant":
         return 1.0
     share = min(1.0, (step - warmup) / max(1, total - warmup))
@@ -113,7 +133,8 @@ def cosine(start: float, end: float, step: int, total: int) -> float:
 
 def scheduled(group: dict[str, Any], step: int, total: int) -> dict[str, float]:
     """The learning rate and the weight decay of a group at `step` (0-based) of `total` steps."""
-    factor = schedule_factor(group["schedule"], step, total, group["warmup"])
+    shape = {key: group[key] for key in ("warmup_from", "power", "milestones", "drop") if key in group}
+    factor = schedule_factor(group["schedule"], step, total, group["warmup"], **shape)
     end = 0.0 if step < group["warmup"] else group.get("lr_end") or 0.0
     values = {"lr": end + (group["base_lr"] - end) * factor}
     if group.get("weight_decay_end") is not None:

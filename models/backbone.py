@@ -18,16 +18,18 @@ import timm
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
-from timm.layers import Attention, AttentionRope
+from timm.layers import Attention, AttentionRope, convert_sync_batchnorm
 from timm.models import VisionTransformer
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from common import chance
 from common.errors import ConfigError, did_you_mean, one_of
 from models import attention as layers
 from models import positions, weights
 from models.folding import fold_batch_norms
+from models.output_stride import OutputStrides
 
 LOG = logging.getLogger(__name__)
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -91,7 +93,7 @@ class Backbone(nn.Module):
     Attributes:
         channels: C of each level; `dim` is their sum (the width of `Features.concat()`).
         file_names: name of each weight here -> its name in weight files (timm's whole network).
-        strides: pixels per patch of each level; `stride` is that of `Features.map`.
+        strides: pixels per patch of each level (in training, where it differs); `stride` is that of `Features.map`.
         patch_multiple: H and W of pictures must be multiples of it (1 for convolutional networks).
         prefix: tokens in front of the patches (0 for convolutional networks).
         heads: attention heads of a block (0 without attention).
@@ -137,6 +139,8 @@ class Backbone(nn.Module):
             raise ConfigError(f"backbone.mean={mean}, backbone.std={std}: expected three numbers each, std above 0")
         self.register_buffer("mean", torch.tensor(mean).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).reshape(1, 3, 1, 1), persistent=False)
+        self.output_strides = self._output_strides(cfg, create, options)
+        self.norms_frozen = bool(cfg.get("freeze_norms"))
         self._load(cfg, source, seed, whole, published)
         arguments = {**create, **{key: options[key] for key in ("pad_type", "output_stride") if key in options}}
         settings = [list(self.order), cfg.level_norm, cfg.pos_interp, list(mean), list(std), self.precision]
@@ -173,6 +177,20 @@ class Backbone(nn.Module):
         for key, value in given.items():
             raise ConfigError(f"backbone.{key}={value}: {self.network} is a transformer and has none; set it to null")
         return {"num_classes": 0} | ({"dynamic_img_size": True} if hasattr(whole, "dynamic_img_size") else {})
+
+    def _output_strides(self, cfg: DictConfig, create: dict[str, Any], options: dict[str, Any]) -> OutputStrides | None:
+        """How the network changes between training and evaluation; None where it does not."""
+        wanted = cfg.get("eval_output_stride")
+        if wanted is None or wanted == cfg.output_stride:
+            return None
+        if self.frozen:
+            raise ConfigError(
+                f"backbone.eval_output_stride={wanted}: a frozen backbone has one stride; set it to null and "
+                f"backbone.output_stride={wanted}"
+            )
+        with torch.device("meta"):
+            other = _create(self.network, **create, **{**options, "output_stride": wanted})
+        return OutputStrides(self.net, other, f"backbone.eval_output_stride={wanted}")
 
     def _levels(self, wanted: int | list[int] | None, whole: nn.Module) -> list[int]:
         """`backbone.levels` as non-negative indices in the order given."""
@@ -298,8 +316,16 @@ class Backbone(nn.Module):
         return {self.file_names[key]: value.detach() for key, value in self.net.state_dict().items()}
 
     def train(self, mode: bool = True) -> "Backbone":
-        """As usual, but a frozen backbone stays in evaluation mode (its batch norms keep their statistics)."""
-        return super().train(mode and not self.frozen)
+        """As usual, but a frozen backbone stays in evaluation mode (its batch norms keep their statistics), and so do
+        batch norms that are frozen (`backbone.freeze_norms`). The output stride is that of the mode."""
+        super().train(mode and not self.frozen)
+        if self.norms_frozen:
+            for module in self.net.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        if self.output_strides is not None:
+            self.output_strides.set(self.net, self.training)
+        return self
 
     # ---- picture sizes --------------------------------------------------------------------------------------------
 
@@ -412,6 +438,17 @@ class Backbone(nn.Module):
                 result.qkv = projected if qkv else None
                 result.attention = layers.logits(attn, projected, seen.get("rope")) if attention else None
         return result
+
+
+def synchronise_norms(module: nn.Module) -> bool:
+    """Let every batch norm below `module` see the batch of all processes (GPUs only), in place; whether there is any.
+
+    timm's own conversion: that of torch loses the activation that some of timm's batch norms carry.
+    """
+    found = any(isinstance(part, _BatchNorm) for part in module.modules())
+    if found:
+        convert_sync_batchnorm(module)
+    return found
 
 
 def _create(name: str, **kwargs: Any) -> nn.Module:

@@ -11,7 +11,10 @@ from engine import training
 from tests.datamodules import trees
 from tests.datamodules.pictures import noise, save
 
-TREES = {"cocostuff27": trees.coco, "cityscapes27": trees.cityscapes, "potsdam3": trees.potsdam}
+TREES = {
+    "cocostuff27": trees.coco, "cityscapes27": trees.cityscapes, "potsdam3": trees.potsdam, "pascal_voc": trees.voc,
+    "kitti": trees.kitti_step,
+}  # fmt: skip
 EVERY_RUN = {"hidden_positives_cityscapes27_vits8", "stego_potsdam3_vits8"}
 """Recipes that `make test` runs; `make test-slow` runs the others."""
 
@@ -23,10 +26,11 @@ SMALL = [
 OF_METHOD = {
     "hidden_positives": ["method.pool.size=8", "backbone.precision=float32"],
     "stego": ["method.neighbours.stored=3", "method.neighbours.drawn=2"],
+    "segsort": ["method.crop.size=48", "method.head.hidden=32", "evaluation.retrieval.pictures=4"],
     "dino": ["method.head.out_dim=64", "method.crops.local_count=2", "data.train_size=128"],
 }
 
-WHOLE = ("resnet50", "selfpatch_vits16")
+WHOLE = ("resnet50", "resnet101", "selfpatch_vits16")
 """Backbones whose depth is not set here: they have none, or their file lists the arguments that may be given."""
 
 
@@ -102,5 +106,5 @@ def test_published_figures_are_those_of_the_metrics():
     assert config.published("dino_tiny") == {}
     for name in config.names("experiment"):
         for key, value in config.published(name).items():
-            assert re.fullmatch(r"(cluster|linear)(_crf)?/(acc|miou)", key), name
+            assert re.fullmatch(r"(cluster|linear|retrieval)(_crf)?/(acc|miou)", key), name
             assert 0 < value < 100, name

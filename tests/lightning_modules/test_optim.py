@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_modules.optim import CompositeOptimizer, schedule_factor
+from lightning_modules.optim import CompositeOptimizer, schedule_factor, scheduled
 
 
 def groups(nets: dict[str, nn.Module]) -> list[dict]:
@@ -118,6 +118,22 @@ def test_joined_state_writes_through():
 )
 def test_schedules_at_their_ends(schedule, step, expected):
     assert math.isclose(schedule_factor(schedule, step, 100), expected, abs_tol=1e-12)
+
+
+def test_poly_and_step_fall_as_released():
+    """hsg.md section 7: warm-up from a tenth, drops at shares of the run, rounded down; poly under the warm-up."""
+    released = {"warmup": 10, "warmup_from": 0.1}
+    assert [schedule_factor("step", at, 100, **released) for at in (0, 5, 10, 31)] == [0.1, 0.55, 1.0, 1.0]
+    for at, passed in ((32, 1), (55, 1), (56, 2), (75, 3), (99, 3)):
+        assert math.isclose(schedule_factor("step", at, 100), 0.1**passed)
+    assert schedule_factor("step", 50, 100, milestones=(0.5,), drop=0.5) == 0.5
+    assert math.isclose(schedule_factor("poly", 25, 100), 0.75**0.9)
+    assert math.isclose(schedule_factor("poly", 25, 100, power=2.0), 0.75**2)
+    assert schedule_factor("poly", 5, 100, **released) == 0.55
+    assert math.isclose(schedule_factor("poly", 5, 10, **released), 0.5**0.9)
+    assert schedule_factor("poly", 120, 100) == 0.0
+    group = {"schedule": "poly", "warmup": 0, "base_lr": 2.0, "power": 1.0}
+    assert scheduled(group, 50, 100) == {"lr": 1.0}
 
 
 def test_warm_up_is_linear_and_ends_at_one():

@@ -11,7 +11,7 @@ from torch import nn
 
 from common.errors import ConfigError
 from models import positions
-from models.backbone import Backbone, Features
+from models.backbone import Backbone, Features, synchronise_norms
 from tests.models.networks import CREATE_OF, REGISTERS, TRANSFORMERS, make_cfg, make_cnn, make_transformer
 
 # ---- transformers -------------------------------------------------------------------------------------------------
@@ -365,3 +365,55 @@ def test_exported_weights_are_read_back(transformer, tmp_path):
     images = torch.rand(1, 3, 32, 32)
     for one, two in zip(model.eval().features(images).levels, again.eval().features(images).levels, strict=True):
         assert torch.equal(one, two)
+
+
+# ---- two output strides, batch norms ------------------------------------------------------------------------------
+
+
+def test_a_trained_network_has_another_output_stride_in_evaluation():
+    """Cell for cell the network that timm builds for that stride, with the trained weights; and back again."""
+    cfg = {"frozen": False, "output_stride": 16}
+    model = Backbone(make_cnn(**cfg, eval_output_stride=8))
+    other = Backbone(make_cnn(**{**cfg, "output_stride": 8}))
+    other.load_state_dict(model.state_dict())
+    images = torch.rand(2, 3, 64, 96)
+    assert model.features(images).map.shape[-2:] == (4, 6)
+    model.eval()
+    assert model.features(images).map.shape[-2:] == (8, 12)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(model.features(images).map, other.eval().features(images).map)
+    assert model.train().features(images).map.shape[-2:] == (4, 6)
+
+
+def test_a_second_output_stride_that_cannot_be_had():
+    with pytest.raises(ConfigError) as caught:
+        Backbone(make_cnn(frozen=True, output_stride=16, eval_output_stride=8))
+    assert str(caught.value) == (
+        "backbone.eval_output_stride=8: a frozen backbone has one stride; set it to null and backbone.output_stride=8"
+    )
+
+
+def test_frozen_norms_keep_their_statistics():
+    model = Backbone(make_cnn(frozen=False, freeze_norms=True)).train()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    model.features(torch.rand(2, 3, 64, 64), grad=True).map.sum().backward()
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+    assert model.net.layer4[0].bn1.weight.grad is not None
+    model = Backbone(make_cnn(frozen=False)).train()
+    model.features(torch.rand(2, 3, 64, 64))
+    assert any(not torch.equal(value, before[name]) for name, value in model.named_buffers())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_035"])
+def test_synchronised_norms_are_the_same_network(name):
+    """The same weights under the same names, and the same features; the activations inside timm's norms stay."""
+    model = Backbone(make_cnn(timm=name, create={}, frozen=False)).eval()
+    images = torch.rand(1, 3, 64, 64)
+    before, names = model.features(images).map, list(model.state_dict())
+    weights = list(model.parameters())
+    assert synchronise_norms(model)
+    assert any(isinstance(part, nn.SyncBatchNorm) for part in model.modules())
+    assert list(model.state_dict()) == names
+    assert all(one is two for one, two in zip(weights, model.parameters(), strict=True))
+    assert torch.allclose(model.features(images).map, before, atol=1e-5)
+    assert not synchronise_norms(nn.Linear(2, 2))

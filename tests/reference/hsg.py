@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from grouping import segments
 from grouping.graph import knn_graph
+from lightning_modules.optim import schedule_factor
 from losses.grouping import centroid_contrast, collapse, modularity
 from losses.vmf import vmf_nca
 from models import hierarchy as levels_of
@@ -332,3 +333,13 @@ def end_to_end_gradient(case: Case) -> Case:
         "out_grad_embeddings_image_similarity": grad_image,
     }
     return _arrays(results)
+
+
+def lr_schedule(case: Case) -> Case:
+    base, total, warmup = float(case["cfg_base_lr"]), int(case["cfg_max_iter"]), int(case["cfg_warmup"])
+
+    def rates(schedule: str) -> np.ndarray:
+        factors = [schedule_factor(schedule, int(at), total, warmup, warmup_from=0.1) for at in case["in_iter"]]
+        return np.array([base * factor for factor in factors], np.float32)
+
+    return {"out_step": rates("step"), "out_poly": rates("poly")}

@@ -1,0 +1,181 @@
+"""Region maps of training pictures: files that are there, or files that are computed once and kept in `cache.dir`.
+
+One format for both, that of the releases of SegSort and HSG: a grey png of 8 or 16 bit for each picture, as large as
+the picture, whose values are region ids. Only equality matters, every value may be a region, also 255. Nothing here
+reads a label.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from common import distributed
+from common.errors import ConfigError, DataError
+from common.files import whole, write_text
+from common.spec import RegionSpec
+from datamodules.cache import PROGRESS, together
+from datamodules.reading import UnreadableError, is_picture, read_label
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Raised when over-segmentation changes, so that files of before are not found any more."""
+SHARE = 1000
+"""Files of a folder of the cache."""
+FINISHED = "finished.json"
+"""Written last into a folder of the cache."""
+
+
+class RegionFiles:
+    """The region file of every picture of a split."""
+
+    def __init__(self, files: list[str]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, picture: int, size: tuple[int, int]) -> np.ndarray:
+        """Region ids of a picture of `size` (height, width): int32 [H,W].
+
+        Raises:
+            UnreadableError: a broken file.
+            DataError: a colour picture, or a map of another size than its picture.
+        """
+        path = self.files[picture]
+        ids = read_label(path, "a region file holds one region id per pixel").astype(np.int32)
+        if ids.shape != tuple(size):
+            raise DataError(
+                f"{path}: this region map is {ids.shape[0]} x {ids.shape[1]} pixels and its picture "
+                f"{size[0]} x {size[1]}; make it again from the picture as it is"
+            )
+        return ids
+
+
+def given(source: Any, root: str | Path) -> RegionFiles:
+    """Files of a folder, named like the pictures (`<root>/<id of the picture>.png`, without the picture's ending).
+
+    Raises DataError where there is no such folder, or a picture has no file.
+    """
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise DataError(f"method.regions.root={root}: there is no such folder")
+    files = []
+    for index in range(len(source)):
+        name = source.id(index)
+        path = root / f"{os.path.splitext(name)[0] if is_picture(Path(name).name) else name}.png"
+        if not path.is_file():
+            raise DataError(
+                f"method.regions.root={root}: picture '{name}' has no region file; expected {path}, a grey png of "
+                "region ids as large as the picture"
+            )
+        files.append(str(path))
+    return RegionFiles(files)
+
+
+@dataclasses.dataclass(frozen=True)
+class RegionPlan:
+    """Regions to be computed from the pictures of a split, and the folder they go into."""
+
+    name: str
+    source: Any
+    spec: RegionSpec
+    segment: Callable[[np.ndarray, RegionSpec], np.ndarray]
+    """From a picture uint8 [H,W,3] to ids [H,W] (`grouping.regions.over_segment`)."""
+    folder: Path
+    workers: int = 0
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of everything that the regions depend on: settings, library, and the identity of the pictures."""
+        own = self.source.fingerprint() if hasattr(self.source, "fingerprint") else ""
+        facts = [FORMAT, dataclasses.asdict(self.spec), metadata.version("scikit-image"), self.name, own]
+        found = hashlib.sha256(json.dumps(facts).encode())
+        for index in range(len(self.source)):
+            found.update(f"\n{self.source.id(index)}".encode())
+        return found.hexdigest()
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"{self.name}-{self.fingerprint[:20]}"
+
+    def file(self, path: Path, picture: int) -> Path:
+        return path / f"{picture // SHARE:04d}" / f"{picture:07d}.png"
+
+
+def provide(plan: RegionPlan) -> RegionFiles:
+    """The region files of a plan, computed where they are not there yet. A collective.
+
+    A kill leaves whole files, and the next start computes the others. Ranks share the work; a machine that does not see
+    the files of another one makes its own. Raises ConfigError, on every rank, where the folder cannot be written to.
+    """
+    path = plan.path
+    rank, world = distributed.rank(), distributed.world_size()
+    together(_build(plan, path, range(rank, len(plan.source), world)))
+    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", rank)))
+    together(_build(plan, path, range(len(plan.source))) if local == 0 else None)
+    if local == 0:
+        write_text(path / FINISHED, json.dumps(dataclasses.asdict(plan.spec)))
+    return RegionFiles([str(plan.file(path, picture)) for picture in range(len(plan.source))])
+
+
+def _build(plan: RegionPlan, path: Path, pictures: range) -> Iterator[None]:
+    """Writes the files that are missing of these pictures, a step for each; none for a picture that cannot be read."""
+    if (path / FINISHED).is_file():
+        return
+    missing = [picture for picture in pictures if not plan.file(path, picture).is_file()]
+    if not missing:
+        return
+    if len(missing) == len(pictures):
+        log.info("regions (%s): computing those of %d pictures once into %s", plan.spec.source, len(pictures), path)
+    said = time.monotonic()
+    try:
+        for picture in missing:
+            plan.file(path, picture).parent.mkdir(parents=True, exist_ok=True)
+        loader = DataLoader(_Pictures(plan, missing), batch_size=None, num_workers=plan.workers, collate_fn=_as_it_is)
+        for done, (picture, ids) in enumerate(zip(missing, loader, strict=True)):
+            if ids is not None:
+                with whole(plan.file(path, picture)) as temporary:
+                    Image.fromarray(ids).save(temporary, format="PNG")
+            if time.monotonic() - said > PROGRESS:
+                said = time.monotonic()
+                log.info("regions (%s): %d of %d pictures", plan.spec.source, done + 1, len(missing))
+            yield
+    except OSError as error:
+        raise ConfigError(
+            f"cache.dir={plan.folder}: region files cannot be written ({error.strerror or error}); name a folder on a "
+            "disk with room"
+        ) from error
+
+
+class _Pictures(Dataset):
+    """The regions of each of some pictures, uint16 [H,W]; None for a picture that cannot be read."""
+
+    def __init__(self, plan: RegionPlan, pictures: list[int]) -> None:
+        self.plan, self.pictures = plan, pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> np.ndarray | None:
+        try:
+            image, _ = self.plan.source.read(self.pictures[index])
+        except UnreadableError:
+            return None  # it is named and counted when training meets it
+        ids = self.plan.segment(image, self.plan.spec)
+        return ids.astype(np.uint8 if ids.max() < 256 else np.uint16)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item

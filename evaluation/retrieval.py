@@ -1,0 +1,100 @@
+"""Read-out by retrieval: segments of a picture take the vote of the nearest labelled segments of training pictures.
+
+It reads the labels of the training pictures, plainly: what it scores is how well segments of one class lie together,
+not a clustering. Sources: SegSort (ICCV 2019) section 3.4; HSG (CVPR 2022); method documents segsort.md 7, hsg.md 8.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.errors import ConfigError
+from grouping.segments import (
+    EMPTY,
+    GRIDS,
+    LOCATIONS,
+    at_cells,
+    majority_labels,
+    prototypes,
+    segment_sizes,
+    sort_pixels,
+)
+from retrieval.voting import nearest_labels, vote
+
+
+@dataclass
+class SegmentBank:
+    """Prototypes of labelled segments of training pictures."""
+
+    vectors: Tensor
+    """float32 [M,D], unit length."""
+    labels: Tensor
+    """int64 [M]"""
+
+
+class SegmentRetrieval:
+    """The keys `evaluation.retrieval.*` at work. Raises ConfigError for values it cannot run with."""
+
+    def __init__(self, settings: Any, classes: int) -> None:
+        words = {"grid": GRIDS, "location": (*LOCATIONS, "none"), "empty": EMPTY}
+        for key, known in words.items():
+            if settings[key] not in known:
+                raise ConfigError(f"evaluation.retrieval.{key}={settings[key]}: not one of {', '.join(known)}")
+        if len(settings.cells) != 2 or min(settings.cells) < 1:
+            raise ConfigError(
+                f"evaluation.retrieval.cells={list(settings.cells)}: expected rows and columns, such as [5,5]"
+            )
+        if settings.upsample < 1:
+            raise ConfigError(f"evaluation.retrieval.upsample={settings.upsample}: must be at least 1")
+        self.settings, self.classes = settings, classes
+        self.bank: SegmentBank | None = None
+
+    def segments(self, codes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, int, tuple[int, int]]:
+        """Segments of pictures: unit vectors [B*N,D], ids [B*N] (-1: padding), how many, and the size of the map.
+
+        codes [B,D,h,w], valid bool [B,H,W]. Spherical k-means inside every picture on codes that are `upsample` times
+        as large.
+        """
+        own = self.settings
+        codes = codes.detach().float()
+        if own.upsample > 1:
+            codes = F.interpolate(codes, scale_factor=own.upsample, mode="bilinear", align_corners=False)
+        size = tuple(codes.shape[-2:])
+        found = sort_pixels(
+            codes,
+            tuple(own.cells),
+            own.iterations,
+            valid=at_cells(valid, size),
+            grid=own.grid,
+            location=None if own.location == "none" else own.location,
+            location_scale=own.location_scale,
+            empty=own.empty,
+        )
+        return found.unit.flatten(0, 1), found.ids.flatten(), int(found.counts.sum()), size
+
+    def labelled(self, codes: Tensor, label: Tensor, valid: Tensor) -> SegmentBank:
+        """The labelled segments of training pictures: codes [B,D,h,w], label [B,H,W] with 255 = ignore.
+
+        A segment has the class of most of its cells; only those cells make its prototype. Segments without any label
+        are left out.
+        """
+        unit, ids, count, size = self.segments(codes, valid)
+        cells = at_cells(label, size).flatten()
+        majority = majority_labels(cells, ids, count, self.classes)
+        inside = (ids >= 0) & (cells == majority[ids.clamp(min=0)])
+        ids = ids.where(inside, -1)
+        kept = segment_sizes(ids, count) > 0
+        return SegmentBank(prototypes(unit, ids, count)[kept], majority[kept])
+
+    def predict(self, codes: Tensor, valid: Tensor) -> Tensor:
+        """Classes [B,H,W] of pictures: of each segment the vote of its `k` nearest rows of the bank.
+
+        Padding takes class 0, which no score counts.
+        """
+        unit, ids, count, size = self.segments(codes, valid)
+        found = nearest_labels(prototypes(unit, ids, count), self.bank.vectors, self.bank.labels, self.settings.k)
+        classes = vote(found, self.classes)
+        maps = classes[ids.clamp(min=0)].where(ids >= 0, 0).view(len(codes), 1, *size)
+        return F.interpolate(maps.float(), size=tuple(valid.shape[-2:]), mode="nearest-exact").squeeze(1).long()

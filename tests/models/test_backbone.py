@@ -173,9 +173,9 @@ def test_cnn_values_are_the_networks():
 def test_layers_behind_the_last_level_are_cut():
     whole = Backbone(make_cnn(timm="mobilenetv2_035", create={}, levels=[1, 4]))
     cut = Backbone(make_cnn(timm="mobilenetv2_035", create={}, levels=[1], frozen=False)).eval()
-    images = torch.rand(1, 3, 64, 64)
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     found = cut.features(images, grad=True).map
-    assert torch.allclose(found, whole.features(images).levels[0], atol=1e-6)
+    assert torch.allclose(found, whole.features(images).levels[0], atol=1e-5)
     found.sum().backward()
     assert all(parameter.grad is not None for parameter in cut.parameters())
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.errors import ConfigError
+from common.errors import ConfigError, one_of
 from grouping.segments import (
     EMPTY,
     GRIDS,
@@ -40,8 +40,7 @@ class SegmentRetrieval:
     def __init__(self, settings: Any, classes: int) -> None:
         words = {"grid": GRIDS, "location": (*LOCATIONS, "none"), "empty": EMPTY}
         for key, known in words.items():
-            if settings[key] not in known:
-                raise ConfigError(f"evaluation.retrieval.{key}={settings[key]}: not one of {', '.join(known)}")
+            one_of(f"evaluation.retrieval.{key}", settings[key], known)
         if len(settings.cells) != 2 or min(settings.cells) < 1:
             raise ConfigError(
                 f"evaluation.retrieval.cells={list(settings.cells)}: expected rows and columns, such as [5,5]"

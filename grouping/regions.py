@@ -10,7 +10,7 @@ import numpy as np
 from scipy import ndimage
 from skimage import graph, segmentation
 
-from common.errors import ConfigError
+from common.errors import ConfigError, one_of
 from common.spec import RegionSpec
 
 MARKERS = 400
@@ -50,8 +50,7 @@ def over_segment(image: np.ndarray, spec: RegionSpec) -> np.ndarray:
 
 def check_spec(spec: RegionSpec) -> None:
     """Raises ConfigError for values that no over-segmentation can be made with."""
-    if spec.source not in ("felzenszwalb", "watershed", "slic", "folder"):
-        raise ConfigError(f"method.regions.source={spec.source}: not one of felzenszwalb, watershed, slic, folder")
+    one_of("method.regions.source", spec.source, ("felzenszwalb", "watershed", "slic", "folder"))
     if spec.source == "folder":
         if not spec.root:
             raise ConfigError("method.regions.source=folder: set method.regions.root to the folder of region files")

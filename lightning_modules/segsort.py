@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from common import distributed
-from common.errors import ConfigError
+from common.errors import ConfigError, one_of
 from common.spec import IGNORE, OUTSIDE, Geometric, Photometric, RegionSpec, ViewSpec
 from grouping.gathered import GatheredSegments, gather_segments
 from grouping.segments import EMPTY, GRIDS, LOCATIONS, at_cells, sort_pixels
@@ -157,8 +157,7 @@ def check_settings(settings: Any) -> None:
     }
     words["kmeans.location"] = kmeans.location, (*LOCATIONS, "none")
     for name, (value, known) in words.items():
-        if value not in known:
-            raise ConfigError(f"method.{name}={value}: not one of {', '.join(known)}")
+        one_of(f"method.{name}", value, known)
     if labels and settings.loss == "vmf":
         raise ConfigError(
             "method.loss=vmf: draws nothing by class, so method.labels.enabled=true would change nothing but the "

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import ConfigError
+from common.errors import ConfigError, one_of
 
 KINDS = ("pointwise", "pyramid")
 NORMS = ("batch", "group", "none")
@@ -20,8 +20,7 @@ GROUPS = 8
 def pixel_head(kind: str, in_dim: int, hidden: int, dim: int, norm: str) -> nn.Module:
     """The head `method.head.kind`: maps [B,in_dim,h,w] -> [B,dim,h,w], not normalised. Raises ConfigError."""
     for key, value, known in (("kind", kind, KINDS), ("norm", norm, NORMS)):
-        if value not in known:
-            raise ConfigError(f"method.head.{key}={value}: not one of {', '.join(known)}")
+        one_of(f"method.head.{key}", value, known)
     for key, value in (("head.hidden", hidden), ("dim", dim)):
         if value < 1:
             raise ConfigError(f"method.{key}={value}: must be at least 1")

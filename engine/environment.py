@@ -22,6 +22,7 @@ PACKAGES = (
     "wandb",
     "numpy",
     "scipy",
+    "scikit-image",
 )
 
 

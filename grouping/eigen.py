@@ -116,6 +116,15 @@ def smallest(
     return Spectrum(values, oriented(vectors, sign), residuals, dense)
 
 
+def degrees(affinity: Tensor) -> Tensor:
+    """D of graphs [B,N,N]: row sums [B,N], 1 where they are below 1e-12."""
+    return _floored(real(affinity).sum(2))
+
+
+def _floored(degree: Tensor) -> Tensor:
+    return torch.where(degree < _EMPTY, 1.0, degree)
+
+
 def oriented(vectors: Tensor, rule: str = "minority") -> Tensor:
     """Vectors [...,N] with the sign that the rule gives each of them, see SIGNS."""
     one_of("spectral.sign", rule, SIGNS)
@@ -158,7 +167,7 @@ class _Graph:
 
     def __init__(self, weights: Tensor, degree: Tensor, normalized: bool):
         self.weights, self.normalized = weights, normalized
-        self.degree = torch.where(degree < _EMPTY, 1.0, degree)[:, None]
+        self.degree = _floored(degree)[:, None]
         self.half = self.degree.rsqrt()
         self.scale = self.degree.amax(2, keepdim=True)
         constant = degree.clamp(min=0).sqrt() if normalized else torch.ones_like(degree)
@@ -182,15 +191,16 @@ class _Graph:
 
     def dense(self, k: int, nearest: str) -> tuple[Tensor, Tensor]:
         """(mu [B,k], unit rows [B,k,N]) from float64 `eigh`, one graph at a time: a large matrix fits once."""
-        found = [self._dense(*parts, k, nearest) for parts in zip(self.weights, self.degree, self.scale, strict=True)]
+        found = [self._dense(*parts, k, nearest) for parts in zip(self.weights, self.scale, strict=True)]
         tops, rows = (torch.stack(parts).to(self.weights.dtype) for parts in zip(*found, strict=True))
         return tops, rows
 
-    def _dense(self, weights: Tensor, degree: Tensor, scale: Tensor, k: int, nearest: str) -> tuple[Tensor, Tensor]:
-        degree, matrix = degree[0].double(), weights.double()
+    def _dense(self, weights: Tensor, scale: Tensor, k: int, nearest: str) -> tuple[Tensor, Tensor]:
+        matrix = weights.double()
+        degree = _floored(matrix.sum(1))
         if self.normalized:
             half = degree.rsqrt()
-            matrix = matrix.mul_(half[:, None]).mul_(half)
+            matrix = matrix * half[:, None] * half
             matrix = torch.diagonal_scatter(-matrix, 1 - matrix.diagonal())
         else:
             matrix = torch.diagonal_scatter(-matrix, degree - matrix.diagonal())

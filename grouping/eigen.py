@@ -17,6 +17,7 @@ import logging
 import math
 from dataclasses import dataclass
 
+import scipy.linalg
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,7 +62,8 @@ class Spectrum:
     vectors: Tensor
     """[B,k,N], as rows. y^T D y = 1, with `normalized=False` y^T y = 1."""
     residuals: Tensor
-    """[B,k]: |A z - mu z| of the unit vector z = D^1/2 y (or y); see the module for A, whose largest mu is about 1."""
+    """[B,k]: |A z - mu z| of the unit vector z = D^1/2 y (or y); see the module for A, whose largest mu is about 1.
+    0 for the constant vector."""
     dense: Tensor
     """bool [B]: solved by the dense solver."""
 
@@ -152,14 +154,17 @@ def _solve(
     signed = bool(weights.amin() < 0)
     if solver == "dense" or degree.shape[1] <= _DENSE_NODES or (signed and nearest == "modulus"):
         tops, rows = graph.dense(k, nearest)
-        dense = torch.ones_like(broken, dtype=torch.bool)
+        residuals, dense = graph.residuals(tops, rows), torch.ones_like(broken, dtype=torch.bool)
     else:
         whole = not signed and bool((degree > _EMPTY).any(1).all())
-        tops, rows = _krylov(graph, k, whole, tolerance, seed)
-        dense = ~(graph.residuals(tops, rows) <= tolerance).all(1)
+        tops, rows, residuals = _krylov(graph, k, whole, tolerance, seed)
+        dense = ~(residuals <= tolerance).all(1)
         if bool(dense.any()):
-            tops[dense], rows[dense] = _Graph(weights[dense], degree[dense], normalized).dense(k, nearest)
-    return graph.values(tops), graph.vectors(rows), graph.residuals(tops, rows), dense
+            tops[dense], rows[dense] = _Graph(weights[dense], degree[dense], normalized).dense(k, "smallest")
+            residuals = graph.residuals(tops, rows)
+    if not signed:  # the constant vector is known: what a product shows here are sums of positive float32 numbers
+        residuals[:, 0] = 0
+    return graph.values(tops), graph.vectors(rows), residuals, dense
 
 
 class _Graph:
@@ -204,7 +209,11 @@ class _Graph:
             matrix = torch.diagonal_scatter(-matrix, 1 - matrix.diagonal())
         else:
             matrix = torch.diagonal_scatter(-matrix, degree - matrix.diagonal())
-        values, columns = torch.linalg.eigh(matrix)
+        if nearest == "smallest" and matrix.device.type == "cpu" and len(matrix) > _DENSE_NODES:  # only those asked for
+            found = scipy.linalg.eigh(matrix.numpy(), subset_by_index=[0, k - 1], overwrite_a=True, check_finite=False)
+            values, columns = (torch.from_numpy(part) for part in found)
+        else:
+            values, columns = torch.linalg.eigh(matrix)
         if nearest == "modulus":
             chosen = values.abs().argsort(stable=True)[:k].sort().values
         else:
@@ -213,10 +222,10 @@ class _Graph:
         return 1 - values if self.normalized else -values / scale[0].double(), columns[:, chosen].T
 
 
-def _krylov(graph: _Graph, k: int, deflate: bool, tolerance: float, seed: int) -> tuple[Tensor, Tensor]:
-    """(mu [B,k] descending, unit rows [B,k,N]); the caller checks the residuals.
+def _krylov(graph: _Graph, k: int, deflate: bool, tolerance: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(mu [B,k] descending, unit rows [B,k,N], residuals [B,k]), whether the bound is met or not.
 
-    `deflate`: the constant vector is the first one, and all others are kept orthogonal to it.
+    `deflate`: the constant vector is the first one, with residual 0, and all others are kept orthogonal to it.
     """
     constant = graph.constant
     count, nodes = constant.shape[0], constant.shape[2]
@@ -224,7 +233,7 @@ def _krylov(graph: _Graph, k: int, deflate: bool, tolerance: float, seed: int) -
     wanted = k - known
     top = constant.new_full((count, 1), 1.0 if graph.normalized else 0.0)
     if not wanted:
-        return top, constant
+        return top, constant.clone(), torch.zeros_like(top)
     width = min(wanted + _SPARE, nodes // 4)
     limit = min(_BLOCKS * width, nodes // 2)
     basis = constant.new_empty(count, known + limit, nodes)
@@ -234,12 +243,14 @@ def _krylov(graph: _Graph, k: int, deflate: bool, tolerance: float, seed: int) -
     start = noise
     for _ in range(_ROUNDS):
         tops, start = _span(graph, basis, known, start, noise, wanted, tolerance)
-        rows = start[:, :wanted]
-        if bool((graph.residuals(tops[:, :wanted], rows) <= tolerance).all()):
+        tops, rows = tops[:, :wanted], start[:, :wanted]
+        residuals = graph.residuals(tops, rows)
+        if bool((residuals <= tolerance).all()):
             break
     if not known:
-        return tops[:, :wanted], rows
-    return torch.cat([top, tops[:, :wanted]], 1), torch.cat([constant, rows], 1)
+        return tops, rows, residuals
+    parts = ((top, tops), (constant, rows), (torch.zeros_like(top), residuals))
+    return tuple(torch.cat(pair, 1) for pair in parts)
 
 
 def _span(
@@ -254,7 +265,7 @@ def _span(
     limit -= limit % width
     table = torch.zeros(len(basis), limit, limit, dtype=torch.float64, device=basis.device)
     filled, block = 0, _orthonormal(start, basis[:, :known], noise)
-    goal, before, steps, due = 0.7 * tolerance, 0.0, 1, min(3 * width, limit)
+    goal, before, steps, due = 0.7 * tolerance, 0.0, 1, min(2 * width, limit)
     while True:
         new = slice(filled, filled + width)
         basis[:, known + new.start : known + new.stop] = block
@@ -275,7 +286,7 @@ def _span(
                 rows = torch.bmm(turns.mT.to(basis.dtype), basis[:, known : known + filled])
                 return values[:, -width:].flip(1).to(basis.dtype), rows
             falls = math.log(before / worst) / steps if before > worst else 0.0
-            steps = int(min(max(math.log(worst / goal) / falls, 1), _AHEAD)) if falls else 2
+            steps = int(min(max(math.log(worst / goal) / falls, 1), _AHEAD)) if falls else 1
             before, due = worst, min(filled + steps * width, limit)
         block = _orthonormal(block, spanned, noise)
 
@@ -287,19 +298,16 @@ def _orthonormal(block: Tensor, spanned: Tensor, noise: Tensor) -> Tensor:
     be stretched brings its rounding errors along, so it is repeated until nothing has to.
     """
     for turn in range(6):
-        noise = noise.roll(spanned.shape[1] + 1, dims=2)  # as it was, it may be in the span
         block = F.normalize(block, dim=2, eps=torch.finfo(block.dtype).tiny)
-        sure = turn > 0
         if turn:
             block = torch.baddbmm(block, torch.bmm(block, spanned.mT), spanned, alpha=-1)
-            gone = torch.linalg.vector_norm(block, dim=2, keepdim=True) < 1e-3  # rounding inside the span
-            block = torch.where(gone, noise, block)
-            sure = not bool(gone.any())
         wide = block.double()
         sizes, turns = torch.linalg.eigh(torch.bmm(wide, wide.mT))
-        lost = sizes[:, :, None] < 1e-10
-        turns = turns * sizes.clamp(min=1e-10).rsqrt()[:, None]
-        block = torch.where(lost, noise, torch.bmm(turns.mT.to(block.dtype), block))
-        if sure and float(sizes.amin()) > 0.1:
+        block = torch.bmm((turns * sizes.clamp(min=1e-12).rsqrt()[:, None]).mT.to(block.dtype), block)
+        if turn and float(sizes.amin()) > 0.1:
             break
+        lost = sizes < (1e-6 if turn else 1e-10)  # later on: rounding inside the span
+        if bool(lost.any()):
+            noise = noise.roll(spanned.shape[1] + 1, dims=2)  # as it was, it may be in the span
+            block = torch.where(lost[:, :, None], noise, block)
     return block

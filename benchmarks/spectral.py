@@ -85,7 +85,7 @@ def segments_plain(pictures: int, side: int, dim: int, k: int) -> Callable[[], f
             weights = (unit @ unit.T).cpu().numpy()
             weights = weights * (weights > 0)
             weights = weights / weights.max()
-            degree = np.diag(weights.sum(1))
+            degree = np.diag(weights.sum(1, dtype=np.float64))  # so the release solves in float64
             values, vectors = scipy.sparse.linalg.eigsh(degree - weights, k=k, sigma=0, which="LM", M=degree, v0=start)
             for number in range(k):
                 if 0.5 < (vectors[:, number] > 0).mean() < 1:

@@ -2,9 +2,9 @@
 
 `python -m benchmarks.spectral [--threads T] [--repeats R] [--allocator default|tuned] [--only WORD] [--quick]`
 
-token cut: features of one picture to its bipartition; plain: a dense float64 solution of the generalised problem for
-the second and third vector. segments: features to 15 eigenvectors (residual 1e-5), a batch of pictures or one; plain:
-picture by picture, shift-invert around zero. Both sides build their affinity. The answer of `token cut` is the share of
+token cut: features of one picture to its bipartition, affinity included; plain: a dense float64 solution of the
+generalised problem for the second and third vector. segments: 15 eigenvectors (residual 1e-5) of given affinities, a
+batch of pictures or one; plain: picture by picture, shift-invert around zero. The answer of `token cut` is the share of
 patches in the bipartition (difference 0: the same one but for patches that trade places), that of `segments` the sum of
 the eigenvalues.
 """
@@ -64,10 +64,10 @@ def cut_plain(side: int, dim: int) -> Callable[[], float]:
 
 
 def segments_ours(pictures: int, side: int, dim: int, k: int) -> Callable[[], float]:
-    rows = inputs(pictures, side, dim)
+    affinity = spectral.feature_affinity(inputs(pictures, side, dim))
 
     def work() -> float:
-        found = eigen.smallest(spectral.feature_affinity(rows), k)
+        found = eigen.smallest(affinity, k)
         assert float(found.residuals.max()) <= 1e-5
         return float(found.values.double().sum())
 
@@ -75,16 +75,12 @@ def segments_ours(pictures: int, side: int, dim: int, k: int) -> Callable[[], fl
 
 
 def segments_plain(pictures: int, side: int, dim: int, k: int) -> Callable[[], float]:
-    rows = inputs(pictures, side, dim)
+    affinity = spectral.feature_affinity(inputs(pictures, side, dim)).cpu().numpy()
     start = np.random.default_rng(0).random(side * side)
 
     def work() -> float:
         total = 0.0
-        for own in rows:
-            unit = F.normalize(own, dim=1)
-            weights = (unit @ unit.T).cpu().numpy()
-            weights = weights * (weights > 0)
-            weights = weights / weights.max()
+        for weights in affinity:
             degree = np.diag(weights.sum(1, dtype=np.float64))  # so the release solves in float64
             values, vectors = scipy.sparse.linalg.eigsh(degree - weights, k=k, sigma=0, which="LM", M=degree, v0=start)
             for number in range(k):

@@ -263,7 +263,7 @@ def _span(
     """
     width, limit = start.shape[1], basis.shape[1] - known
     limit -= limit % width
-    table = torch.zeros(len(basis), limit, limit, dtype=torch.float64, device=basis.device)
+    table = basis.new_zeros(len(basis), limit, limit)
     filled, block = 0, _orthonormal(start, basis[:, :known], noise)
     goal, before, steps, due = 0.7 * tolerance, 0.0, 1, min(2 * width, limit)
     while True:
@@ -274,8 +274,8 @@ def _span(
         block = graph.apply(block)
         inner = torch.bmm(block, spanned.mT)
         block = torch.baddbmm(block, inner, spanned, alpha=-1)  # what leads out of the span
-        table[:, new, :filled] = inner[:, :, known:].double()
-        table[:, :filled, new] = inner[:, :, known:].mT.double()
+        table[:, new, :filled] = inner[:, :, known:]
+        table[:, :filled, new] = inner[:, :, known:].mT
         if filled in (due, limit):
             values, turns = torch.linalg.eigh(table[:, :filled, :filled])
             turns = turns[:, :, -width:].flip(2)

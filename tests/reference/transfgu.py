@@ -1,9 +1,10 @@
-"""Adapters for `transfgu.*`: the losses of TransFGU."""
+"""Adapters for `transfgu.*`: losses and concept maps of TransFGU."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from grouping import concepts as maps
 from losses import concepts
 
 Case = dict[str, np.ndarray]
@@ -50,3 +51,14 @@ def cls_emb_loss(case: Case) -> Case:
     pairs.mean().backward()
     results = {"out_loss_pairs": pairs, "out_loss_mean": pairs.mean(), "out_grad_cls_emb": rows.grad}
     return {name: value.detach().numpy() for name, value in results.items()}
+
+
+def binarize_mask(case: Case) -> Case:
+    return {"out_mask": maps.kept_mass(_tensor(case["in_values"]), float(case["cfg_keep_fraction"])).numpy()}
+
+
+def concept_map(case: Case) -> Case:
+    row, values = _tensor(case["in_attn"])[:, :, 0], _tensor(case["in_values"])
+    gradient = maps.class_row_gradient(row, values, _tensor(case["in_centroids"]), lambda x: x, divisor=len(row))
+    found = maps.concept_maps(row, gradient, float(case["cfg_keep_fraction"]))
+    return {"out_maps": found.unflatten(2, (int(case["cfg_h"]), int(case["cfg_w"]))).numpy()}

@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 
 from grouping import concepts as maps
+from grouping import segments
 from losses import concepts
+from retrieval import kmeans
 
 Case = dict[str, np.ndarray]
 
@@ -62,3 +64,14 @@ def concept_map(case: Case) -> Case:
     gradient = maps.class_row_gradient(row, values, _tensor(case["in_centroids"]), lambda x: x, divisor=len(row))
     found = maps.concept_maps(row, gradient, float(case["cfg_keep_fraction"]))
     return {"out_maps": found.unflatten(2, (int(case["cfg_h"]), int(case["cfg_w"]))).numpy()}
+
+
+def kmeans_centroids(case: Case) -> Case:
+    """Centroids are plain means of their members, in lexicographic order."""
+    points, count = _tensor(case["in_features"]), int(case["cfg_k"])
+    settings = {"spherical": False, "seed": int(case["cfg_seed"]), "iterations": int(case["cfg_niter"])}
+    found = kmeans.fit(points, count, **settings)
+    labels = kmeans.assign(points, found.centroids, spherical=False)
+    means = segments.segment_means(points, labels, count)
+    order = np.lexsort(means.numpy().T[::-1])
+    return {"out_centroids_sorted": means.numpy()[order], "out_labels_sorted": order.argsort()[labels.numpy()]}

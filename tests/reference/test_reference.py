@@ -30,6 +30,10 @@ def test_every_kind_of_the_foundation_has_a_case():
         "location_features_tf segment_by_kmeans prepare_prototype_labels prepare_prototype_labels_tf majority_label "
         "segsort_loss vmf_unsupervised_tf vmf_nca_supervised_tf vmf_memory_tf topk_retrieval predict_by_retrieval "
         "knn_predict_tf extract_prototypes_tf iou",
+        "deep_spectral": "laplacian_eigs color_eigs multi_region_bg_and_boxes localisation_box",
+        "tokencut": "ncut",
+        "transfgu": "things_bootstrap_loss thingstuff_bootstrap_loss cls_emb_loss binarize_mask concept_map "
+        "kmeans_centroids",
         "hsg": "knn_affinity dmon_loss transition_composition group_means transformer_clustering generate_clusters "
         "end_to_end_gradient losses centroid_contrastive gather_prototypes cluster_mapping reorder_image_indices",
     }

@@ -118,8 +118,8 @@ class DenseCRF:
         padding; log_probs [B,K_i,H,W] each. Padding takes no part; there the best class is that of `log_probs`.
         """
         if bool(valid.all()):
-            return [beliefs.argmax(1) for beliefs in self(as_bytes(images), log_probs)]
-        found = [maps.argmax(1) for maps in log_probs]
+            return [beliefs.max(1).indices for beliefs in self(as_bytes(images), log_probs)]
+        found = [maps.max(1).indices for maps in log_probs]
         for i, (image, inside) in enumerate(zip(as_bytes(images), valid, strict=True)):
             window = (slice(0, int(inside.any(1).sum())), slice(0, int(inside.any(0).sum())))
             refined = self(image[None, :, *window], [maps[i : i + 1, :, *window] for maps in log_probs])

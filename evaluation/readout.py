@@ -47,7 +47,7 @@ def best_map(scores: Tensor, size: tuple[int, int]) -> Tensor:
     for maps in scores.split(count, dim=1):
         upsampled = upsample(maps.flatten(0, 1).unsqueeze(1), size).view(*maps.shape[:2], *size)
         if count >= scores.shape[1]:
-            return upsampled.argmax(1)
+            return upsampled.max(1).indices  # the first of equals too, and twice as fast on a CPU
         for value in upsampled.unbind(1):
             if best is None:
                 best, ids = value.clone(), torch.zeros(value.shape, dtype=torch.int64, device=value.device)

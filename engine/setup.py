@@ -19,7 +19,7 @@ from common.errors import CheckpointError, ConfigError
 from common.precision import usable
 from common.spec import ClassMeta
 from datamodules.base import SegmentationDataModule, load_datamodule
-from engine import checkpoints, slurm
+from engine import checkpoints, environment, slurm
 from engine.checkpoints import WholeCheckpointIO
 from engine.wandb_rows import StepLogger
 from lightning_modules import registry
@@ -167,7 +167,7 @@ def wandb_logger(cfg: DictConfig, folder: Path) -> StepLogger:
         id=stored.read_text().strip() if stored.is_file() else None,
         resume="allow",
         offline=offline,
-        config=config.plain(cfg),
+        config=config.plain(cfg) | {"code_version": environment.git_commit() or "no checkout"},
     )
     if rank_zero_only.rank == 0:
         stored.write_text(logger.experiment.id)

@@ -19,6 +19,7 @@ from engine.checkpoints import WholeCheckpointIO
 from engine.fitting import KMeansFit, PosthocFit, RetrievalFit
 from engine.preemption import Preemption
 from engine.run_folder import RunFolder, open_run
+from engine.wandb_rows import masked_pictures
 from evaluation import panels, report
 from evaluation.probes import predicts_clusters
 from lightning_modules.base import UnsupervisedSegmenter
@@ -165,6 +166,9 @@ def write_files(model: UnsupervisedSegmenter, pictures: PanelKeeper, folder: Pat
         panels.save(folder / "panels" / "sheet.png", rows, model.meta, mappings)
         for logger in loggers:
             logger.log_image("panels", [str(folder / "panels" / "sheet.png")])
+            logger.log_metrics({"pictures": masked_pictures(rows, model.meta, mappings)})
     for logger in loggers:
+        if (folder / "confusion.png").is_file():
+            logger.log_image("confusion", [str(folder / "confusion.png")])
         logger.close()
     log.info("panels, tables and checkpoints are in %s", folder)

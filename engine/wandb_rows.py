@@ -1,13 +1,20 @@
-"""W&B rows by training step: a killed run that goes on neither repeats a row nor leaves one out."""
+"""What W&B gets: rows by training step (a killed run that goes on neither repeats one nor leaves one out), pictures."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from common.files import write_text
+from common.spec import IGNORE, ClassMeta
+from evaluation.panels import Row, as_ids, as_picture
+
+UNMATCHED_ID = IGNORE - 1
+"""In a mask: clusters without a class. W&B keeps masks in 8 bits."""
 
 
 class StepLogger(WandbLogger):
@@ -51,3 +58,28 @@ class StepLogger(WandbLogger):
         self.experiment.log({**self._row, "trainer/global_step": self._step}, step=self._step, commit=True)
         self._row, self._handed = {}, self._step
         write_text(self._file, f"{self._handed}\n")
+
+
+def masked_pictures(rows: Sequence[Row], meta: ClassMeta, mappings: Mapping[str, np.ndarray]) -> list[wandb.Image]:
+    """Pictures of a panel with truth and predictions as masks, which W&B's page switches on and off.
+
+    mappings: column -> [K] class of each cluster, -1 without one; a column without it holds classes, or clusters where
+    `meta` has none. A map of more than 254 ids is left out.
+    """
+    names = dict(enumerate(meta.names)) | {UNMATCHED_ID: "no class", IGNORE: "no label"}
+    found = []
+    for row in rows:
+        masks: dict[str, Any] = {}
+        if row.truth is not None and meta.num_classes <= UNMATCHED_ID:
+            masks["truth"] = {"mask_data": as_ids(row.truth).astype(np.uint8), "class_labels": names}
+        for column, ids in row.maps.items():
+            ids, labels = as_ids(ids), names
+            if not meta.has_labels:
+                labels = {number: f"cluster {number}" for number in range(int(ids.max()) + 1)}
+            elif column in mappings:
+                classes = np.asarray(mappings[column])[ids]
+                ids = np.where(classes < 0, UNMATCHED_ID, classes)
+            if ids.max() <= UNMATCHED_ID:
+                masks[column] = {"mask_data": ids.astype(np.uint8), "class_labels": labels}
+        found.append(wandb.Image(as_picture(row.image), caption=row.title, masks=masks))
+    return found

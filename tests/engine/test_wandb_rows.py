@@ -3,14 +3,20 @@
 import csv
 import json
 import struct
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import wandb
+from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
 
+from common.spec import ClassMeta
+from engine import environment
 from engine.callbacks import RunKeeper
-from engine.wandb_rows import StepLogger
+from engine.wandb_rows import StepLogger, masked_pictures
+from evaluation.panels import Row
 from tests.conftest import run_small
 
 pytestmark = pytest.mark.train
@@ -39,14 +45,24 @@ def records(path: Path) -> list[Record]:
     return found
 
 
+def whole(path: Path) -> list[Record]:
+    """The records of a finished run; its service may still be writing when `wandb.finish` returns."""
+    for _ in range(100):
+        found = records(path)
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{path} is not finished")
+
+
 def history(folder: Path) -> list[dict]:
     """The rows of all offline files of a run, in the order of their times."""
     rows = []
     for file in sorted((folder / "wandb").glob("offline-run-*/*.wandb")):
-        for record in records(file):
+        for record in whole(file):
             if record.WhichOneof("record_type") == "history":
                 items = record.history.item
-                rows.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in items})
+                rows.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items})
     return rows
 
 
@@ -83,8 +99,39 @@ def test_a_resumed_run_repeats_no_step_and_leaves_none_out(hook, tmp_path, monke
         assert row["trainer/global_step"] == row["_step"]
         numbers = {key: value for key, value in row.items() if key.startswith(("train/", "val/"))}
         assert numbers == pytest.approx(expected[row["_step"]], rel=1e-5)
-    assert "panels" in got[-1]
-    assert not any("panels" in row for row in got[:-1])
+    for key in ("panels", "pictures", "confusion"):
+        assert f"{key}.filenames" in got[-1]
+        assert not any(f"{key}.filenames" in row for row in got[:-1])
+    assert got[-1]["pictures.captions"][0].startswith("val/")
+    assert set(got[-1]["pictures.all_masks"][0]) == {"truth", "cluster", "kmeans", "linear"}
+
+
+def test_an_offline_run_names_its_code_and_holds_no_key(tmp_path, monkeypatch):
+    secret = "5ec2e7" * 7
+    monkeypatch.setenv("WANDB_API_KEY", secret)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = run_small("kmeans_baseline", tmp_path, "w", "logger=wandb")
+    wandb.finish()
+    found = {}
+    for file in (run.folder / "wandb").glob("offline-run-*/*.wandb"):
+        for record in whole(file):
+            update = record.run.config.update or record.config.update
+            found |= {item.key: json.loads(item.value_json) for item in update}
+    assert found["code_version"] == (environment.git_commit() or "no checkout")
+    assert found["data"]["name"] == "scenes"
+    for file in run.folder.rglob("*"):
+        assert not file.is_file() or secret.encode() not in file.read_bytes(), file
+
+
+def test_masks_of_a_picture():
+    meta = ClassMeta(names=("a", "b"))
+    ids = np.array([[0, 1], [2, 2]])
+    row = Row(np.zeros((2, 2, 3), np.uint8), {"cluster": ids, "linear": ids % 2}, np.array([[0, 255], [1, 1]]), "val/1")
+    (picture,) = masked_pictures([row], meta, {"cluster": np.array([1, -1, 0])})
+    found = {name: np.array(Image.open(mask._path)).tolist() for name, mask in picture._masks.items()}
+    assert found == {"truth": [[0, 255], [1, 1]], "cluster": [[1, 254], [0, 0]], "linear": [[0, 1], [0, 0]]}
+    (picture,) = masked_pictures([Row(row.image, {"cluster": ids + 253})], ClassMeta(), {})
+    assert not picture._masks
 
 
 def test_rows_between_what_was_handed_over_and_the_checkpoint_are_filled_in(tmp_path, monkeypatch):

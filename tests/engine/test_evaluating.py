@@ -44,7 +44,7 @@ def test_probes_are_fitted_once_at_the_size_of_the_run(tmp_path, monkeypatch):
     checkpoint = run.checkpoint
     for name in ("kmeans_probe.centroids", "kmeans_probe.fitted"):
         checkpoint["state_dict"][name].zero_()
-    from engine.callbacks import WholeCheckpointIO
+    from engine.checkpoints import WholeCheckpointIO
 
     path = run.folder / "checkpoints" / "inside.ckpt"
     WholeCheckpointIO().save_checkpoint(checkpoint, path)

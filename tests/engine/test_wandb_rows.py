@@ -82,6 +82,7 @@ def test_a_resumed_run_repeats_no_step_and_leaves_none_out(hook, tmp_path, monke
             run_small("kmeans_baseline", tmp_path, "w", "logger=wandb")
     wandb.finish()
     before = (tmp_path / "w" / "wandb_id").read_text()
+    time.sleep(1.1)  # W&B names the files of a run by the second
     run = run_small("kmeans_baseline", tmp_path, "w", "logger=wandb")
     wandb.finish()
     files = list((run.folder / "wandb").glob("offline-run-*"))

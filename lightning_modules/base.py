@@ -247,9 +247,17 @@ class UnsupervisedSegmenter(L.LightningModule):
             parts["linear_probe"] = self.linear_probe.loss(codes, *labels)
         total = sum(parts.values()) + (loss.total * 0 if skip else loss.total)
         logged = {"loss": loss.total, **loss.parts, **parts} if self.trains else parts
-        self.log_dict({f"train/{name}": value for name, value in logged.items()}, batch_size=len(batch["image"]))
+        logged = {f"train/{name}": value for name, value in logged.items()}
+        self.log_dict(self._over_ranks(logged), batch_size=len(batch["image"]))
         self.log("loss", total.detach(), prog_bar=True, logger=False, batch_size=len(batch["image"]))
         return total
+
+    def _over_ranks(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Means over the ranks, in one collective: what one process with the whole batch would log."""
+        if not distributed.active():
+            return values
+        own = [torch.as_tensor(value, dtype=torch.float32, device=self.device).detach() for value in values.values()]
+        return dict(zip(values, distributed.total(torch.stack(own)) / distributed.world_size(), strict=True))
 
     @torch.no_grad()
     def _codes(self, features: Features) -> Tensor:

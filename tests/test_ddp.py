@@ -1,5 +1,6 @@
 """Two real processes equal one at the same global batch, to float32 rounding."""
 
+import csv
 import os
 import signal
 import subprocess
@@ -56,11 +57,29 @@ def expect_equal(folder: Path, one: Run) -> None:
         assert float(apart.max()) < 5 * ROUNDING, f"{name}: {float(apart.max()):.1e}"
 
 
+OF_ONE_RANK = ("train/teacher_spread", "train/teacher_usage")
+"""What DINO watches a rank's own batch by: spreads and counts, whose mean over ranks is not that of the whole batch."""
+
+
+def expect_equal_losses(folder: Path, one: Run) -> None:
+    """metrics.csv has the losses of the whole batch at every step."""
+    curves = []
+    for path in (folder, one.folder):
+        with (path / "metrics.csv").open(newline="") as handle:
+            curves.append([row for row in csv.DictReader(handle) if row["train/cluster_probe"]])
+    assert len(curves[0]) == len(curves[1]) == 8
+    for key in curves[1][0]:
+        if key.startswith("train/") and key not in OF_ONE_RANK:
+            two, whole = ([float(row[key]) for row in rows] for rows in curves)
+            assert two == pytest.approx(whole, rel=1e-3, abs=1e-4), key
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_equal_one(method, small_run, tmp_path):
     one = small_run(method)
     folder = run_two(method, tmp_path)
     expect_equal(folder, one)
+    expect_equal_losses(folder, one)
     metrics = read_json(folder / "metrics.json")
     for key in ("val/cluster/acc", "val/linear/acc", "val/linear/miou"):
         assert abs(metrics[key] - one.metrics[key]) < 0.5, key

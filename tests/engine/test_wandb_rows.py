@@ -25,6 +25,14 @@ BLOCK, HEADER, FIRST_BLOCK = 32768, 7, 7
 """Of LevelDB's log format, in which W&B keeps an offline run: bytes of a block, of a record's header, of the file's."""
 
 
+@pytest.fixture(autouse=True)
+def no_open_run():
+    """W&B goes on with a run that another test of the process has left open."""
+    wandb.finish()
+    yield
+    wandb.finish()
+
+
 class StopError(Exception):
     """Stands for a kill."""
 

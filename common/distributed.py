@@ -1,5 +1,7 @@
 """Collectives that are the identity in a single process. Gathers keep rank order."""
 
+import os
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -53,6 +55,11 @@ def total(tensor: Tensor) -> Tensor:
     if active():
         dist.all_reduce(tensor)
     return tensor
+
+
+def local_rank() -> int:
+    """Place of this process among those of its machine; in one process 0."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", rank())))
 
 
 def anywhere(flag: bool | Tensor, device: torch.device) -> bool:

@@ -114,8 +114,7 @@ def provide(plan: Plan) -> DecodedStore:
     leader = distributed.rank() == 0
     together(build(plan) if leader and own is None else None)
     own = own or plan.find()
-    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", distributed.rank())))
-    together(build(plan) if local == 0 and own is None else None)
+    together(build(plan) if distributed.local_rank() == 0 and own is None else None)
     own = own or plan.find()
     together(None if own is not None else _lost(plan))
     return own

@@ -123,9 +123,9 @@ def provide(plan: RegionPlan) -> RegionFiles:
     path = plan.path
     rank, world = distributed.rank(), distributed.world_size()
     together(_build(plan, path, range(rank, len(plan.source), world)))
-    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", rank)))
-    together(_build(plan, path, range(len(plan.source))) if local == 0 else None)
-    if local == 0:
+    first_here = distributed.local_rank() == 0
+    together(_build(plan, path, range(len(plan.source))) if first_here else None)
+    if first_here:
         write_text(path / FINISHED, json.dumps(dataclasses.asdict(plan.spec)))
     return RegionFiles([str(plan.file(path, picture)) for picture in range(len(plan.source))])
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.precision import real, real_dtype
+
 EPS = 1e-12
 """Smallest norm that a vector is divided by, as in the released probes."""
 BLOCK = 1 << 24
@@ -18,7 +20,7 @@ BLOCK = 1 << 24
 
 def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear, align_corners False: [B,K,h,w] -> [B,K,H,W], in float32 (float64 stays)."""
-    maps = maps if maps.dtype == torch.float64 else maps.float()
+    maps = real(maps)
     if maps.shape[-2:] == tuple(size):
         return maps
     with torch.autocast(maps.device.type, enabled=False):
@@ -75,9 +77,8 @@ def cluster_log_probs(codes: Tensor, clusters: Tensor, size: tuple[int, int], al
 
 def dot_products(codes: Tensor, clusters: Tensor) -> Tensor:
     """<z, c_k / |c_k|> with the code as it is: [B,D,h,w], [K,D] -> [B,K,h,w], float32 (float64 stays)."""
-    dtype = torch.float64 if codes.dtype == torch.float64 else torch.float32
     with torch.autocast(codes.device.type, enabled=False):
-        return pointwise(codes.to(dtype), F.normalize(clusters.to(dtype), dim=1, eps=EPS))
+        return pointwise(real(codes), F.normalize(clusters.to(real_dtype(codes)), dim=1, eps=EPS))
 
 
 def pointwise(codes: Tensor, weight: Tensor) -> Tensor:
@@ -95,9 +96,8 @@ def upsampled_norm(codes: Tensor, size: tuple[int, int]) -> Tensor:
     weights are products of a row and a column weight. So five maps of inner products at patch resolution (with itself,
     with the right, the lower and the two diagonal neighbours) are combined along rows, then along columns.
     """
-    dtype = torch.float64 if codes.dtype == torch.float64 else torch.float32
     with torch.autocast(codes.device.type, enabled=False):
-        z = codes.to(dtype)
+        z = real(codes)
         # A repeated last row and column are the neighbours of the border, as upsampling clamps there.
         padded = F.pad(z, (0, 1, 0, 1), mode="replicate")
         right, below, corner = padded[..., :-1, 1:], padded[..., 1:, :-1], padded[..., 1:, 1:]

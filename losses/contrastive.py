@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from common import chance
 from common.errors import ConfigError
+from common.precision import real
 
 BASE_TEMPERATURE = 0.07
 """Constant of the release: the loss is multiplied by temperature / BASE_TEMPERATURE."""
@@ -352,7 +353,7 @@ def _check(z, f, s_ema, threshold_ag, threshold_sp, cells, temperature, candidat
 
 
 def _full(rows: Tensor) -> Tensor:
-    return rows.contiguous() if rows.dtype == torch.float64 else rows.float().contiguous()
+    return real(rows).contiguous()
 
 
 def _fill_positives(

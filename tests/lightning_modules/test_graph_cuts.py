@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import config
 import run as entry
@@ -216,7 +217,11 @@ def test_an_object_of_each_picture_without_self_training(tmp_path, monkeypatch):
         "deep_spectral", "method.segments.mode=single", "method.background=true", "method.num_clusters=2",
         "method.self_training=false", f"cache.dir={tmp_path / 'cache'}", f"run.dir={tmp_path}", "run.name=x",
     )  # fmt: skip
-    assert entry.main(["pseudo", *words]) == 0
+    assert entry.main(["pseudo", *words, f"output={tmp_path / 'maps'}"]) == 0
+    maps = sorted((tmp_path / "maps" / "pseudo-labels").rglob("*.png"))
+    assert 1 <= len(maps) <= 22
+    assert set(np.unique([np.asarray(Image.open(path)) for path in maps])) == {0, 1}
+    assert np.asarray(Image.open(maps[0])).shape == (48, 48)
     folder = tmp_path / "cache" / "pseudo" / "deep_spectral-scenes"
     assert (folder / "pseudo_labels.png").is_file()
     before = sorted(folder.rglob("*.safetensors"))

@@ -61,8 +61,8 @@ class SegmentationDataModule(L.LightningDataModule):
     data has none); `valid` bool [B,H,W], false on padding; `index` int64 [B], position in the data set (with
     five crops 5 * picture + crop); `id` list of B names; `size` int64 [B,2], height and width of the picture in its
     file; `broken` list of messages on unreadable files; in training the views, see `views.py`; with
-    regions `regions` int64 [B,H,W], -1 outside the picture, and with neighbours
-    `neighbour` float32 [B,3,H',W'], `neighbour.valid` bool [B,H',W'] and `neighbour.index` int64 [B], never a label.
+    regions `regions` int64 [B,H,W], -1 outside the picture, and with neighbours `neighbour` float32 [B,3,H',W'],
+    `neighbour.valid` bool [B,H',W'], `neighbour.index` int64 [B] and its own maps, `neighbour.{label,regions}`.
 
     Raises ConfigError where a `data.*` key does not fit the rest.
     """

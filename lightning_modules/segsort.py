@@ -106,7 +106,7 @@ class SegSort(UnsupervisedSegmenter):
             keys = views["index"].repeat_interleave(len(names))[:, None, None] * PICTURE + cut
         found = sort_pixels(codes, **self.sorting, regions=cut, valid=valid)
         pixels, ids = found.unit.flatten(0, 1), found.ids.flatten()
-        table = gather_segments(pixels, ids, found.counts)
+        table = gather_segments(pixels, ids, found.counts, self.reach)
         loss = self._contrast(pixels, table, keys) * table.share
         empty = ~table.present.any()
         parts = {"segments": table.present.sum() / (len(codes) * distributed.world_size())}

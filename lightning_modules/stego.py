@@ -110,17 +110,19 @@ class Stego(UnsupervisedSegmenter):
             near = near and (label_signal(views["neighbour.label"], self.meta.num_classes), near[1])
         pool = (signal, codes)
         if self.terms["random"].weight:
-            pool = (distributed.gather(signal), distributed.gather(codes, grad=True))
-        count = len(signal) * distributed.world_size()
+            pool = (self.reach.gather(signal), self.reach.gather(codes, grad=True))
+        count, drawn = len(signal) * distributed.world_size(), settings.negatives
         places = self._points(views, "image", count), self._points(views, "neighbour", count)
-        negatives = random_negatives(self.cfg.seed, step, settings.negatives.repeats, count, settings.negatives.draw)
+        among = len(signal) * self.reach.ranks()
+        negatives = random_negatives(self.cfg.seed, step, drawn.repeats, among, drawn.draw, self.reach.part())
+        first = self.reach.rank() * len(signal)
         result = correspondence_loss(
             signal,
             codes,
             near,
             pool,
             places,
-            distributed.own_slice(negatives.T).T.to(signal.device),
+            negatives[:, first : first + len(signal)].to(signal.device),
             self.terms,
             pointwise=settings.pointwise,
             zero_clamp=settings.zero_clamp,

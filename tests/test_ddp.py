@@ -101,7 +101,7 @@ def test_four_processes_equal_one(small_run, tmp_path):
 
 @pytest.mark.parametrize("method", ["hidden_positives", "stego"])
 def test_local_contrast_is_another_training_with_the_same_memory(method, small_run, tmp_path):
-    """`trainer.contrast=local`: pictures of other processes are no negatives; banks and shifts are still those of all."""
+    """`trainer.contrast=local`: pictures of other processes are no negatives; memory is still that of all."""
     one = small_run(method)
     folder = run_two(method, tmp_path, "trainer.contrast=local")
     weights = setup.read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]

@@ -5,7 +5,6 @@ and what the classes are called (`build_meta`). Splitting over devices, order, c
 """
 
 import dataclasses
-import hashlib
 import importlib
 import inspect
 from pathlib import Path
@@ -19,7 +18,7 @@ from common import distributed
 from common.errors import ConfigError, DataError, did_you_mean
 from common.files import cache_folder
 from common.spec import ClassMeta, ViewSpec
-from datamodules import cache, sampling, views
+from datamodules import cache, reading, sampling, views
 from datamodules.dataset import BrokenFiles, CheckedLoader, Collate, PictureDataset
 from datamodules.decoded import DecodedStore
 from datamodules.label_map import ForeignIds
@@ -63,9 +62,9 @@ class SegmentationDataModule(L.LightningDataModule):
     data has none); `valid` bool [B,H,W], false on padding; `index` int64 [B], position in the data set (with
     five crops 5 * picture + crop); `id` list of B names; `size` int64 [B,2], height and width of the picture in its
     file; `broken` list of messages on unreadable files; in training the views, see `views.py`; with
-    regions `regions` int64 [B,H,W], -1 outside the picture, with pseudo-labels `pseudo` int64 [B,H,W], 255 = none, and
-    with neighbours
-    `neighbour` float32 [B,3,H',W'], `neighbour.valid` bool [B,H',W'] and `neighbour.index` int64 [B], never a label.
+    regions `regions` int64 [B,H,W], -1 outside the picture, with pseudo-labels `pseudo` int64 [B,H,W], 255 = none,
+    and with neighbours `neighbour` float32 [B,3,H',W'], `neighbour.valid` bool [B,H',W'], `neighbour.index` int64 [B]
+    and its own maps, `neighbour.{label,regions,pseudo}`.
 
     Raises ConfigError where a `data.*` key does not fit the rest.
     """
@@ -187,12 +186,7 @@ class SegmentationDataModule(L.LightningDataModule):
         sha256, hexadecimal, of the data set's name, the geometry, the source's own fingerprint where it has one, and
         the id of every picture, in order.
         """
-        source = self.source(split)
-        own = source.fingerprint() if hasattr(source, "fingerprint") else ""
-        found = hashlib.sha256(f"{self.data.name} {geometry} {own}".encode())
-        for index in range(len(source)):
-            found.update(f"\n{source.id(index)}".encode())
-        return found.hexdigest()
+        return reading.fingerprint(f"{self.data.name} {geometry}", self.source(split))
 
     @property
     def local_batch(self) -> int:

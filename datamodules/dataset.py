@@ -49,7 +49,7 @@ class Item:
     foreign: Foreign = field(default_factory=dict)
     error: LabelfreeError | None = None
     neighbour: "Item | None" = None
-    """A near picture, without its label; where the data set has a table of neighbours."""
+    """A near picture; where the data set has a table of neighbours."""
 
 
 class PictureDataset(Dataset):
@@ -112,7 +112,7 @@ class PictureDataset(Dataset):
                 near = self._readable(f"{self.purpose}.neighbour", number, index, chosen)
                 item.broken += near.broken
                 item.foreign |= near.foreign
-                near.label, item.neighbour = None, near
+                item.neighbour = near
             return item
         except LabelfreeError as error:
             return Item(error=error)
@@ -204,14 +204,12 @@ class Collate:
             return {"broken": broken, "foreign": foreign}
         batch: dict[str, Any] = {}
         batch["image"], batch["valid"] = self._pictures([item.image for item in items])
-        size = tuple(batch["image"].shape[-2:])
-        for name, fill in (("label", IGNORE), ("regions", OUTSIDE), ("pseudo", IGNORE)):
-            maps = [getattr(item, name) for item in items]
-            if maps[0] is not None:
-                batch[name] = _stack(maps, size, fill).long()
+        batch |= _maps(items, batch["image"])
         if items[0].neighbour is not None:
             near = [item.neighbour for item in items]
             batch["neighbour"], batch["neighbour.valid"] = self._pictures([item.image for item in near])
+            maps = _maps(near, batch["neighbour"])
+            batch |= {f"neighbour.{name}": values for name, values in maps.items()}
             batch["neighbour.index"] = torch.tensor([item.index for item in near])
         batch["index"] = torch.tensor([item.index for item in items])
         batch["id"] = [item.id for item in items]
@@ -228,6 +226,15 @@ class Collate:
         for inside, image in zip(valid, images, strict=True):
             inside[: image.shape[0], : image.shape[1]] = True
         return stacked, valid
+
+
+def _maps(items: list[Item], images: Tensor) -> dict[str, Tensor]:
+    """`label`, `regions` and `pseudo` of the items, int64 [B,H,W] as large as the pictures, where they have them."""
+    size, maps = tuple(images.shape[-2:]), {}
+    for name, fill in (("label", IGNORE), ("regions", OUTSIDE), ("pseudo", IGNORE)):
+        if getattr(items[0], name) is not None:
+            maps[name] = _stack([getattr(item, name) for item in items], size, fill).long()
+    return maps
 
 
 def _stack(arrays: list[np.ndarray], size: tuple[int, int], fill: int) -> Tensor:

@@ -177,12 +177,12 @@ REFUSED = {
     ("deep_spectral", "method.eigs.k=1"): "method.eigs.k=1: the first vector is constant; set 2 or more",
     ("deep_spectral", "method.segments.mode=all"): "method.segments.mode=all: not one of fixed, adaptive, single",
     ("deep_spectral", "method.segments.mode=single"): (
-        "method.background=false: one of the two with method.segments.mode=single; set it to true"
+        "method.background=false: with method.segments.mode=single it is one of two; set it to true"
     ),
     ("deep_spectral", "method.regions.erode=-1"): "method.regions.erode=-1: must not be negative",
     ("deep_spectral", "method.head.norm=layer"): "method.head.norm=layer: not one of batch, group",
     ("normalized_cut", "method.segments.mode=single"): (
-        "method.segments.mode=single: is for method=deep_spectral; use fixed or adaptive"
+        "method.segments.mode=single: gives no classes; use fixed or adaptive, or method=deep_spectral"
     ),
     ("tokencut", "method.tau=1"): "method.tau=1: a cosine, expected a number between -1 and 1",
     ("tokencut", "method.foreground=[7]"): (

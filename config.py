@@ -48,6 +48,7 @@ NULLABLE = {
     "method.licence": str,
     "method.regions.root": str,
     "method.crop.size": int,
+    "method.slots": int,
 }
 """Types of keys whose default does not tell them: null, or one of several types."""
 

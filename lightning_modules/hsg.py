@@ -20,7 +20,7 @@ from grouping.graph import knn_graph
 from grouping.nodes import Nodes, picture_nodes
 from grouping.segments import Segments, take
 from lightning_modules.base import Loss
-from lightning_modules.pixel_sorting import PixelSorter, check_sorting
+from lightning_modules.pixel_sorting import PixelSorter
 from losses.grouping import centroid_contrast, collapse, modularity
 from losses.vmf import MAX_KAPPA, vmf_nca
 from models.backbone import Features
@@ -36,8 +36,8 @@ class HSG(PixelSorter):
 
     def build(self) -> None:
         settings = self.cfg.method
-        check_settings(settings)
         super().build()
+        check_settings(settings)
         own = settings.transformer
         self.positions = PositionTables(settings.dim)
         self.hierarchy = HierarchicalGrouping(
@@ -90,10 +90,10 @@ class HSG(PixelSorter):
     def _levels(self, found: Segments, table: GatheredSegments, nodes: Nodes, groups: Hierarchy) -> dict[str, Tensor]:
         """The contrastive term of each level that has a weight; labels are hard, so the transformers learn nothing."""
         terms, pictures = {}, len(nodes.table)
-        first = distributed.rank() * pictures + torch.arange(pictures, device=nodes.table.device)[:, None]
+        first = self.reach.rank() * pictures + torch.arange(pictures, device=nodes.table.device)[:, None]
         for name, labels, count in zip(LEVELS, groups.labels, self.hierarchy.groups, strict=True):
             if self.cfg.method.weights[name]:
-                keys = distributed.gather(nodes.of_segments(first * count + labels))
+                keys = self.reach.gather(nodes.of_segments(first * count + labels))
                 terms[name] = self._contrast(name, found, table, keys)
         return terms
 
@@ -116,10 +116,10 @@ class HSG(PixelSorter):
             contrast = contrast + centroid_contrast(
                 rows,
                 kappa,
-                distributed.gather(rows, grad=True),
-                first=distributed.rank() * len(rows),
+                self.reach.gather(rows, grad=True),
+                first=self.reach.rank() * len(rows),
                 known=inside,
-                present=distributed.gather(inside),
+                present=self.reach.gather(inside),
             )
         return terms | {"centroid": contrast * part}
 
@@ -132,7 +132,6 @@ def share(counted: Tensor) -> Tensor:
 
 def check_settings(settings: Any) -> None:
     """Raises ConfigError for values that the method cannot run with."""
-    check_sorting(settings)
     if settings.regions.source == "none":
         raise ConfigError(
             "method.regions.source=none: cells are drawn to their contour region; choose felzenszwalb, watershed, slic "

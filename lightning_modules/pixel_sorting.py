@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.errors import ConfigError, one_of
+from common.errors import ConfigError
 from common.spec import OUTSIDE, Geometric, Photometric, RegionSpec, ViewSpec
 from grouping.gathered import GatheredSegments, gather_segments
-from grouping.segments import EMPTY, GRIDS, LOCATIONS, Segments, at_cells, sort_pixels
+from grouping.segments import Segments, at_cells, sort_pixels, sorting
 from lightning_modules.base import UnsupervisedSegmenter
 from lightning_modules.regions import region_spec
 from models.backbone import Features
@@ -39,6 +39,8 @@ class PixelSorter(UnsupervisedSegmenter):
 
     def build(self) -> None:
         settings = self.cfg.method
+        self.sorting = sorting(settings.kmeans, "method.kmeans")
+        check_shared(settings)
         self.regions = None if settings.regions.source == "none" else region_spec(settings.regions)
         self.code_dim = settings.dim
         self.head = pixel_head(dim=settings.dim, in_dim=self.backbone.dim, **settings.head)
@@ -94,21 +96,9 @@ class PixelSorter(UnsupervisedSegmenter):
         return views["index"].repeat_interleave(len(self.views))[:, None, None] * PICTURE + regions
 
     def sort(self, codes: Tensor, cut: Tensor | None, valid: Tensor) -> tuple[Segments, GatheredSegments]:
-        """The segments of cells, cut by ids [B*V,h,w], and those of all ranks. A collective."""
-        found = sort_pixels(codes, **kmeans_words(self.cfg.method.kmeans), regions=cut, valid=valid)
-        return found, gather_segments(found.unit.flatten(0, 1), found.ids.flatten(), found.counts)
-
-
-def kmeans_words(settings: Any) -> dict[str, Any]:
-    """The keys `method.kmeans.*` as `sort_pixels` takes them."""
-    return {
-        "cells": tuple(settings.cells),
-        "iterations": settings.iterations,
-        "grid": settings.grid,
-        "location": None if settings.location == "none" else settings.location,
-        "location_scale": settings.location_scale,
-        "empty": settings.empty,
-    }
+        """The segments of cells, cut by ids [B*V,h,w], and those of all ranks that are reached. A collective."""
+        found = sort_pixels(codes, **self.sorting, regions=cut, valid=valid)
+        return found, gather_segments(found.unit.flatten(0, 1), found.ids.flatten(), found.counts, self.reach)
 
 
 def adjacent(views: dict[str, Any], names: list[str], what: str = "") -> Tensor:
@@ -117,18 +107,9 @@ def adjacent(views: dict[str, Any], names: list[str], what: str = "") -> Tensor:
     return torch.stack([views[f"{name}{what}"] for name in names], dim=1).flatten(0, 1)
 
 
-def check_sorting(settings: Any) -> None:
-    """Raises ConfigError for values of the shared keys that the method cannot run with."""
+def check_shared(settings: Any) -> None:
+    """Raises ConfigError for values of the keys of both methods that cannot be run with."""
     kmeans = settings.kmeans
-    words = {
-        "kmeans.grid": (kmeans.grid, GRIDS),
-        "kmeans.empty": (kmeans.empty, EMPTY),
-        "kmeans.location": (kmeans.location, (*LOCATIONS, "none")),
-    }
-    for name, (value, known) in words.items():
-        one_of(f"method.{name}", value, known)
-    if len(kmeans.cells) != 2 or min(kmeans.cells) < 1:
-        raise ConfigError(f"method.kmeans.cells={list(kmeans.cells)}: expected rows and columns, such as [5,5]")
     if settings.views < 1:
         raise ConfigError(f"method.views={settings.views}: must be at least 1")
     zoom = list(settings.crop.zoom)

@@ -18,7 +18,7 @@ from common.spec import IGNORE
 from grouping.gathered import GatheredSegments
 from grouping.segments import at_cells
 from lightning_modules.base import Loss
-from lightning_modules.pixel_sorting import PixelSorter, adjacent, check_sorting
+from lightning_modules.pixel_sorting import PixelSorter, adjacent
 from losses.vmf import MAX_KAPPA, vmf, vmf_nca
 from models.backbone import Features
 from retrieval.memory import MemoryBank
@@ -31,7 +31,6 @@ class SegSort(PixelSorter):
 
     def build(self) -> None:
         settings = self.cfg.method
-        check_settings(settings)
         self.uses_labels = settings.labels.enabled
         if self.uses_labels and not self.meta.has_labels:
             raise ConfigError(
@@ -39,6 +38,7 @@ class SegSort(PixelSorter):
                 "set method.labels.enabled=false"
             )
         super().build()
+        check_settings(settings)
         self.memory, self.fresh = None, None
         if self.uses_labels and settings.labels.banks:
             rows, columns = settings.kmeans.cells
@@ -85,7 +85,6 @@ def check_settings(settings: Any) -> None:
     """Raises ConfigError for values that the method cannot run with."""
     kmeans, labels, contours = settings.kmeans, settings.labels.enabled, settings.regions.source != "none"
     one_of("method.loss", settings.loss, LOSSES)
-    check_sorting(settings)
     if labels and settings.loss == "vmf":
         raise ConfigError(
             "method.loss=vmf: draws nothing by class, so method.labels.enabled=true would change nothing but the "

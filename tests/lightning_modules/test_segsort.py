@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import config
 from common.errors import ConfigError
 from engine import setup
-from lightning_modules.pixel_sorting import adjacent, kmeans_words
+from lightning_modules.pixel_sorting import adjacent
 from lightning_modules.segsort import SegSort
 from tests.conftest import Run, run_small, small_words
 from tests.test_ddp import expect_equal, run_two
@@ -204,8 +204,7 @@ def test_every_option_changes_the_training(words, plain_three, tmp_path):
 def test_every_option_of_pixel_sorting_reaches_it(key, monkeypatch):
     model = build("method.kmeans.cells=[4,4]")
     other = build("method.kmeans.cells=[4,4]", f"method.kmeans.{key}")
-    plain, words = (kmeans_words(part.cfg.method.kmeans) for part in (model, other))
-    changed = {name for name, value in words.items() if plain[name] != value}
+    changed = {name for name, value in other.sorting.items() if model.sorting[name] != value}
     assert changed == {key.split("=")[0]}
 
 

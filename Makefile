@@ -11,6 +11,8 @@ DIR ?=
 CKPT ?=
 INPUT ?=
 OUTPUT ?=
+IMAGE ?=
+K ?= 8
 FROM ?=
 FILE ?=
 NODES ?= 1
@@ -66,6 +68,9 @@ eval: $(READY) ## CKPT=runs/x/checkpoints/last.ckpt [ARGS=…]: the scores of a 
 
 predict: $(READY) ## CKPT=… INPUT=folder OUTPUT=folder [ARGS=…]: cluster maps and overlays of any pictures
 	@$(PY) run.py predict ckpt=$(CKPT) input=$(INPUT) output=$(OUTPUT) $(ARGS)
+
+retrieve: $(READY) ## CKPT=… IMAGE=… [K=8] [ARGS=…]: a picture's segments and their nearest in the data set, as png and html
+	@$(PY) run.py retrieve ckpt=$(CKPT) image=$(IMAGE) k=$(K) $(ARGS)
 
 import-checkpoint: $(READY) ## FROM=stego|hp FILE=… OUTPUT=….ckpt [DATA=…] [ARGS=…]: the authors' checkpoint as one of ours
 	@$(PY) run.py import-checkpoint from=$(FROM) file=$(FILE) output=$(OUTPUT) $(if $(DATA),data=$(DATA)) $(ARGS)

@@ -26,6 +26,12 @@ def take(words: list[str], *names: str) -> tuple[dict[str, str], list[str]]:
     return {name: found[name] for name in names}, rest
 
 
+def asked(words: list[str], name: str) -> tuple[str | None, list[str]]:
+    """Split a word that may be absent off a list of key=value words: its value or None, and the others."""
+    found = [word.partition("=")[2] for word in words if word.partition("=")[0] == name]
+    return found[-1] if found else None, [word for word in words if word.partition("=")[0] != name]
+
+
 def train(words: list[str]) -> None:
     """train method=… data=… backbone=… trainer=… [experiment=…] [key=value …]: train, evaluate, fill a run folder"""
     import config
@@ -52,11 +58,30 @@ def evaluate(words: list[str]) -> None:
 
 
 def predict(words: list[str]) -> None:
-    """predict ckpt=… input=folder output=folder [key=value …]: cluster maps, overlays and a legend of any pictures"""
+    """predict ckpt=… input=folder output=folder [levels=all] [key=value …]: cluster maps, overlays, levels"""
+    from engine.levels import predict_levels
     from engine.predicting import predict as run
 
     named, rest = take(words, "ckpt", "input", "output")
-    run(Path(named["ckpt"]), Path(named["input"]), Path(named["output"]), rest)
+    levels, rest = asked(rest, "levels")
+    paths = [Path(named[name]) for name in ("ckpt", "input", "output")]
+    if levels not in (None, "all"):
+        raise ConfigError(f"levels={levels}: expected all, or no such word")
+    if levels:
+        predict_levels(*paths, rest)
+    run(*paths, rest)
+
+
+def retrieve(words: list[str]) -> None:
+    """retrieve ckpt=… image=… [k=8] [output=folder] [key=value …]: a picture's segments and the nearest ones"""
+    from engine.retrieving import retrieve as run
+
+    named, rest = take(words, "ckpt", "image")
+    k, rest = asked(rest, "k")
+    output, rest = asked(rest, "output")
+    if k is not None and not k.isdigit():
+        raise ConfigError(f"k={k}: expected a whole number, the nearest segments of each segment")
+    run(Path(named["ckpt"]), Path(named["image"]), int(k or 8), None if output is None else Path(output), rest)
 
 
 def import_checkpoint(words: list[str]) -> None:
@@ -129,6 +154,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "pseudo": pseudo,
     "eval": evaluate,
     "predict": predict,
+    "retrieve": retrieve,
     "import-checkpoint": import_checkpoint,
     "data": data,
     "list": list_names,

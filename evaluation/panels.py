@@ -1,6 +1,6 @@
 """Pictures of results: panels with a legend, the confusion figure, overlays and index maps."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -57,12 +57,14 @@ def save(
     mappings: Mapping[str, np.ndarray] | None = None,
     title: str = "",
     cell: int = 320,
+    groups: Collection[str] = (),
 ) -> None:
     """Write one png: a row a picture, columns picture, truth (where there is one) and every map, a legend below.
 
     mappings: column -> [K] class of each cluster, -1 unmatched (`Scores.mapping`). Its clusters take the colour of
     their class, unmatched ones greyish hues. A column without a mapping shows class ids; where the data has no classes,
-    every column shows cluster ids in fixed colours. cell: width of a picture in pixels.
+    every column shows cluster ids in fixed colours. Columns named in `groups` hold groups of one picture: fixed colours
+    that the legend leaves out. cell: width of a picture in pixels.
     """
     mappings = mappings or {}
     names = list(dict.fromkeys(name for row in rows for name in row.maps))
@@ -78,6 +80,9 @@ def save(
             cells.append(None if row.truth is None else _paint(as_ids(row.truth), meta, None, legend, cell))
         for name in names:
             ids = row.maps.get(name)
+            if ids is not None and name in groups:
+                cells.append(_paint(as_ids(ids), ClassMeta(), None, _Legend(), cell))
+                continue
             cells.append(None if ids is None else _paint(as_ids(ids), meta, mappings.get(name), legend, cell))
         grid.append((cells, row.title))
     columns = ["picture", *(["truth"] if with_truth else []), *names]

@@ -11,14 +11,18 @@ group, away from all others of the batch (vMF-NCA). Method document hsg.md.
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from common import distributed
 from common.errors import ConfigError
+from evaluation.hierarchy import HierarchyReadout
+from evaluation.readouts import Readout
 from grouping.gathered import GatheredSegments
 from grouping.graph import knn_graph
 from grouping.nodes import Nodes, picture_nodes
-from grouping.segments import Segments, take
+from grouping.segments import Segments, prototypes, sort_pixels, sorting, take
 from lightning_modules.base import Loss
 from lightning_modules.pixel_sorting import PixelSorter
 from losses.grouping import centroid_contrast, collapse, modularity
@@ -28,6 +32,8 @@ from models.hierarchy import HierarchicalGrouping, Hierarchy, PositionTables
 
 LEVELS = ("fine", "coarse")
 GOODNESS = ("modularity", "collapse", "centroid")
+MAPS = ("segments", *LEVELS)
+"""Levels of a picture's hierarchy, the finest first."""
 
 
 class HSG(PixelSorter):
@@ -49,6 +55,7 @@ class HSG(PixelSorter):
             dropout=own.dropout,
             faithful=settings.faithful,
         )
+        self.level_sorting = sorting(OmegaConf.create({**settings.kmeans, **settings.levels}), "method.levels")
         self.grouped = any(settings.weights[name] for name in GOODNESS)
         for part in (self.positions, self.hierarchy):
             part.requires_grad_(self.grouped)
@@ -73,6 +80,48 @@ class HSG(PixelSorter):
         parts["segments"] = table.present.sum() / (len(cells.codes) * distributed.world_size())
         names = list(self.views)
         return Loss(total, parts, skip=~table.present.any(), codes=cells.codes[:: len(names)], view=names[0])
+
+    # ------------------------------------------------------------------ the hierarchy of a picture
+
+    @property
+    def readouts(self) -> list[Readout]:
+        if not self.grouped:
+            return []
+        own, groups = self.cfg.method.levels, self.hierarchy.groups
+        rule = (
+            f"grid {own.cells[0]}x{own.cells[1]}, {groups[0]} fine and {groups[1]} coarse groups, "
+            f"{'nested' if own.nested else 'the likeliest group at each level'}; best match of each labelled region"
+        )
+        return [HierarchyReadout(MAPS, self.meta.num_classes, rule)]
+
+    @torch.no_grad()
+    def levels(self, images: Tensor, valid: Tensor) -> list[Tensor]:
+        """Segments, fine and coarse groups of pictures, as the trained transformers group them; in evaluation mode.
+
+        images [B,3,H,W] in 0..1, valid bool [B,H,W]. Returns int64 maps [B,h,w] at the cells of the network (at its
+        output stride in training), -1 where no pixel of a cell is valid. Ids start at 0 in every picture and mean
+        nothing beyond it. With `method.levels.nested` a coarse group is a union of fine ones, and these of segments;
+        else each level takes the likeliest group of a segment, and a coarse one may cut a fine one. Method document
+        8.5: the release has no such inference. One view, no contour regions, no limit of segments.
+        """
+        with self.backbone.training_stride():
+            codes = self.embed(self.features(images))
+        size = tuple(codes.shape[-2:])
+        touched = F.adaptive_max_pool2d(valid[:, None].float(), size)[:, 0] > 0  # so every pixel has a group
+        found = sort_pixels(codes, **self.level_sorting, valid=touched)
+        ids, own = found.ids.flatten(), self.cfg.method.levels
+        bank = prototypes(found.unit.flatten(0, 1), ids, max(1, int(found.counts.sum())))
+        slots = max(self.cfg.method.slots or 1, int(found.counts.max())) if self.hierarchy.fine.faithful else None
+        places = self.positions(size).flatten(0, 1)
+        nodes = picture_nodes(bank, ids, found.counts, places, 1, slots, fill=slots is not None)
+        groups = self.hierarchy(nodes.vectors, nodes.hidden, nodes.positions)
+        first = (found.counts.cumsum(0) - found.counts)[:, None]
+        maps = [found.ids.where(found.ids < 0, found.ids - first).flatten()]
+        for labels in groups.nested if own.nested else groups.labels:
+            maps.append(take(nodes.of_segments(labels), ids, -1))
+        return [level.view(len(images), *size) for level in maps]
+
+    # ------------------------------------------------------------------ one step
 
     def _nodes(self, found: Segments, table: GatheredSegments, size: tuple[int, int]) -> Nodes:
         settings = self.cfg.method

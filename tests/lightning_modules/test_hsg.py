@@ -1,15 +1,22 @@
 """HSG: its loss against the formulas of the method document, padding and slots, and what is refused."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 import config
+from common.chance import library_draws
 from common.errors import ConfigError
 from engine import setup
+from evaluation.hierarchy import Nesting
 from lightning_modules.hsg import GOODNESS, HSG
 from lightning_modules.pixel_sorting import adjacent
+from models.hierarchy import Hierarchy
+from run import main
 from tests.conftest import small_words
+from tests.datamodules.pictures import noise, save
 from tests.lightning_modules import test_segsort as segsort
 
 SMALL = ["method.dim=16", "method.kmeans.cells=[2,2]", "method.groups=[3,2]"]
@@ -161,6 +168,77 @@ def test_every_option_changes_the_loss(word, monkeypatch):
         views, _ = segsort.made(model, monkeypatch)
         losses.append(float(model.loss(views, None).total.detach()))
     assert losses[0] != losses[1]
+
+
+def picture_levels(model: HSG, seed: int = 0) -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return model.levels(torch.rand(2, 3, 48, 48, generator=draw), torch.ones(2, 48, 48, dtype=torch.bool))
+
+
+def test_the_levels_are_what_the_trained_transformers_say(monkeypatch):
+    """Other weights of the transformers alone group the same segments otherwise, and a given answer is what is shown:
+    no clustering of codes or segments after training could do so."""
+    model = build("method.groups=[4,2]").eval()
+    segments, fine, coarse = picture_levels(model)
+    assert fine.max() < 4
+    assert coarse.max() < 2
+    nesting = Nesting()
+    nesting.update([segments, fine, coarse])
+    assert float(nesting.compute()) == 100
+    with torch.no_grad(), library_draws(1, "test"):
+        for name, weight in model.hierarchy.named_parameters():
+            if "weight" in name and weight.dim() > 1:
+                weight.copy_(torch.randn_like(weight))
+    same, other, _ = picture_levels(model)
+    assert torch.equal(same, segments)
+    assert not torch.equal(other, fine)
+
+    def answer(nodes, hidden, positions):
+        number = torch.arange(nodes.shape[1]) % 4
+        fine = F.one_hot(number, 4).T.float().expand(len(nodes), -1, -1)
+        transition = torch.tensor([[0.9, 0.2, 0.9, 0.2], [0.1, 0.8, 0.1, 0.8]]).expand(len(nodes), -1, -1)
+        flipped = 1 - transition @ fine  # as if the memberships of segments said the opposite
+        return Hierarchy(fine, flipped, transition, torch.zeros(2, 4, 16), torch.zeros(2, 2, 16))
+
+    monkeypatch.setattr(model.hierarchy, "forward", answer)
+    _, given, upper = picture_levels(model)
+    assert torch.equal(given, segments % 4)
+    assert torch.equal(upper, segments % 2)
+    model.cfg = config.changed(model.cfg, {"method.levels.nested": False})
+    assert torch.equal(picture_levels(model)[2], 1 - segments % 2)
+
+
+def test_padding_has_no_group():
+    model = build().eval()
+    valid = torch.ones(1, 48, 48, dtype=torch.bool)
+    valid[:, 25:] = False
+    for level in model.levels(torch.rand(1, 3, 48, 48), valid):
+        cells = level.shape[-1]
+        rows = -(-25 * cells // 48)
+        assert (level[:, :rows] >= 0).all()
+        assert (level[:, rows:] == -1).all()
+
+
+@pytest.mark.train
+def test_a_run_scores_its_levels_and_predict_writes_them(small_run, tmp_path):
+    run = small_run("hsg")
+    assert run.metrics["val/hierarchy/nested"] == 100
+    for name in ("segments", "fine", "coarse"):
+        assert 0 < run.metrics[f"val/hierarchy/{name}_iou"] <= 100
+    assert run.metrics["val/hierarchy/segments_iou"] != run.metrics["val/hierarchy/coarse_iou"]
+    assert "8 fine and 4 coarse groups, nested" in run.metrics["protocol/hierarchy"]
+    save(tmp_path / "in" / "a.png", noise(50, 70, seed=0))
+    words = [f"ckpt={run.folder}/checkpoints/last.ckpt", f"input={tmp_path}/in", f"output={tmp_path}/out"]
+    assert main(["predict", *words, "levels=all"]) == 0
+    maps = []
+    for name in ("segments", "fine", "coarse"):
+        maps.append(torch.from_numpy(np.array(Image.open(tmp_path / "out" / "levels" / name / "a.png"))).long()[None])
+        assert (tmp_path / "out" / "levels" / f"{name}_overlay" / "a.png").is_file()
+    assert maps[0].shape == (1, 50, 70)
+    nesting = Nesting()
+    nesting.update(maps)
+    assert float(nesting.compute()) == 100
+    assert (tmp_path / "out" / "index" / "a.png").is_file()
 
 
 @pytest.mark.parametrize(

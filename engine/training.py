@@ -212,5 +212,5 @@ def write_files(model: UnsupervisedSegmenter, pictures: PanelKeeper, folder: Pat
     for logger in loggers:
         if (folder / "confusion.png").is_file():
             logger.log_image("confusion", [str(folder / "confusion.png")])
-        logger.close()
+        logger.finish()
     log.info("panels, tables and checkpoints are in %s", folder)

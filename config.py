@@ -49,6 +49,7 @@ NULLABLE = {
     "method.regions.root": str,
     "method.crop.size": int,
     "method.slots": int,
+    "method.stage.size": int,
 }
 """Types of keys whose default does not tell them: null, or one of several types."""
 

@@ -42,11 +42,13 @@ def train(words: list[str]) -> None:
 
 
 def pseudo(words: list[str]) -> None:
-    """pseudo method=… data=… backbone=… [key=value …]: the offline stage of a method alone, where it has one"""
+    """pseudo method=… data=… backbone=… [output=folder] [key=value …]: the offline stage alone; its labels as pngs"""
     import config
     from engine.stage import pseudo as run
 
-    run(config.compose(words))
+    named = config.parse_words(words)
+    output = named.pop("output", None)
+    run(config.compose([f"{key}={value}" for key, value in named.items()]), Path(output) if output else None)
 
 
 def evaluate(words: list[str]) -> None:

@@ -28,6 +28,16 @@ OF_METHOD = {
     "stego": ["method.neighbours.stored=3", "method.neighbours.drawn=2"],
     "segsort": ["method.crop.size=48", "method.head.hidden=32", "evaluation.retrieval.pictures=4"],
     "hsg": ["method.crop.size=48", "method.head.hidden=32", "evaluation.retrieval.pictures=4"],
+    "deep_spectral": [
+        "method.stage.size=112",
+        "method.eigs.k=4",
+        "method.segments.count=3",
+        "method.segments.restarts=1",
+        "method.num_clusters=4",
+        "method.head.hidden=16",
+        "backbone.levels=[0,1]",
+    ],
+    "tokencut": ["method.stage.size=112"],
     "dino": ["method.head.out_dim=64", "method.crops.local_count=2", "data.train_size=128"],
 }
 
@@ -107,5 +117,5 @@ def test_published_figures_are_those_of_the_metrics():
     assert config.published("dino_tiny") == {}
     for name in config.names("experiment"):
         for key, value in config.published(name).items():
-            assert re.fullmatch(r"(cluster|linear|retrieval)(_crf)?/(acc|miou)", key), name
+            assert re.fullmatch(r"(cluster|own|linear|retrieval)(_crf)?/(acc|miou)", key), name
             assert 0 < value < 100, name

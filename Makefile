@@ -32,7 +32,7 @@ WORDS = $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(if $(or $(filter-out file
 	$(if $(DATA),data=$(DATA)) $(if $(BACKBONE),backbone=$(BACKBONE)) $(if $(TRAINER),trainer=$(TRAINER)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train eval predict import-checkpoint data list show-config doctor sweep slurm test test-fast test-ddp test-slurm \
+.PHONY: help setup train eval predict clusters import-checkpoint data list show-config doctor sweep slurm test test-fast test-ddp test-slurm \
 	test-slow test-realdata test-gpu reference bench lint lock clean
 
 help: ## this page
@@ -63,6 +63,9 @@ eval: $(READY) ## CKPT=runs/x/checkpoints/last.ckpt [ARGS=…]: the scores of a 
 
 predict: $(READY) ## CKPT=… INPUT=folder OUTPUT=folder [ARGS=…]: cluster maps and overlays of any pictures
 	@$(PY) run.py predict ckpt=$(CKPT) input=$(INPUT) output=$(OUTPUT) $(ARGS)
+
+clusters: $(READY) ## CKPT=… [SWEEP=6..40] [ARGS=…]: what each cluster is, and a file to name them; how many to take
+	@$(PY) run.py clusters ckpt=$(CKPT) $(if $(filter-out file undefined,$(origin SWEEP)),sweep=$(SWEEP)) $(ARGS)
 
 import-checkpoint: $(READY) ## FROM=stego|hp FILE=… OUTPUT=….ckpt [DATA=…] [ARGS=…]: the authors' checkpoint as one of ours
 	@$(PY) run.py import-checkpoint from=$(FROM) file=$(FILE) output=$(OUTPUT) $(if $(DATA),data=$(DATA)) $(ARGS)

@@ -26,6 +26,12 @@ def take(words: list[str], *names: str) -> tuple[dict[str, str], list[str]]:
     return {name: found[name] for name in names}, rest
 
 
+def option(words: list[str], name: str) -> tuple[str | None, list[str]]:
+    """Take one key=value word that may be absent off a list: (its value or None, the other words)."""
+    found = [word.partition("=")[2] for word in words if word.partition("=")[0] == name]
+    return found[-1] if found else None, [word for word in words if word.partition("=")[0] != name]
+
+
 def train(words: list[str]) -> None:
     """train method=… data=… backbone=… trainer=… [experiment=…] [key=value …]: train, evaluate, fill a run folder"""
     import config
@@ -44,11 +50,26 @@ def evaluate(words: list[str]) -> None:
 
 
 def predict(words: list[str]) -> None:
-    """predict ckpt=… input=folder output=folder [key=value …]: cluster maps, overlays and a legend of any pictures"""
+    """predict ckpt=… input=folder output=folder [names=file|none] [key=value …]: cluster maps, overlays, areas"""
     from engine.predicting import predict as run
 
     named, rest = take(words, "ckpt", "input", "output")
-    run(Path(named["ckpt"]), Path(named["input"]), Path(named["output"]), rest)
+    names, rest = option(rest, "names")
+    run(Path(named["ckpt"]), Path(named["input"]), Path(named["output"]), rest, names)
+
+
+def clusters(words: list[str]) -> None:
+    """clusters ckpt=… [sweep=6..40] [key=value …]: what each cluster is, a file to name them; how many to take"""
+    named, rest = take(words, "ckpt")
+    sweep, rest = option(rest, "sweep")
+    if sweep is None:
+        from engine.clusters import clusters as run
+
+        run(Path(named["ckpt"]), rest)
+    else:
+        from engine.cluster_count import sweep as run
+
+        run(Path(named["ckpt"]), sweep, rest)
 
 
 def import_checkpoint(words: list[str]) -> None:
@@ -120,6 +141,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "eval": evaluate,
     "predict": predict,
+    "clusters": clusters,
     "import-checkpoint": import_checkpoint,
     "data": data,
     "list": list_names,

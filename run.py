@@ -72,6 +72,15 @@ def clusters(words: list[str]) -> None:
         run(Path(named["ckpt"]), sweep, rest)
 
 
+def compare(words: list[str]) -> None:
+    """compare methods="a b" seeds="0 1 2" [data=… key=value …] | runs="runs/a runs/b": one table, one page"""
+    from launch.compare import main as run
+
+    code = run(words)
+    if code:
+        raise SystemExit(code)
+
+
 def import_checkpoint(words: list[str]) -> None:
     """import-checkpoint from=stego|hp file=… output=….ckpt [data=…] [key=value …]: the authors' checkpoint as ours"""
     from engine.importing import import_checkpoint as run
@@ -142,6 +151,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "eval": evaluate,
     "predict": predict,
     "clusters": clusters,
+    "compare": compare,
     "import-checkpoint": import_checkpoint,
     "data": data,
     "list": list_names,

@@ -36,7 +36,7 @@ WORDS = $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(if $(or $(filter-out file
 	$(if $(DATA),data=$(DATA)) $(if $(BACKBONE),backbone=$(BACKBONE)) $(if $(TRAINER),trainer=$(TRAINER)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train eval predict clusters compare import-checkpoint data list show-config doctor sweep slurm test test-fast test-ddp test-slurm \
+.PHONY: help setup train pseudo eval predict clusters compare import-checkpoint data list show-config doctor sweep slurm test test-fast test-ddp test-slurm \
 	test-slow test-realdata test-gpu reference bench lint lock clean
 
 help: ## this page
@@ -61,6 +61,9 @@ setup: $(READY) ## the environment with everything, from requirements.lock
 
 train: $(READY) ## train METHOD=… [DATA=scenes] [BACKBONE=tiny] [TRAINER=auto] [EXPERIMENT=…] [ARGS="key=value …"]
 	@$(PY) run.py train $(WORDS)
+
+pseudo: $(READY) ## METHOD=… […]: the offline stage alone (pseudo-labels); train runs what is missing of it
+	@$(PY) run.py pseudo $(WORDS)
 
 eval: $(READY) ## CKPT=runs/x/checkpoints/last.ckpt [ARGS=…]: the scores of a checkpoint
 	@$(PY) run.py eval ckpt=$(CKPT) $(ARGS)

@@ -68,6 +68,7 @@ CHOICES = {
     "evaluation.crf": ("none", "dense"),
     "evaluation.partition": ("all", "within", "none"),
     "evaluation.cluster_init": ("normal", "first_batch"),
+    "trainer.contrast": ("global", "local"),
     "evaluation.kmeans.init": ("k-means++", "random"),
     "evaluation.posthoc.optimizer": ("adam", "adamw", "sgd"),
     "evaluation.posthoc.schedule": ("constant", "cosine", "linear"),

@@ -41,6 +41,14 @@ def train(words: list[str]) -> None:
     show(run(cfg))
 
 
+def pseudo(words: list[str]) -> None:
+    """pseudo method=… data=… backbone=… [key=value …]: the offline stage of a method alone, where it has one"""
+    import config
+    from engine.stage import pseudo as run
+
+    run(config.compose(words))
+
+
 def evaluate(words: list[str]) -> None:
     """eval ckpt=… [key=value …]: the scores of a checkpoint"""
     from engine.evaluating import evaluate as run
@@ -148,6 +156,7 @@ def doctor(words: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
+    "pseudo": pseudo,
     "eval": evaluate,
     "predict": predict,
     "clusters": clusters,

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Piece, arguments, measure
+from benchmarks.harness import Piece, run
 from evaluation import readout
 from evaluation.crf import DenseCRF
 from evaluation.metrics import SegmentationScore
@@ -116,9 +116,7 @@ def pieces(quick: bool) -> list[Piece]:
 
 def main(words: list[str] | None = None) -> int:
     """Measure and print the table."""
-    parser = arguments("evaluation", __doc__)
-    args = parser.parse_args(words)
-    return measure(parser, args, pieces(args.quick), "read-out, crf")
+    return run("evaluation", __doc__, pieces, "read-out, crf", words)
 
 
 if __name__ == "__main__":

@@ -197,6 +197,13 @@ def _peak_memory() -> int:
     return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def run(name: str, description: str, pieces: Callable[[bool], list[Piece]], known: str, words: list[str] | None) -> int:
+    """The whole program `python -m benchmarks.<name>`: measure `pieces(quick)` and print the table."""
+    parser = arguments(name, description)
+    args = parser.parse_args(words)
+    return measure(parser, args, pieces(args.quick), known)
+
+
 def arguments(name: str, description: str) -> argparse.ArgumentParser:
     """The options that every benchmark takes; `name` is its module."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description.split("\n")[0])

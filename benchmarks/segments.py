@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Piece, arguments, extrapolated, measure
+from benchmarks.harness import Piece, extrapolated, run
 from grouping import segments
 from losses.vmf import vmf_nca
 
@@ -142,9 +142,7 @@ def pieces(quick: bool) -> list[Piece]:
 
 def main(words: list[str] | None = None) -> int:
     """Measure and print the table."""
-    parser = arguments("segments", __doc__)
-    args = parser.parse_args(words)
-    return measure(parser, args, pieces(args.quick), "sorting, loss, large")
+    return run("segments", __doc__, pieces, "sorting, loss, large", words)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Piece, arguments, measure
+from benchmarks.harness import Piece, run
 from grouping import eigen, spectral
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -115,9 +115,7 @@ def pieces(quick: bool) -> list[Piece]:
 
 def main(words: list[str] | None = None) -> int:
     """Measure and print the table."""
-    parser = arguments("spectral", __doc__)
-    args = parser.parse_args(words)
-    return measure(parser, args, pieces(args.quick), "token cut, segments")
+    return run("spectral", __doc__, pieces, "token cut, segments", words)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from benchmarks.harness import ROOT, Piece, arguments, extrapolated, measure
+from benchmarks.harness import ROOT, Piece, extrapolated, run
 from losses import correspondence
 from losses.correspondence import Term, correspondence_loss
 from models import feature_store
@@ -177,9 +177,7 @@ def pieces(quick: bool) -> list[Piece]:
 
 def main(words: list[str] | None = None) -> int:
     """Measure and print the table."""
-    parser = arguments("stego", __doc__)
-    args = parser.parse_args(words)
-    return measure(parser, args, pieces(args.quick), "step, table, float32, bf16, kept")
+    return run("stego", __doc__, pieces, "step, table, float32, bf16, kept", words)
 
 
 if __name__ == "__main__":

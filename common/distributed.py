@@ -1,6 +1,7 @@
 """Collectives that are the identity in a single process. Gathers keep rank order."""
 
 import os
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -73,6 +74,32 @@ def broadcast(tensor: Tensor, source: int = 0) -> Tensor:
     if active():
         dist.broadcast(tensor, source)
     return tensor
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Whose patches or segments a contrastive term compares: those of all ranks, or (`local`) of this rank alone."""
+
+    local: bool = False
+
+    def gather(self, tensor: Tensor, grad: bool = False) -> Tensor:
+        """As `gather`, over the ranks that are reached."""
+        return gather(tensor, grad) if not self.local else tensor if grad else tensor.detach()
+
+    def ranks(self) -> int:
+        """How many ranks are reached."""
+        return 1 if self.local else world_size()
+
+    def rank(self) -> int:
+        """The place of this rank's rows in what `gather` gives."""
+        return 0 if self.local else rank()
+
+    def part(self) -> int:
+        """A number for the keys of draws, so that ranks that look at themselves alone draw differently; else 0."""
+        return rank() if self.local else 0
+
+
+EVERYONE = Reach()
 
 
 def own_slice(tensor: Tensor) -> Tensor:

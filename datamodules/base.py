@@ -5,7 +5,6 @@ and what the classes are called (`build_meta`). Splitting over devices, order, c
 """
 
 import dataclasses
-import hashlib
 import importlib
 import inspect
 from pathlib import Path
@@ -19,7 +18,7 @@ from common import distributed
 from common.errors import ConfigError, DataError, did_you_mean
 from common.files import cache_folder
 from common.spec import ClassMeta, ViewSpec
-from datamodules import cache, sampling, views
+from datamodules import cache, reading, sampling, views
 from datamodules.dataset import BrokenFiles, CheckedLoader, Collate, PictureDataset
 from datamodules.decoded import DecodedStore
 from datamodules.label_map import ForeignIds
@@ -56,14 +55,16 @@ class SegmentationDataModule(L.LightningDataModule):
     ({name: ViewSpec}, made on the device in training) and `pad_multiple` (pixels; every batch is padded to a multiple
     of it, for backbones that need whole patches), both before the loaders are made. So it does with `neighbours`, an
     int64 array [training items, k], where the method wants a near picture beside each, and with `regions`, a
-    `regions.RegionFiles` of the training pictures, where it wants contour regions.
+    `regions.RegionFiles` of the training pictures, where it wants contour regions, and with `pseudo`, a
+    `pseudo_labels.views.View` of them, where it learns from pseudo-labels.
 
     A batch: `image` float32 [B,3,H,W] in 0..1, not normalised; `label` int64 [B,H,W], 255 = ignore (absent when the
     data has none); `valid` bool [B,H,W], false on padding; `index` int64 [B], position in the data set (with
     five crops 5 * picture + crop); `id` list of B names; `size` int64 [B,2], height and width of the picture in its
     file; `broken` list of messages on unreadable files; in training the views, see `views.py`; with
-    regions `regions` int64 [B,H,W], -1 outside the picture, and with neighbours
-    `neighbour` float32 [B,3,H',W'], `neighbour.valid` bool [B,H',W'] and `neighbour.index` int64 [B], never a label.
+    regions `regions` int64 [B,H,W], -1 outside the picture, with pseudo-labels `pseudo` int64 [B,H,W], 255 = none,
+    and with neighbours `neighbour` float32 [B,3,H',W'], `neighbour.valid` bool [B,H',W'], `neighbour.index` int64 [B]
+    and its own maps, `neighbour.{label,regions,pseudo}`.
 
     Raises ConfigError where a `data.*` key does not fit the rest.
     """
@@ -77,6 +78,7 @@ class SegmentationDataModule(L.LightningDataModule):
         self.pad_multiple = 1
         self.neighbours: np.ndarray | None = None
         self.regions: RegionFiles | None = None
+        self.pseudo: Any = None
         self.meta = ClassMeta()
         self.broken = {split: BrokenFiles(split, float(self.data.max_broken)) for split in ("train", "val")}
         self.foreign = {split: ForeignIds(split) for split in ("train", "val")}
@@ -130,6 +132,7 @@ class SegmentationDataModule(L.LightningDataModule):
         store: DecodedStore | None = None,
         neighbours: np.ndarray | None = None,
         regions: RegionFiles | None = None,
+        pseudo: Any = None,
     ) -> PictureDataset:
         """The map-style data set behind a loader; takes keys (pass, index) or plain indices."""
         source = self.source(split) if isinstance(split, str) else split
@@ -145,6 +148,7 @@ class SegmentationDataModule(L.LightningDataModule):
             store=store,
             neighbours=neighbours,
             regions=regions,
+            pseudo=pseudo,
         )
 
     def _decoded(self, split: str, geometry: Geometry, make: bool) -> DecodedStore | None:
@@ -182,12 +186,7 @@ class SegmentationDataModule(L.LightningDataModule):
         sha256, hexadecimal, of the data set's name, the geometry, the source's own fingerprint where it has one, and
         the id of every picture, in order.
         """
-        source = self.source(split)
-        own = source.fingerprint() if hasattr(source, "fingerprint") else ""
-        found = hashlib.sha256(f"{self.data.name} {geometry} {own}".encode())
-        for index in range(len(source)):
-            found.update(f"\n{source.id(index)}".encode())
-        return found.hexdigest()
+        return reading.fingerprint(f"{self.data.name} {geometry}", self.source(split))
 
     @property
     def local_batch(self) -> int:
@@ -253,6 +252,7 @@ class SegmentationDataModule(L.LightningDataModule):
             store=store,
             neighbours=self.neighbours,
             regions=self.regions,
+            pseudo=self.pseudo,
         )
         return self._loader(data, order, "train", len(order) * local, persistent=True)
 
@@ -309,6 +309,16 @@ class SegmentationDataModule(L.LightningDataModule):
         part = sampling.contiguous(keys, rank, world)
         batches = sampling.FixedBatches(part, self._share(total, f"data.{key}"))
         return self._loader(data, batches, split if isinstance(split, str) else None, len(part), persistent=False)
+
+    def batches(self, split: str, geometry: Geometry, batches: Any, purpose: str, pseudo: Any = None) -> CheckedLoader:
+        """Given batches of keys (pass, index) of a split, on this rank alone, and never a label: for offline stages.
+
+        batches: a list of lists of keys, or a batch sampler. geometry, pseudo: see `dataset`; a picture that cannot be
+        read is left out.
+        """
+        source = self.source(split)
+        data = PictureDataset(source, geometry, False, self.seed, purpose, flip=geometry.flip_p > 0, pseudo=pseudo)
+        return self._loader(data, batches, split, len(batches) * int(self.data.batch_size), persistent=False)
 
     def _share(self, batch_size: int, key: str) -> int:
         """Pictures of a rank's batch where the split into batches changes no result: rounded up."""

@@ -41,6 +41,7 @@ class Item:
     image: np.ndarray | None = None
     label: np.ndarray | None = None
     regions: np.ndarray | None = None
+    pseudo: np.ndarray | None = None
     index: int = 0
     id: str = ""
     size: tuple[int, int] = (0, 0)
@@ -48,7 +49,7 @@ class Item:
     foreign: Foreign = field(default_factory=dict)
     error: LabelfreeError | None = None
     neighbour: "Item | None" = None
-    """A near picture, without its label; where the data set has a table of neighbours."""
+    """A near picture; where the data set has a table of neighbours."""
 
 
 class PictureDataset(Dataset):
@@ -61,7 +62,8 @@ class PictureDataset(Dataset):
     cache: without a store, megabytes of resized pictures that each reading process keeps, so that small sets are
     decoded once. What does not fit any more is read again each time.
 
-    regions: contour regions beside every picture (`regions.RegionFiles`).
+    regions: contour regions beside every picture (`regions.RegionFiles`). pseudo: pseudo-labels beside every picture,
+    an object with `read(picture, size) -> ids [H,W]` (`pseudo_labels.views.View`).
 
     neighbours: int64 [items,k]; each item then comes with one of the k items of its row, drawn by (pass, index) and cut
     and mirrored by a draw of its own.
@@ -80,6 +82,7 @@ class PictureDataset(Dataset):
         store: DecodedStore | None = None,
         neighbours: np.ndarray | None = None,
         regions: "RegionFiles | None" = None,
+        pseudo: Any = None,
     ) -> None:
         self.source = source
         self.geometry = geometry
@@ -92,8 +95,8 @@ class PictureDataset(Dataset):
         self.room = 0 if store is not None else int(cache * 2**20)
         self.kept: dict[int, tuple[np.ndarray, np.ndarray | None, tuple[int, int]]] = {}
         self.neighbours = neighbours
-        self.regions = regions
-        self.kept_regions: dict[int, np.ndarray] = {}
+        self.extra = {name: files for name, files in (("regions", regions), ("pseudo", pseudo)) if files is not None}
+        self.kept_maps: dict[tuple[str, int], np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.source) * self.geometry.crops
@@ -109,7 +112,7 @@ class PictureDataset(Dataset):
                 near = self._readable(f"{self.purpose}.neighbour", number, index, chosen)
                 item.broken += near.broken
                 item.foreign |= near.foreign
-                near.label, item.neighbour = None, near
+                item.neighbour = near
             return item
         except LabelfreeError as error:
             return Item(error=error)
@@ -134,16 +137,14 @@ class PictureDataset(Dataset):
         else:
             image, label, item.size = self.kept.get(taken) or self._resized(taken)
             item.foreign |= take_foreign(self.source)
-        maps = [] if label is None else [label]
-        if self.regions is not None:
-            maps.append(self._regions(taken, item.size))
+        maps = {} if label is None else {"label": label}
+        maps |= {name: self._map(name, taken, item.size) for name in self.extra}
         draw = chance.numpy_generator(self.seed, f"{purpose}.crop", number, index)
-        together = None if not maps else maps[0] if len(maps) == 1 else np.dstack(maps)
+        layers = list(maps.values())
+        together = None if not maps else layers[0] if len(maps) == 1 else np.dstack(layers)
         item.image, together = self.geometry.finish(image, together, draw, flip=self.flip)
-        if label is None or self.regions is None:
-            item.label, item.regions = (together, None) if self.regions is None else (None, together)
-        else:
-            item.label, item.regions = together[..., 0], together[..., 1]
+        for place, name in enumerate(maps):
+            setattr(item, name, together if len(maps) == 1 else together[..., place])
         item.index, item.id = taken, self.source.id(taken // self.geometry.crops)
         return item
 
@@ -158,15 +159,15 @@ class PictureDataset(Dataset):
             self.kept[index] = image, label, size
         return image, label, size
 
-    def _regions(self, index: int, size: tuple[int, int]) -> np.ndarray:
+    def _map(self, name: str, index: int, size: tuple[int, int]) -> np.ndarray:
         """int32, as large as the resized picture; `size` is that of the picture in its file."""
-        if index in self.kept_regions:
-            return self.kept_regions[index]
+        if (name, index) in self.kept_maps:
+            return self.kept_maps[name, index]
         picture, crop = divmod(index, self.geometry.crops)
-        found = self.geometry.resize_map(self.regions.read(picture, size), crop)
+        found = self.geometry.resize_map(self.extra[name].read(picture, size), crop)
         if index in self.kept and found.nbytes <= self.room:
             self.room -= found.nbytes
-            self.kept_regions[index] = found
+            self.kept_maps[name, index] = found
         return found
 
 
@@ -186,7 +187,7 @@ def take_foreign(source: Any) -> Foreign:
 class Collate:
     """Items of any sizes to one batch: padded right and bottom to the largest, rounded up to `multiple` pixels.
 
-    Padding is 0 in `image`, 255 in `label`, -1 in `regions`, False in `valid`.
+    Padding is 0 in `image`, 255 in `label` and `pseudo`, -1 in `regions`, False in `valid`.
     """
 
     def __init__(self, multiple: int = 1) -> None:
@@ -203,15 +204,12 @@ class Collate:
             return {"broken": broken, "foreign": foreign}
         batch: dict[str, Any] = {}
         batch["image"], batch["valid"] = self._pictures([item.image for item in items])
-        if items[0].label is not None:
-            size = tuple(batch["image"].shape[-2:])
-            batch["label"] = _stack([item.label for item in items], size, IGNORE).long()
-        if items[0].regions is not None:
-            size = tuple(batch["image"].shape[-2:])
-            batch["regions"] = _stack([item.regions for item in items], size, OUTSIDE).long()
+        batch |= _maps(items, batch["image"])
         if items[0].neighbour is not None:
             near = [item.neighbour for item in items]
             batch["neighbour"], batch["neighbour.valid"] = self._pictures([item.image for item in near])
+            maps = _maps(near, batch["neighbour"])
+            batch |= {f"neighbour.{name}": values for name, values in maps.items()}
             batch["neighbour.index"] = torch.tensor([item.index for item in near])
         batch["index"] = torch.tensor([item.index for item in items])
         batch["id"] = [item.id for item in items]
@@ -228,6 +226,15 @@ class Collate:
         for inside, image in zip(valid, images, strict=True):
             inside[: image.shape[0], : image.shape[1]] = True
         return stacked, valid
+
+
+def _maps(items: list[Item], images: Tensor) -> dict[str, Tensor]:
+    """`label`, `regions` and `pseudo` of the items, int64 [B,H,W] as large as the pictures, where they have them."""
+    size, maps = tuple(images.shape[-2:]), {}
+    for name, fill in (("label", IGNORE), ("regions", OUTSIDE), ("pseudo", IGNORE)):
+        if getattr(items[0], name) is not None:
+            maps[name] = _stack([getattr(item, name) for item in items], size, fill).long()
+    return maps
 
 
 def _stack(arrays: list[np.ndarray], size: tuple[int, int], fill: int) -> Tensor:

@@ -6,8 +6,10 @@ Pillow converts them; transparency is laid on white, as viewers show it; 16-bit 
 frames or pages the first is taken. Everything is decoded to the end: a header can be good where the body is cut.
 """
 
+import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -218,3 +220,16 @@ def _hint(label: np.ndarray, image: np.ndarray) -> str:
     if label.shape == image.shape[1::-1]:
         return " (sides are swapped: perhaps the picture is turned by its EXIF orientation and the label is not)"
     return ""
+
+
+def fingerprint(facts: str, source: Any) -> str:
+    """Names the pictures of a source, and what else counts, for files that hold what was computed from them.
+
+    sha256, hexadecimal, of `facts`, the own fingerprint of the source where it has one, and the id of every picture,
+    in order.
+    """
+    own = source.fingerprint() if hasattr(source, "fingerprint") else ""
+    found = hashlib.sha256(f"{facts} {own}".encode())
+    for index in range(len(source)):
+        found.update(f"\n{source.id(index)}".encode())
+    return found.hexdigest()

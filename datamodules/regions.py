@@ -6,7 +6,6 @@ reads a label.
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ from common.errors import ConfigError, DataError
 from common.files import whole, write_text
 from common.spec import RegionSpec
 from datamodules.cache import PROGRESS, together
-from datamodules.reading import UnreadableError, is_picture, read_label
+from datamodules.reading import UnreadableError, fingerprint, is_picture, read_label
 
 log = logging.getLogger(__name__)
 
@@ -99,12 +98,8 @@ class RegionPlan:
     @property
     def fingerprint(self) -> str:
         """sha256 of everything that the regions depend on: settings, library, and the identity of the pictures."""
-        own = self.source.fingerprint() if hasattr(self.source, "fingerprint") else ""
-        facts = [FORMAT, dataclasses.asdict(self.spec), metadata.version("scikit-image"), self.name, own]
-        found = hashlib.sha256(json.dumps(facts).encode())
-        for index in range(len(self.source)):
-            found.update(f"\n{self.source.id(index)}".encode())
-        return found.hexdigest()
+        facts = [FORMAT, dataclasses.asdict(self.spec), metadata.version("scikit-image"), self.name]
+        return fingerprint(json.dumps(facts), self.source)
 
     @property
     def path(self) -> Path:

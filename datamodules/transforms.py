@@ -17,6 +17,8 @@ from common.errors import ConfigError
 from common.spec import IGNORE, Geometric
 
 CROPS = ("center", "random", "five", "none", "keep")
+NATIVE = "native"
+"""A further crop, for offline stages and not for a configuration: the whole picture at the size of its file."""
 FIXED_CROPS = ("center", "five", "none")
 """Those that cut every picture to one size, always in the same way."""
 INTERPOLATIONS = {
@@ -163,6 +165,8 @@ def resize_pair(
 
 def resized_size(height: int, width: int, size: int | tuple[int, int], crop: str) -> tuple[int, int]:
     """(height, width) that a picture is resized to before it is cropped."""
+    if crop == NATIVE:
+        return height, width
     if crop == "none":
         return (size, size) if isinstance(size, int) else (size[0], size[1])
     if isinstance(size, int):
@@ -178,7 +182,7 @@ def crop_pair(
     draw: np.random.Generator | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """The second half of `resize_and_crop`."""
-    if crop in ("none", "keep"):
+    if crop in ("none", "keep", NATIVE):
         return image, label
     target = (size, size) if isinstance(size, int) else tuple(size)
     free = image.shape[0] - target[0], image.shape[1] - target[1]

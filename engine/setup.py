@@ -46,6 +46,7 @@ NOISE = (
     ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
     ".*``compute`` method of metric.*was called before.*",
     ".*Sparse CSR tensor support is in beta.*",
+    ".*Couldn't infer the batch indices.*",
     ".*It is recommended to use `self.log.*sync_dist=True.*",
 )
 """Library warnings about things that are so on purpose here."""

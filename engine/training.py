@@ -19,10 +19,12 @@ from engine.checkpoints import WholeCheckpointIO
 from engine.fitting import KMeansFit, PosthocFit, RetrievalFit
 from engine.preemption import Preemption
 from engine.run_folder import RunFolder, open_run
+from engine.stage import Stage, prepare
 from engine.wandb_rows import masked_pictures
 from evaluation import panels, report
 from evaluation.probes import predicts_clusters
 from lightning_modules.base import UnsupervisedSegmenter
+from lightning_modules.staged import StagedSegmenter
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     loggers = [setup.wandb_logger(cfg, folder.path)] if cfg.logger == "wandb" else []
     preemption = Preemption(keeper)
     callbacks = [keeper, preemption, pictures, *progress(cfg.trainer.progress)]
+    if isinstance(model, StagedSegmenter) and model.stage_in_training:
+        prepare(Stage(cfg, data, model, preemption), cfg.evaluation.panels, folder.path)
     trainer = setup.build_trainer(cfg, model.total_steps, callbacks, loggers, folder.path)
     introduce(cfg, data, model, folder, trainer)
     try:
@@ -170,5 +174,5 @@ def write_files(model: UnsupervisedSegmenter, pictures: PanelKeeper, folder: Pat
     for logger in loggers:
         if (folder / "confusion.png").is_file():
             logger.log_image("confusion", [str(folder / "confusion.png")])
-        logger.close()
+        logger.finish()
     log.info("panels, tables and checkpoints are in %s", folder)

@@ -10,17 +10,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.errors import ConfigError, one_of
-from grouping.segments import (
-    EMPTY,
-    GRIDS,
-    LOCATIONS,
-    at_cells,
-    majority_labels,
-    prototypes,
-    segment_sizes,
-    sort_pixels,
-)
+from common.errors import ConfigError
+from grouping.segments import at_cells, majority_labels, prototypes, segment_sizes, sort_pixels, sorting
 from retrieval.voting import nearest_labels, vote
 
 
@@ -38,13 +29,7 @@ class SegmentRetrieval:
     """The keys `evaluation.retrieval.*` at work. Raises ConfigError for values it cannot run with."""
 
     def __init__(self, settings: Any, classes: int) -> None:
-        words = {"grid": GRIDS, "location": (*LOCATIONS, "none"), "empty": EMPTY}
-        for key, known in words.items():
-            one_of(f"evaluation.retrieval.{key}", settings[key], known)
-        if len(settings.cells) != 2 or min(settings.cells) < 1:
-            raise ConfigError(
-                f"evaluation.retrieval.cells={list(settings.cells)}: expected rows and columns, such as [5,5]"
-            )
+        self.sorting = sorting(settings, "evaluation.retrieval")
         if settings.upsample < 1:
             raise ConfigError(f"evaluation.retrieval.upsample={settings.upsample}: must be at least 1")
         self.settings, self.classes = settings, classes
@@ -56,21 +41,11 @@ class SegmentRetrieval:
         codes [B,D,h,w], valid bool [B,H,W]. Spherical k-means inside every picture on codes that are `upsample` times
         as large.
         """
-        own = self.settings
         codes = codes.detach().float()
-        if own.upsample > 1:
-            codes = F.interpolate(codes, scale_factor=own.upsample, mode="bilinear", align_corners=False)
+        if self.settings.upsample > 1:
+            codes = F.interpolate(codes, scale_factor=self.settings.upsample, mode="bilinear", align_corners=False)
         size = tuple(codes.shape[-2:])
-        found = sort_pixels(
-            codes,
-            tuple(own.cells),
-            own.iterations,
-            valid=at_cells(valid, size),
-            grid=own.grid,
-            location=None if own.location == "none" else own.location,
-            location_scale=own.location_scale,
-            empty=own.empty,
-        )
+        found = sort_pixels(codes, **self.sorting, valid=at_cells(valid, size))
         return found.unit.flatten(0, 1), found.ids.flatten(), int(found.counts.sum()), size
 
     def labelled(self, codes: Tensor, label: Tensor, valid: Tensor) -> SegmentBank:

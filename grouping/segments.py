@@ -11,12 +11,13 @@ Source: SegSort (ICCV 2019) section 3; method documents segsort.md 3 and hsg.md 
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.errors import one_of
+from common.errors import ConfigError, one_of
 from common.precision import exact, real
 
 GRIDS = ("linspace", "ceil")
@@ -245,6 +246,23 @@ def sort_pixels(
     clusters = spherical_kmeans(unit, start, count, iterations, places=places, valid=inside, empty=empty)
     ids, counts = segment_ids(clusters, None if regions is None else regions.flatten(1))
     return Segments(unit, places, clusters, chained(ids, counts), counts)
+
+
+def sorting(settings: Any, key: str) -> dict[str, Any]:
+    """Arguments of `sort_pixels` from keys `cells`, `iterations`, `grid`, `location` (or none), `location_scale` and
+    `empty` that stand under `key`. Raises ConfigError for words and cells that cannot be."""
+    for name, known in (("grid", GRIDS), ("location", (*LOCATIONS, "none")), ("empty", EMPTY)):
+        one_of(f"{key}.{name}", settings[name], known)
+    if len(settings.cells) != 2 or min(settings.cells) < 1:
+        raise ConfigError(f"{key}.cells={list(settings.cells)}: expected rows and columns, such as [5,5]")
+    return {
+        "cells": tuple(settings.cells),
+        "iterations": settings.iterations,
+        "grid": settings.grid,
+        "location": None if settings.location == "none" else settings.location,
+        "location_scale": settings.location_scale,
+        "empty": settings.empty,
+    }
 
 
 # Ids of segments.

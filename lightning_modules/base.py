@@ -77,6 +77,7 @@ class UnsupervisedSegmenter(L.LightningModule):
         self.cfg = cfg
         self.meta = meta
         self.strict_loading = True
+        self.reach = distributed.Reach(local=cfg.trainer.contrast == "local")
         self.backbone = Backbone(cfg.backbone, cfg.seed)
         self._check_frozen()
         with library_draws(cfg.seed, "init"):

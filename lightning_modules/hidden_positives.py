@@ -100,30 +100,32 @@ class HiddenPositives(UnsupervisedSegmenter):
         z_mix = None
         if settings.lhp.enabled:
             mixed = neighbour_mix(codes, self._neighbour_weights(features, frozen))
-            z_mix = distributed.gather(self.projection(self._dropped("mixed_out", mixed)), grad=True)
+            z_mix = self.reach.gather(self.projection(self._dropped("mixed_out", mixed)), grad=True)
         limits = {"threshold_ag": None, "threshold_sp": None}
         if settings.positives.agnostic:
-            limits["threshold_ag"] = distributed.gather(thresholds(unit_features, self.pool.agnostic_rows()))
+            limits["threshold_ag"] = self.reach.gather(thresholds(unit_features, self.pool.agnostic_rows()))
         if settings.positives.specific:
-            limits["threshold_sp"] = distributed.gather(thresholds(unit_momentum, self.pool.specific_rows()))
+            limits["threshold_sp"] = self.reach.gather(thresholds(unit_momentum, self.pool.specific_rows()))
         if not settings.positives.agnostic and not settings.positives.specific:
             return z.sum() * 0  # both kinds off: nothing is a positive, only the consistency term trains
         pictures, cells = frozen.shape[0], frozen.shape[2] * frozen.shape[3]
-        z = distributed.gather(z, grad=True)
+        z = self.reach.gather(z, grad=True)
         return ghp_contrastive(
             z,
             z_mix,
-            distributed.gather(unit_features) if settings.positives.agnostic else None,
-            distributed.gather(unit_momentum) if settings.positives.specific else None,
+            self.reach.gather(unit_features) if settings.positives.agnostic else None,
+            self.reach.gather(unit_momentum) if settings.positives.specific else None,
             **limits,
             cells=cells,
             temperature=settings.temperature,
             lam=lam,
-            candidates=random_candidates(self.cfg.seed, self.global_step, cells, len(z), settings.rho, z.device),
+            candidates=random_candidates(
+                self.cfg.seed, self.global_step, cells, len(z), settings.rho, z.device, self.reach.part()
+            ),
             reweighting=settings.reweighting,
             version=VERSIONS[settings.loss_version],
             symmetric=settings.positives.symmetric,
-            pictures=(distributed.rank() * pictures, pictures),
+            pictures=(self.reach.rank() * pictures, pictures),
             guarded=settings.guarded,
         )
 

@@ -16,7 +16,7 @@ from common import distributed
 from common.errors import ConfigError, one_of
 from common.spec import IGNORE, OUTSIDE, Geometric, Photometric, RegionSpec, ViewSpec
 from grouping.gathered import GatheredSegments, gather_segments
-from grouping.segments import EMPTY, GRIDS, LOCATIONS, at_cells, sort_pixels
+from grouping.segments import at_cells, sort_pixels, sorting
 from lightning_modules.base import Loss, UnsupervisedSegmenter
 from lightning_modules.regions import region_spec
 from losses.vmf import MAX_KAPPA, vmf, vmf_nca
@@ -38,6 +38,7 @@ class SegSort(UnsupervisedSegmenter):
     def build(self) -> None:
         settings = self.cfg.method
         check_settings(settings)
+        self.sorting = sorting(settings.kmeans, "method.kmeans")
         self.uses_labels = settings.labels.enabled
         if self.uses_labels and not self.meta.has_labels:
             raise ConfigError(
@@ -103,24 +104,13 @@ class SegSort(UnsupervisedSegmenter):
             cut = keys if cut is None else cut * (IGNORE + 1) + keys  # a segment has one class and one region
         elif settings.loss == "vmf_nca":
             keys = views["index"].repeat_interleave(len(names))[:, None, None] * PICTURE + cut
-        found = sort_pixels(codes, **self._kmeans(), regions=cut, valid=valid)
+        found = sort_pixels(codes, **self.sorting, regions=cut, valid=valid)
         pixels, ids = found.unit.flatten(0, 1), found.ids.flatten()
-        table = gather_segments(pixels, ids, found.counts)
+        table = gather_segments(pixels, ids, found.counts, self.reach)
         loss = self._contrast(pixels, table, keys) * table.share
         empty = ~table.present.any()
         parts = {"segments": table.present.sum() / (len(codes) * distributed.world_size())}
         return Loss(loss, {"vmf": loss.detach(), **parts}, skip=empty, codes=codes[:: len(names)], view=names[0])
-
-    def _kmeans(self) -> dict[str, Any]:
-        settings = self.cfg.method.kmeans
-        return {
-            "cells": tuple(settings.cells),
-            "iterations": settings.iterations,
-            "grid": settings.grid,
-            "location": None if settings.location == "none" else settings.location,
-            "location_scale": settings.location_scale,
-            "empty": settings.empty,
-        }
 
     def _contrast(self, pixels: Tensor, table: GatheredSegments, keys: Tensor | None) -> Tensor:
         settings = self.cfg.method
@@ -150,14 +140,7 @@ def adjacent(views: dict[str, Any], names: list[str], what: str = "") -> Tensor:
 def check_settings(settings: Any) -> None:
     """Raises ConfigError for values that the method cannot run with."""
     kmeans, labels, contours = settings.kmeans, settings.labels.enabled, settings.regions.source != "none"
-    words = {
-        "loss": (settings.loss, LOSSES),
-        "kmeans.grid": (kmeans.grid, GRIDS),
-        "kmeans.empty": (kmeans.empty, EMPTY),
-    }
-    words["kmeans.location"] = kmeans.location, (*LOCATIONS, "none")
-    for name, (value, known) in words.items():
-        one_of(f"method.{name}", value, known)
+    one_of("method.loss", settings.loss, LOSSES)
     if labels and settings.loss == "vmf":
         raise ConfigError(
             "method.loss=vmf: draws nothing by class, so method.labels.enabled=true would change nothing but the "
@@ -168,8 +151,6 @@ def check_settings(settings: Any) -> None:
             "method.regions.source=none: method.loss=vmf_nca needs a label of each segment; choose a source of "
             "regions, method.loss=vmf, or method.labels.enabled=true"
         )
-    if len(kmeans.cells) != 2 or min(kmeans.cells) < 1:
-        raise ConfigError(f"method.kmeans.cells={list(kmeans.cells)}: expected rows and columns, such as [5,5]")
     if not contours and not labels and tuple(kmeans.cells) == (1, 1):
         raise ConfigError(
             "method.kmeans.cells=[1, 1]: without regions a picture would be one segment; set method.kmeans.cells=[5,5] "

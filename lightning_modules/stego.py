@@ -6,12 +6,13 @@ and itself, one of its nearest pictures, and random pictures of the batch. Metho
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import distributed
 from common.errors import ConfigError, one_of
-from common.spec import Geometric, NeighbourSpec, Photometric, ViewSpec
+from common.spec import Geometric, NeighbourSpec, Photometric, RegionSpec, ViewSpec
 from evaluation import readout
 from lightning_modules.base import Loss, UnsupervisedSegmenter
 from losses.correspondence import (
@@ -19,14 +20,18 @@ from losses.correspondence import (
     Term,
     alignment,
     correspondence_loss,
+    label_signal,
+    quantile,
     random_negatives,
     random_points,
     reconstruction,
+    salient_points,
 )
 from losses.crf import crf_matrix, random_pixels
 from models.backbone import Features
 from models.heads import SegmentationHead, drop_channels, own_channel_masks
 
+SIGNALS = ("features", "labels")
 CRF_CONSTANTS = ("alpha", "beta", "gamma", "appearance", "smoothness", "shift")
 
 
@@ -37,10 +42,19 @@ class Stego(UnsupervisedSegmenter):
         settings = self.cfg.method
         check_settings(settings)
         self.refuse_padding()
+        self.uses_labels = settings.signal == "labels"
+        if self.uses_labels and not self.meta.has_labels:
+            raise ConfigError(
+                "method.signal=labels: the oracle copies correspondences of labels and the data has none; "
+                "set method.signal=features"
+            )
         self.code_dim = settings.dim
         self.head = SegmentationHead(self.backbone.dim, settings.dim, nonlinear=settings.projection == "nonlinear")
         self.decoder = nn.Conv2d(settings.dim, self.backbone.dim, 1) if settings.reconstruction.weight > 0 else None
         self.terms = {kind: Term(term.weight, term.shift) for kind, term in settings.terms.items()}
+        kinds = len(self.terms)
+        self.register_buffer("shift_sums", torch.zeros(kinds, dtype=torch.float64))
+        self.register_buffer("shift_steps", torch.zeros(kinds, dtype=torch.int64))
 
     @property
     def views(self) -> dict[str, ViewSpec]:
@@ -52,6 +66,12 @@ class Stego(UnsupervisedSegmenter):
     @property
     def neighbours(self) -> NeighbourSpec | None:
         return NeighbourSpec(**self.cfg.method.neighbours) if self.terms["knn"].weight else None
+
+    @property
+    def region_maps(self) -> RegionSpec | None:
+        """Salience masks travel as region maps: 0 is background, all else salient."""
+        root = self.cfg.method.salience.root
+        return None if root is None else RegionSpec(source="folder", root=root)
 
     def param_groups(self) -> list[dict[str, Any]]:
         trained = [self.head] if self.decoder is None else [self.head, self.decoder]
@@ -85,28 +105,60 @@ class Stego(UnsupervisedSegmenter):
         near = None
         if self.terms["knn"].weight:
             near = self._dropped("neighbour", self.features_of(views, "neighbour").concat())
+        if self.uses_labels:
+            signal = label_signal(views["label"], self.meta.num_classes)
+            near = near and (label_signal(views["neighbour.label"], self.meta.num_classes), near[1])
         pool = (signal, codes)
         if self.terms["random"].weight:
-            pool = (distributed.gather(signal), distributed.gather(codes, grad=True))
-        count = len(signal) * distributed.world_size()
-        points = [random_points(self.cfg.seed, f"stego.points.{i}", step, count, settings.samples) for i in (1, 2)]
-        negatives = random_negatives(self.cfg.seed, step, settings.negatives.repeats, count, settings.negatives.draw)
+            pool = (self.reach.gather(signal), self.reach.gather(codes, grad=True))
+        count, drawn = len(signal) * distributed.world_size(), settings.negatives
+        places = self._points(views, "image", count), self._points(views, "neighbour", count)
+        among = len(signal) * self.reach.ranks()
+        negatives = random_negatives(self.cfg.seed, step, drawn.repeats, among, drawn.draw, self.reach.part())
+        first = self.reach.rank() * len(signal)
         result = correspondence_loss(
             signal,
             codes,
             near,
             pool,
-            tuple(distributed.own_slice(places).to(signal.device) for places in points),
-            distributed.own_slice(negatives.T).T.to(signal.device),
+            places,
+            negatives[:, first : first + len(signal)].to(signal.device),
             self.terms,
             pointwise=settings.pointwise,
             zero_clamp=settings.zero_clamp,
             stabilize=settings.stabilize,
-            average=lambda mean: distributed.total(mean) / distributed.world_size(),
+            average=_over_ranks,
+            shift_of=self._shift,
         )
         parts |= result.losses
+        parts |= {
+            f"shift_{kind}": torch.as_tensor(b) for kind, b in result.shifts.items() if self.terms[kind].shift is None
+        }
         parts |= {f"similarity_{kind}": value for kind, value in result.similarities.items()}
         return result.total
+
+    @torch.no_grad()
+    def _shift(self, kind: str, signals: list[Tensor]) -> Tensor:
+        """The mean, over all steps so far, of the quantile of the signal that `method.terms.<kind>.quantile` names."""
+        row = list(self.terms).index(kind)
+        found = _over_ranks(quantile(signals, self.cfg.method.terms[kind].quantile))
+        self.shift_sums[row] += found.to(self.shift_sums)
+        self.shift_steps[row] += 1
+        return (self.shift_sums[row] / self.shift_steps[row]).to(found)
+
+    def _points(self, views: dict[str, Any], view: str, count: int) -> Tensor:
+        """Sample points [B,S,S,2] of this rank's pictures, of `count` of all ranks: of the picture itself, or of its
+        near picture, which all its negatives share."""
+        settings, device = self.cfg.method, views["image"].device
+        key = "stego.points.1" if view == "image" else "stego.points.2"
+        points, draws = (
+            distributed.own_slice(random_points(self.cfg.seed, name, self.global_step, count, settings.samples))
+            for name in (key, f"{key}.salience")
+        )
+        maps = views.get("regions" if view == "image" else f"{view}.regions")
+        if maps is None:
+            return points.to(device)
+        return salient_points(points.to(device), maps > 0, (draws.to(device) + 1) / 2, settings.salience.share)
 
     def _crf(self, images: Tensor, codes: Tensor) -> Tensor:
         """The auxiliary CRF loss on pictures [B,3,H,W] in 0..1, normalised as the backbone sees them, and codes."""
@@ -134,8 +186,13 @@ class Stego(UnsupervisedSegmenter):
         return own_channel_masks(*key, maps, self.cfg.method.dropout.p)
 
 
+def _over_ranks(mean: Tensor) -> Tensor:
+    return distributed.total(mean) / distributed.world_size()
+
+
 def check_settings(settings: Any) -> None:
     """Raises ConfigError for values that the method cannot run with."""
+    one_of("method.signal", settings.signal, SIGNALS)
     one_of("method.projection", settings.projection, ("nonlinear", "linear"))
     one_of("method.negatives.draw", settings.negatives.draw, NEGATIVES)
     near, crf = settings.neighbours, settings.crf
@@ -153,11 +210,16 @@ def check_settings(settings: Any) -> None:
         raise ConfigError(f"method.neighbours.stored={near.stored}: must be at least neighbours.drawn={near.drawn}")
     weights = {f"terms.{kind}.weight": term.weight for kind, term in settings.terms.items()}
     weights |= {f"{name}.weight": settings[name].weight for name in ("crf", "reconstruction", "alignment")}
+    for kind, term in settings.terms.items():
+        if not 0 < term.quantile < 1:
+            raise ConfigError(f"method.terms.{kind}.quantile={term.quantile:g}: expected a number between 0 and 1")
     for name, value in weights.items():
         if value < 0:
             raise ConfigError(f"method.{name}={value}: must not be negative")
     if not any(weights.values()):
         raise ConfigError("method.terms: every weight is 0, so nothing would be learned; set one above 0")
+    if not 0 < settings.salience.share <= 1:
+        raise ConfigError(f"method.salience.share={settings.salience.share:g}: expected a number above 0, at most 1")
     for name, value in (("dropout.p", settings.dropout.p), ("neighbours.dropout", near.dropout)):
         if not 0 <= value < 1:
             raise ConfigError(f"method.{name}={value}: expected a number from 0 to below 1")

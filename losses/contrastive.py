@@ -68,15 +68,15 @@ def thresholds(features: Tensor, pool: Tensor) -> Tensor:
 
 
 def random_candidates(
-    seed: int, step: int, cells: int, total: int, rho: float, device: torch.device | str = "cpu"
+    seed: int, step: int, cells: int, total: int, rho: float, device: torch.device | str = "cpu", part: int = 0
 ) -> Tensor | None:
     """The random part of the denominators, [N_p,N] bool: entry (i, j) is u_ij < rho, one row pattern for all pictures.
 
-    None stands for rho >= 1, where every patch is a candidate. Drawn in blocks from the key (seed, step) on the device.
+    None stands for rho >= 1, where every patch is a candidate. Drawn in blocks on the device by (seed, step, part).
     """
     if rho >= 1:
         return None
-    generator = chance.generator(seed, "candidates", step, device=device)
+    generator = chance.generator(seed, "candidates", step, *([part] if part else []), device=device)
     chosen = torch.empty(cells, total, dtype=torch.bool, device=device)
     for part in chosen.split(max(1, _DRAWS // total)):
         part.copy_(torch.rand(part.shape, generator=generator, device=device) < rho)

@@ -36,6 +36,37 @@ def random_points(seed: int, purpose: str, step: int, count: int, side: int) -> 
     return uniform * 2 - 1
 
 
+def salient_points(points: Tensor, salient: Tensor, draws: Tensor, share: float) -> Tensor:
+    """Sample points of which a share lies on salient pixels, as released with `use_salience`.
+
+    Args:
+        points: uniform ones [B,S,S,2], which the rest stay, and all of a picture without a salient pixel.
+        salient: bool [B,H,W].
+        draws: uniform in [0,1), [B,S,S,2]: which salient pixel, and whether.
+        share: of the points, 0..1 (0.9 as released).
+
+    Returns points [B,S,S,2] in [-1,1]; -1 and 1 are the centres of the border pixels.
+    """
+    height, width = salient.shape[1:]
+    ranks = salient.flatten(1).cumsum(1)
+    count = ranks[:, -1:]
+    wanted = (draws[..., 0].flatten(1) * count).long() + 1  # the how many-th salient pixel, from 1
+    place = torch.searchsorted(ranks, wanted).clamp(max=height * width - 1).view(points.shape[:3])
+    x, y = place % width, place.div(width, rounding_mode="floor")
+    chosen = torch.stack([x / max(width - 1, 1), y / max(height - 1, 1)], dim=-1) * 2 - 1
+    taken = (draws[..., 1] < share) & (count > 0)[:, :, None]
+    return torch.where(taken[..., None], chosen.to(points), points)
+
+
+def label_signal(label: Tensor, classes: int) -> Tensor:
+    """The oracle's signal, which **reads labels**: one-hot float32 [B,C+1,H,W] of label int64 [B,H,W].
+
+    Pixels without a label (ids outside 0..C-1) are a class of their own, as released with `use_true_labels`.
+    """
+    known = (label >= 0) & (label < classes)
+    return F.one_hot(torch.where(known, label, classes), classes + 1).movedim(-1, 1).float()
+
+
 def sample(maps: Tensor, points: Tensor) -> Tensor:
     """Bilinear values of maps [B,C,h,w] at points [B,S,S,2], as [B,C,S,S]; gradient flows to the maps.
 
@@ -62,8 +93,8 @@ def cycle(order: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(-1, order, order.roll(-1, -1))
 
 
-def random_negatives(seed: int, step: int, repeats: int, count: int, kind: str = "shifted") -> Tensor:
-    """Which picture of the global batch is the negative of which: int64 [R,count], drawn by (seed, step, repetition).
+def random_negatives(seed: int, step: int, repeats: int, count: int, kind: str = "shifted", part: int = 0) -> Tensor:
+    """Which of `count` pictures is the negative of which: int64 [R,count], drawn by (seed, step, repetition, part).
 
     kind: `shifted` as released, or `cycle`. A single picture is its own negative.
 
@@ -72,7 +103,8 @@ def random_negatives(seed: int, step: int, repeats: int, count: int, kind: str =
     """
     one_of("method.negatives.draw", kind, NEGATIVES)
     orders = [
-        torch.randperm(count, generator=chance.generator(seed, "stego.negatives", step, r)) for r in range(repeats)
+        torch.randperm(count, generator=chance.generator(seed, "stego.negatives", step, r, *([part] if part else [])))
+        for r in range(repeats)
     ]
     order = torch.stack(orders)
     return shifted(order) if kind == "shifted" else cycle(order)
@@ -108,31 +140,55 @@ def correspondence(
         stabilize: S above 0.8 is not drawn further together.
         average: turns this rank's mean into that of all ranks; a collective under several.
     """
-    with torch.no_grad():
-        wanted = cosines(*features)
-        if pointwise:
-            # What is left after the centring has mean zero, so that the batch's mean is all there is to put back.
-            wanted = wanted - wanted.mean(dim=(3, 4), keepdim=True) + average(wanted.mean())
+    return _copied(signal(*features, pointwise, average), codes, shift, zero_clamp, stabilize)
+
+
+@torch.no_grad()
+def signal(one: Tensor, two: Tensor, pointwise: bool = True, average: Callable[[Tensor], Tensor] = same) -> Tensor:
+    """What codes copy, before the shift: the (centred) cosines of features, [B,h,w,i,j]; see `correspondence`."""
+    wanted = cosines(one, two)
+    if not pointwise:
+        return wanted
+    # What is left after the centring has mean zero, so that the batch's mean is all there is to put back.
+    return wanted - wanted.mean(dim=(3, 4), keepdim=True) + average(wanted.mean())
+
+
+def _copied(
+    wanted: Tensor, codes: tuple[Tensor, Tensor], shift: float | Tensor, zero_clamp: bool, stabilize: bool
+) -> tuple[Tensor, Tensor]:
     found = cosines(*codes)
     limited = found.clamp(min=0.0 if zero_clamp else -1e4, max=CEILING if stabilize else None)
     return -limited * (wanted - shift), found
 
 
+def quantile(signals: list[Tensor], share: float) -> Tensor:
+    """The value that a share of a picture's pairs lie below, mean over pictures: scalar, of signals [B,h,w,i,j].
+
+    With centred signals all pictures have one mean, so that the mean of their quantiles is close to that of all pairs;
+    and it can be averaged over ranks.
+    """
+    rows = torch.stack([values.flatten(1) for values in signals])
+    rank = min(rows.shape[-1], max(1, round(share * rows.shape[-1])))
+    return rows.kthvalue(rank).values.mean()
+
+
 @dataclass(frozen=True)
 class Term:
-    """Weight and shift of one kind of pair; a weight of 0 leaves it out."""
+    """Weight and shift of one kind of pair; a weight of 0 leaves it out. shift None: given by `shift_of`."""
 
     weight: float
-    shift: float
+    shift: float | None
 
 
 @dataclass(frozen=True)
 class Correspondence:
-    """The loss and what it is made of. `losses` and `similarities` (mean code cosine) by kind: self, knn, random."""
+    """The loss and what it is made of, by kind (self, knn, random): `losses`, `similarities` (mean code cosine) and the
+    `shifts` that held."""
 
     total: Tensor
     losses: dict[str, Tensor]
     similarities: dict[str, Tensor]
+    shifts: dict[str, Tensor | float]
 
 
 def correspondence_loss(
@@ -143,7 +199,12 @@ def correspondence_loss(
     points: tuple[Tensor, Tensor],
     negatives: Tensor,
     terms: dict[str, Term],
-    **rules,
+    *,
+    pointwise: bool = True,
+    zero_clamp: bool = True,
+    stabilize: bool = False,
+    average: Callable[[Tensor], Tensor] = same,
+    shift_of: Callable[[str, list[Tensor]], Tensor] | None = None,
 ) -> Correspondence:
     """The weighted sum over the three kinds of pairs, each a plain mean over all pairs of places.
 
@@ -154,29 +215,33 @@ def correspondence_loss(
         points: [B,S,S,2] twice: of the picture itself, and of its near picture and of all its negatives.
         negatives: int64 [R,B], rows of the pool.
         terms: `self`, `knn`, `random`.
-        rules: of `correspondence`.
+        pointwise, zero_clamp, stabilize, average: of `correspondence`.
+        shift_of: gives the shift of a kind whose term has none, from its signals [B,h,w,i,j], one for each repetition.
 
     Gradient reaches all codes, also those of the near pictures and of the pool; features are constants.
     """
     features, codes = sample(features, points[0]), sample(codes, points[0])
 
-    def pair(others: tuple[Tensor, Tensor], kind: str) -> tuple[Tensor, Tensor]:
-        loss, similarity = correspondence((features, others[0]), (codes, others[1]), terms[kind].shift, **rules)
-        return loss.mean(), similarity.detach().mean()
-
-    found = {}
+    others: dict[str, list[tuple[Tensor, Tensor]]] = {}
     if terms["self"].weight:
-        found["self"] = [pair((features, codes), "self")]
+        others["self"] = [(features, codes)]
     if terms["knn"].weight:
-        found["knn"] = [pair(tuple(sample(maps, points[1]) for maps in near), "knn")]
+        others["knn"] = [tuple(sample(maps, points[1]) for maps in near)]
     if terms["random"].weight:
-        found["random"] = [
-            pair(tuple(sample(maps[chosen], points[1]) for maps in pool), "random") for chosen in negatives
+        others["random"] = [tuple(sample(maps[chosen], points[1]) for maps in pool) for chosen in negatives]
+    losses, similarities, shifts = {}, {}, {}
+    for kind, pairs in others.items():
+        signals = [signal(features, theirs, pointwise, average) for theirs, _ in pairs]
+        given = terms[kind].shift
+        shifts[kind] = shift_of(kind, signals) if given is None else given
+        found = [
+            _copied(wanted, (codes, theirs), shifts[kind], zero_clamp, stabilize)
+            for wanted, (_, theirs) in zip(signals, pairs, strict=True)
         ]
-    losses = {kind: torch.stack([loss for loss, _ in pairs]).mean() for kind, pairs in found.items()}
-    similarities = {kind: torch.stack([mean for _, mean in pairs]).mean() for kind, pairs in found.items()}
+        losses[kind] = torch.stack([loss.mean() for loss, _ in found]).mean()
+        similarities[kind] = torch.stack([cosine.detach().mean() for _, cosine in found]).mean()
     total = sum((terms[kind].weight * loss for kind, loss in losses.items()), start=codes.sum() * 0)
-    return Correspondence(total, losses, similarities)
+    return Correspondence(total, losses, similarities, shifts)
 
 
 def reconstruction(decoded: Tensor, features: Tensor) -> Tensor:

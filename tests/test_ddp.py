@@ -99,6 +99,20 @@ def test_four_processes_equal_one(small_run, tmp_path):
     expect_equal(run_two("hidden_positives", tmp_path, processes=4), small_run("hidden_positives"))
 
 
+@pytest.mark.parametrize("method", ["hidden_positives", "stego"])
+def test_local_contrast_is_another_training_with_the_same_memory(method, small_run, tmp_path):
+    """`trainer.contrast=local`: pictures of other processes are no negatives; memory is still that of all."""
+    one = small_run(method)
+    folder = run_two(method, tmp_path, "trainer.contrast=local")
+    weights = setup.read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
+    apart = max(
+        float((weights[name] - value).abs().max()) for name, value in one.weights.items() if name.startswith("head.")
+    )
+    assert apart > 5 * ROUNDING
+    for name in ("pool.agnostic", "pool.agnostic_filled") if method == "hidden_positives" else ("shift_steps",):
+        assert torch.allclose(weights[name], one.weights[name], atol=1e-5), name
+
+
 def test_ranks_without_a_valid_pixel_wait_for_nobody(tmp_path):
     """Two labelled pictures among eight: batches leave ranks without one, and three are validated."""
     for i in range(8):

@@ -68,7 +68,7 @@ def test_regions_go_through_the_geometry_of_the_picture(crop, labels, tmp_path):
                 assert np.array_equal(item.label, item.image[..., 0] % 7)
             mirrored += item.image[0, 0, 1] > item.image[0, -1, 1]
     assert 0 < mirrored < 3 * len(data)
-    assert data.kept_regions
+    assert data.kept_maps
 
 
 def test_padding_of_a_batch_is_outside(tmp_path):

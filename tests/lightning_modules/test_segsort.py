@@ -203,7 +203,7 @@ def test_every_option_changes_the_training(words, plain_three, tmp_path):
 def test_every_option_of_pixel_sorting_reaches_it(key, monkeypatch):
     model = build("method.kmeans.cells=[4,4]")
     other = build("method.kmeans.cells=[4,4]", f"method.kmeans.{key}")
-    changed = {name for name, value in other._kmeans().items() if model._kmeans()[name] != value}
+    changed = {name for name, value in other.sorting.items() if model.sorting[name] != value}
     assert changed == {key.split("=")[0]}
 
 

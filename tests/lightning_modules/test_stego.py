@@ -1,12 +1,18 @@
 """STEGO: its options reach the training, near pictures come with the batch, refusals are one line."""
 
+import csv
+
+import numpy as np
 import pytest
 import torch
 
 import config
 from common.errors import ConfigError
 from engine import setup
+from lightning_modules import stego
+from lightning_modules.base import split_labels
 from tests.conftest import run_small, small_words
+from tests.datamodules.pictures import labelled_folder, save
 
 pytestmark = pytest.mark.train
 
@@ -14,6 +20,7 @@ TWO_STEPS = ["trainer.max_steps=2", "evaluation.panels=0", "trainer.val_every=10
 OPTIONS = [
     ["projection=linear"], ["terms.self.weight=0"], ["terms.knn.weight=0"], ["terms.random.weight=0"],
     ["terms.self.shift=0.3"], ["terms.knn.shift=0.3"], ["terms.random.shift=0.3"], ["samples=5"],
+    ["terms.self.quantile=0.3"], ["terms.knn.quantile=0.3"], ["terms.random.quantile=0.3"],
     ["pointwise=false"], ["zero_clamp=false"], ["stabilize=true"], ["negatives.repeats=2"], ["negatives.draw=cycle"],
     ["neighbours.drawn=1"], ["neighbours.stored=7", "neighbours.drawn=4"], ["neighbours.dropout=0.9"],
     ["dropout.p=0"], ["dropout.signal=false"], ["crf.weight=1", "crf.pixels=100"],
@@ -77,11 +84,12 @@ def batches(words: list[str]) -> list[dict]:
     return list(data.train_dataloader())
 
 
-def test_a_batch_carries_a_near_picture_of_each_and_no_label_of_it():
+def test_a_batch_carries_a_near_picture_of_each_and_no_method_its_label():
     found = batches(["data.flip_p=0"])
     ahead = torch.cat([(batch["neighbour.index"] - batch["index"]) % 22 for batch in found])
     assert set(ahead.tolist()) == {1, 2}
-    assert not [key for key in found[0] if key.startswith("neighbour") and "label" in key]
+    assert "neighbour.label" in found[0]
+    assert not [key for key in split_labels(found[0])[0] if "label" in key]
     pictures = {int(i): image for batch in found for i, image in zip(batch["index"], batch["image"], strict=True)}
     for batch in found:
         assert batch["neighbour.valid"].all()
@@ -101,6 +109,9 @@ def test_the_draw_belongs_to_seed_and_epoch():
 
 
 REFUSED = {
+    "method.signal=any": "method.signal=any: not one of features, labels",
+    "method.salience.share=0": "method.salience.share=0: expected a number above 0, at most 1",
+    "method.terms.knn.quantile=1": "method.terms.knn.quantile=1: expected a number between 0 and 1",
     "method.projection=none": "method.projection=none: not one of nonlinear, linear",
     "method.negatives.draw=any": "method.negatives.draw=any: not one of shifted, cycle",
     "method.samples=0": "method.samples=0: must be at least 1",
@@ -127,3 +138,70 @@ def test_nothing_to_learn_is_refused(tmp_path):
     with pytest.raises(ConfigError) as caught:
         run_small("stego", tmp_path, "x", *words)
     assert str(caught.value) == "method.terms: every weight is 0, so nothing would be learned; set one above 0"
+
+
+def test_the_oracle_learns_from_labels_and_says_so(plain, tmp_path):
+    words = ["method.terms.knn.weight=1", "optim.head.lr=1e-2", "trainer.max_steps=30", *TWO_STEPS[1:]]
+    oracle, blind = (run_small("stego", tmp_path, s, f"method.signal={s}", *words) for s in ("labels", "features"))
+    assert oracle.metrics["uses_labels"] is True
+    assert plain.metrics["uses_labels"] is False
+    assert oracle.metrics["val/linear/miou"] > blind.metrics["val/linear/miou"] + 2
+
+
+def test_an_oracle_without_labels_is_refused(tmp_path):
+    root = labelled_folder(tmp_path / "pictures") / "images" / "train"
+    with pytest.raises(ConfigError) as caught:
+        run_small("stego", tmp_path, "x", "data=folder", f"data.root={root}", "method.signal=labels")
+    assert str(caught.value) == (
+        "method.signal=labels: the oracle copies correspondences of labels and the data has none; "
+        "set method.signal=features"
+    )
+
+
+def test_salience_masks_come_with_the_picture_and_its_near_one(tmp_path, monkeypatch):
+    """Left halves are salient: nine in ten points lie there, the others anywhere."""
+    root = labelled_folder(tmp_path / "pictures", train=12)
+    for path in sorted((root / "images" / "train").iterdir()):
+        ids = np.zeros((24, 32), np.uint8)
+        ids[:, :16] = 9
+        save(tmp_path / "masks" / path.name, ids)
+    seen = []
+    real = stego.correspondence_loss
+    monkeypatch.setattr(stego, "correspondence_loss", lambda *args, **kw: seen.append(args[4]) or real(*args, **kw))
+    words = ["data=folder", f"data.root={root}", "data.flip_p=0", "data.train_crop=center", *TWO_STEPS]
+    words += ["data.train_size=24", "data.eval_size=24"]
+    shares = []
+    for name, more in (("with", [f"method.salience.root={tmp_path / 'masks'}"]), ("without", [])):
+        seen.clear()
+        run_small("stego", tmp_path, name, *words, *more)
+        for kind in (0, 1):
+            shares.append(torch.cat([pair[kind][..., 0].flatten() < 0 for pair in seen]).float().mean())
+    assert all(0.9 < share < 1 for share in shares[:2])
+    assert all(0.35 < share < 0.65 for share in shares[2:])
+
+
+def test_a_shift_without_a_number_is_the_mean_quantile_so_far(tmp_path):
+    words = ["method.terms.self.quantile=0.6", "method.terms.random.shift=0.3", *TWO_STEPS]
+    run = run_small("stego", tmp_path, "x", *words)
+    steps, sums = run.weights["shift_steps"], run.weights["shift_sums"]
+    assert steps.tolist() == [2, 2, 0]
+    shown = [float(value) for value in column(run, "train/shift_self")]
+    assert shown[-1] == pytest.approx(float(sums[0] / 2), rel=1e-5)
+    assert not column(run, "train/shift_random")
+
+
+def test_shifts_by_quantile_keep_codes_from_collapsing(tmp_path):
+    """Features of the small set are all alike: with the shifts of the release everything is drawn together."""
+    words = ["trainer.max_steps=60", "optim.head.lr=5e-3", *TWO_STEPS[1:]]
+    fixed = ["method.terms.self.shift=0.18", "method.terms.knn.shift=0.12", "method.terms.random.shift=0.46"]
+    alike = [
+        float(column(run_small("stego", tmp_path, name, *words, *more), "train/similarity_random")[-1])
+        for name, more in (("fixed", fixed), ("quantile", []))
+    ]
+    assert alike[0] > 0.9
+    assert alike[1] < 0.7
+
+
+def column(run, name: str) -> list[str]:
+    with (run.folder / "metrics.csv").open() as file:
+        return [row[name] for row in csv.DictReader(file) if row.get(name)]

@@ -162,3 +162,54 @@ def test_alignment_compares_the_same_places():
     swapped[1] = swapped[1].flip(-1)
     assert stego.alignment(codes, swapped, View()).item() > -0.9
     assert not math.isnan(stego.alignment(codes * 0, same, View()).item())
+
+
+def test_salient_points_are_pixels_of_the_mask_or_uniform():
+    generator = torch.Generator().manual_seed(0)
+    points = torch.rand(3, 40, 40, 2, generator=generator) * 2 - 1
+    draws = torch.rand(3, 40, 40, 2, generator=generator)
+    salient = torch.zeros(3, 9, 13, dtype=torch.bool)
+    salient[0, 2, 5] = salient[0, 8, 12] = salient[1, :, :4] = True  # the last has none
+    found = stego.salient_points(points, salient, draws, share=0.75)
+    moved = (found != points).any(-1).float().mean((1, 2))
+    assert torch.allclose(moved, torch.tensor([0.75, 0.75, 0.0]), atol=0.05)
+    changed = found[0][(found[0] != points[0]).any(-1)]
+    expected = torch.tensor([[2 * 5 / 12 - 1, 2 * 2 / 8 - 1], [1.0, 1.0]])
+    nearest = torch.cdist(changed, expected)
+    assert nearest.amin(1).max() < 1e-6
+    assert 0.4 < (nearest.argmin(1) == 0).float().mean() < 0.6
+    values = stego.sample(salient[1:2, None].float(), found[1:2])
+    picked = (found[1] != points[1]).any(-1).T  # `sample` swaps the axes
+    assert values[0, 0][picked].min() == 1
+
+
+def test_a_signal_of_labels_has_a_class_for_pixels_without():
+    label = torch.tensor([[[0, 2], [255, -1]]])
+    assert stego.label_signal(label, 3).argmax(1).tolist() == [[[0, 2], [3, 3]]]
+    assert stego.label_signal(label, 3).sum(1).tolist() == [[[1, 1], [1, 1]]]
+
+
+def test_a_quantile_is_that_of_each_picture_and_their_mean():
+    signals = [torch.arange(20.0).view(2, 1, 1, 2, 5), 100 + torch.arange(20.0).view(2, 1, 1, 2, 5)]
+    assert float(stego.quantile(signals, 0.7)) == (6 + 16 + 106 + 116) / 4
+    assert float(stego.quantile(signals, 0.001)) == (0 + 10 + 100 + 110) / 4
+
+
+def test_a_term_without_a_shift_asks_for_one():
+    features, codes = maps(0, 3, 4, 5, 5), maps(1, 3, 6, 5, 5)
+    near = maps(2, 3, 4, 5, 5), maps(3, 3, 6, 5, 5)
+    points = tuple(stego.random_points(0, name, 0, 3, 4).double() for name in "ab")
+    negatives = stego.random_negatives(0, 0, 2, 3)
+    asked = {}
+    totals = []
+    for shift in (None, 0.3):
+        terms = {"self": Term(1.0, 0.1), "knn": Term(1.0, 0.2), "random": Term(1.0, shift)}
+        found = stego.correspondence_loss(
+            features, codes, near, (features, codes), points, negatives, terms,
+            shift_of=lambda kind, signals: asked.setdefault(kind, signals) and torch.tensor(0.3, dtype=torch.float64),
+        )  # fmt: skip
+        totals.append(found.total)
+        assert found.shifts == {"self": 0.1, "knn": 0.2, "random": pytest.approx(0.3)}
+    torch.testing.assert_close(totals[0], totals[1])
+    assert set(asked) == {"random"}
+    assert [values.shape for values in asked["random"]] == [(3, 4, 4, 4, 4)] * 2

@@ -1,0 +1,94 @@
+"""How far an offline stage is: pictures done, pictures per second, and what is left."""
+
+import logging
+import sys
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from common import distributed
+from engine.callbacks import clock
+
+log = logging.getLogger(__name__)
+
+EVERY = 15.0
+"""Seconds between two lines where there is no bar."""
+
+
+class StageProgress(Callback):
+    """A bar in a terminal, a line now and then elsewhere; `mode` is `trainer.progress`.
+
+    data: has `todo`, the pictures over all ranks. Rank 0 tells; the others are taken to be as far as it is.
+    """
+
+    def __init__(self, mode: str, data: Any) -> None:
+        bar = sys.stderr.isatty() and sys.stdout.isatty()
+        self.mode = mode if mode != "auto" else "bar" if bar else "lines"
+        self.data = data
+        self.bar: Progress | None = None
+        self.started = self.said = 0.0
+        self.done = 0
+
+    @property
+    def speed(self) -> float:
+        """Pictures per second over all ranks, reading included."""
+        return self.done / max(1e-9, time.perf_counter() - self.started)
+
+    def _begin(self, trainer: L.Trainer) -> None:
+        self.started = self.said = time.perf_counter()
+        if self.mode == "bar" and trainer.is_global_zero:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[now]}"),
+            )
+            self.bar = Progress(*columns, transient=True)
+            self.bar.add_task("pictures", total=self.data.todo, now="")
+            self.bar.start()
+
+    def _advance(self, trainer: L.Trainer, pictures: int) -> None:
+        self.done = min(self.done + pictures * distributed.world_size(), self.data.todo)
+        if not trainer.is_global_zero or self.mode == "none":
+            return
+        left = clock((self.data.todo - self.done) / max(1e-9, self.speed))
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=self.done, now=f"{self.speed:.1f} pictures/s, {left} left")
+        elif time.perf_counter() - self.said > EVERY:
+            self.said = time.perf_counter()
+            log.info("%d of %d pictures, %.1f pictures/s, about %s left", self.done, self.data.todo, self.speed, left)
+
+    def _end(self, trainer: L.Trainer) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+        if trainer.is_global_zero and self.mode != "none" and self.done:
+            log.info("%d pictures, %.1f pictures/s", self.done, self.speed)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin(trainer)
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        self._advance(trainer, len(batch["id"]))
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._end(trainer)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin(trainer)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        self._advance(trainer, len(batch["id"]))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._end(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if self.bar is not None:
+            self.bar.stop()

@@ -1,0 +1,132 @@
+"""From records to label maps: what training sees of a stage. Maps are functions of records and tables alone.
+
+Every map has 0 = background, 1..K = clusters and 255 = no label (`IGNORE`), at the size of the picture's file. Tables
+count clusters from 0; only here they are shifted by one, so no cluster falls together with the background. A picture
+that a step has dropped has no label anywhere.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import numpy as np
+
+from common.errors import one_of
+from common.spec import IGNORE
+from pseudo_labels.cache import Record, Records
+
+OVERLAPS = ("skip", "free_pixels", "overwrite")
+"""Of a mask that lies on one that was painted before: it is left out, it takes the pixels that are free, or all."""
+
+
+class View(ABC):
+    """Label maps of pictures by their index in the data set; given to `SegmentationDataModule.pseudo`."""
+
+    def __init__(self, records: Records, fields: tuple[str, ...]) -> None:
+        self.source, self.fields = records, fields
+
+    @abstractmethod
+    def labels(self, record: Record) -> np.ndarray:
+        """The map of a kept record, int [h,w] at any size that covers what the grid covers."""
+
+    def read(self, picture: int, size: tuple[int, int]) -> np.ndarray:
+        """Pseudo-labels of a picture of `size` (height, width): int32 [H,W]."""
+        record = self.source.read(picture, self.fields)
+        if not record.keep:
+            return np.full(size, IGNORE, np.int32)
+        return enlarged(self.labels(record), size, record.extent).astype(np.int32)
+
+
+class Segments(View):
+    """`segments` coloured by the cluster of each region.
+
+    assignment: int [R] cluster of every row of `names` over all kept pictures, in order (`Records.rows("names")`), -1:
+    none, its pixels are ignored. An id that no row names, and 0, is background; with `background=False` id 0 is a
+    region like others and clusters are not shifted: ids 0..K-1.
+    """
+
+    def __init__(self, records: Records, assignment: np.ndarray, background: bool = True) -> None:
+        super().__init__(records, ("segments", "names"))
+        owner = records.rows("names")[1]
+        self.first = {int(index): int(row) for index, row in zip(*np.unique(owner, return_index=True), strict=True)}
+        self.assignment, self.shift = np.asarray(assignment, np.int64), int(background)
+
+    def labels(self, record: Record) -> np.ndarray:
+        segments, names = record.fields["segments"].astype(np.int64), record.fields["names"].astype(np.int64)
+        table = np.full(int(max(segments.max(), names.max(initial=0))) + 1, 0 if self.shift else IGNORE)
+        start = self.first.get(record.index, 0)
+        clusters = self.assignment[start : start + len(names)]
+        table[names] = np.where(clusters < 0, IGNORE, clusters + self.shift)
+        return table[segments]
+
+
+class Painted(View):
+    """`masks` painted in the order of falling `scores` (of equals the first first), each with its class + 1.
+
+    classes: where given, the class of every mask over all kept pictures in order, -1: not painted; else the records'
+    own field `classes`. overlap: see OVERLAPS. Source: MaskDistill's intended rule is `skip` (maskdistill.md 5, 8.1).
+    """
+
+    def __init__(self, records: Records, classes: np.ndarray | None = None, overlap: str = "skip") -> None:
+        one_of("overlap", overlap, OVERLAPS)
+        super().__init__(records, ("masks", "scores", "classes"))
+        self.classes, self.overlap = classes, overlap
+        owner = records.rows("masks")[1] if classes is not None else np.zeros(0, np.int64)
+        self.first = {int(index): int(row) for index, row in zip(*np.unique(owner, return_index=True), strict=True)}
+
+    def labels(self, record: Record) -> np.ndarray:
+        masks = record.fields["masks"]
+        scores = record.fields.get("scores", np.zeros(len(masks), np.float32))
+        start = self.first.get(record.index, 0)
+        classes = record.fields["classes"] if self.classes is None else self.classes[start : start + len(masks)]
+        painted = np.zeros(masks.shape[1:], np.int64)
+        for place in np.argsort(-scores, kind="stable"):
+            free = masks[place] & (painted == 0)
+            if classes[place] < 0 or (self.overlap == "skip" and free.sum() < masks[place].sum()):
+                continue
+            painted[masks[place] if self.overlap == "overwrite" else free] = classes[place] + 1
+        return painted
+
+
+class Saliency(View):
+    """The first mask of a picture, its pixels with the picture's cluster + 1; -1 or no entry: the picture is ignored.
+
+    clusters: picture's index -> cluster; None: one class, object or not.
+    """
+
+    def __init__(self, records: Records, clusters: Mapping[int, int] | None = None) -> None:
+        super().__init__(records, ("masks",))
+        self.clusters = clusters
+
+    def labels(self, record: Record) -> np.ndarray:
+        mask = record.fields["masks"][0]
+        cluster = 0 if self.clusters is None else self.clusters.get(record.index, -1)
+        return np.full(mask.shape, IGNORE) if cluster < 0 else np.where(mask, cluster + 1, 0)
+
+
+class Soft(View):
+    """The class of the largest entry of `class_map` [K,h,w], of equals the first.
+
+    background: places whose largest entry is at most this are background and classes are shifted by one; None: there is
+    none, ids are 0..K-1. The maps themselves are read with `Records.read(index, ["class_map"])`.
+    """
+
+    def __init__(self, records: Records, background: float | None = None) -> None:
+        super().__init__(records, ("class_map",))
+        self.background = background
+
+    def labels(self, record: Record) -> np.ndarray:
+        maps = record.fields["class_map"]
+        best = maps.argmax(0)
+        return best if self.background is None else np.where(maps.max(0) <= self.background, 0, best + 1)
+
+
+def enlarged(ids: np.ndarray, size: tuple[int, int], extent: tuple[float, float] = (1.0, 1.0)) -> np.ndarray:
+    """A map [h,w] that covers `extent` of a picture, at the picture's size: nearest; [H,W].
+
+    What the map does not reach at the bottom and right takes its last row and column.
+    """
+    places = []
+    for cells, pixels, share in zip(ids.shape, size, extent, strict=True):
+        position = (np.arange(pixels) + 0.5) / pixels / share * cells
+        places.append(np.minimum(position.astype(np.int64), cells - 1))
+    return ids[np.ix_(*places)]

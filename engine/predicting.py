@@ -2,11 +2,16 @@
 
 import csv
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import DictConfig
+from PIL import Image
+from torch import Tensor
 
 import config
 from common import precision
@@ -14,10 +19,10 @@ from common.errors import ConfigError, DataError
 from common.files import whole
 from common.spec import ClassMeta
 from datamodules.base import SegmentationDataModule
-from datamodules.folder import pictures_below
-from datamodules.reading import read_picture
+from datamodules.folder import FolderSource, pictures_below
+from datamodules.reading import UnreadableError, read_picture
 from datamodules.transforms import Geometry
-from engine import naming, setup
+from engine import naming, setup, windows
 from engine.naming import Colour, Legend
 from evaluation import panels, readout, report
 from evaluation.crf import as_bytes
@@ -25,6 +30,8 @@ from lightning_modules.base import UnsupervisedSegmenter
 
 log = logging.getLogger(__name__)
 
+BAND = 512
+"""Rows of an overlay drawn at once."""
 SHOWN = 8
 """Pictures of the overview."""
 
@@ -51,20 +58,12 @@ def predict(
     mapping = checkpoint["labelfree"].get("clusters", {}).get(probe)
     plain = naming.unnamed(cfg.method.num_clusters, mapping, setup.stored_meta(checkpoint))
     legend = naming.legend_for(checkpoint_path, names, probe, naming.centroids(model, probe), plain)
-    device = setup.device(cfg)
-    model.to(device)
-    size = cfg.predict.size or cfg.data.eval_size
-    geometry = Geometry(
-        size=size if isinstance(size, int) else min(size), crop="keep", interpolation=cfg.data.interpolation
-    )
-    reader = SegmentationDataModule(cfg)
-    reader.pad_multiple = model.backbone.patch_multiple
-    loader = reader.loader(pictures, geometry=geometry, batch_size=1)
+    model.to(setup.device(cfg))
+    source_of = whole_pictures if cfg.predict.window is None else windowed_pictures
     areas, overview, done = Areas(legend), Overview(legend, len(pictures)), 0
-    for batch in loader:
-        ids = cluster_ids(model, batch, probe, device)
-        name, number = batch["id"][0], int(batch["index"][0])
-        picture = read_picture(pictures.entries[number].picture)
+    unreadable: dict[str, str] = {}
+    for number, picture, ids in source_of(cfg, model, pictures, probe, unreadable):
+        name = pictures.id(number)
         write(output, name, picture, ids, legend.colours, cfg.predict.overlay_alpha)
         areas.add(name, ids)
         overview.add(number, name, picture, ids)
@@ -73,7 +72,7 @@ def predict(
             log.info("%d of %d pictures", done, len(pictures))
     missed = len(pictures) - done
     if not done:
-        first = next(iter(loader.account.files))
+        first = next(iter(unreadable))
         raise DataError(f"input={source}: none of its {len(pictures)} pictures could be read; first: {first}")
     content = {
         "probe": probe,
@@ -85,7 +84,7 @@ def predict(
             for i, (name, colour) in enumerate(zip(legend.names, legend.colours, strict=True))
         ],
         "pictures": done,
-        "unreadable": sorted(loader.account.files),
+        "unreadable": sorted(unreadable),
     }
     classes = legend.classes()
     panels.legend_png(output / "legend.png", list(classes), [legend.colours[ids[0]] for ids in classes.values()])
@@ -96,13 +95,91 @@ def predict(
     return content
 
 
+def whole_pictures(
+    cfg: DictConfig, model: UnsupervisedSegmenter, pictures: FolderSource, probe: str, unreadable: dict[str, str]
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(number, picture [H,W,3], ids [H,W]) of every picture that can be read, seen as a whole; the others are named."""
+    size = cfg.predict.size or cfg.data.eval_size
+    size = size if isinstance(size, int) else min(size)
+    geometry = Geometry(size=size, crop="keep", interpolation=cfg.data.interpolation)
+    reader = SegmentationDataModule(cfg)
+    reader.pad_multiple = model.backbone.patch_multiple
+    loader = reader.loader(pictures, geometry=geometry, batch_size=1)
+    unreadable |= loader.account.files
+    for batch in loader:
+        number = int(batch["index"][0])
+        yield number, read_picture(pictures.entries[number].picture), cluster_ids(model, batch, probe)
+        unreadable |= loader.account.files
+    unreadable |= loader.account.files
+
+
+def windowed_pictures(
+    cfg: DictConfig, model: UnsupervisedSegmenter, pictures: FolderSource, probe: str, unreadable: dict[str, str]
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """The same by windows of `predict.window` px, at the pictures' own scale, or scaled to `predict.size`."""
+    if model.crf is not None:
+        raise ConfigError(
+            "evaluation.crf=dense: is for whole pictures; set predict.window=null, or evaluation.crf=none"
+        )
+
+    def scores_of(images: Tensor) -> Tensor:
+        return read(model, images)[1][probe]
+
+    for number, entry in enumerate(pictures.entries):
+        try:
+            with any_size():
+                picture = read_picture(entry.picture)
+        except UnreadableError as error:
+            log.warning("%s; it is skipped", error)
+            unreadable[error.file] = str(error)
+            continue
+        seen = picture
+        if cfg.predict.size is not None:
+            seen, _ = Geometry(cfg.predict.size, "keep", cfg.data.interpolation).resize(picture, None)
+        ids = windowed_ids(seen, picture.shape[:2], scores_of, model, cfg)
+        yield number, picture, ids
+
+
+def windowed_ids(
+    seen: np.ndarray,
+    size: tuple[int, int],
+    scores_of: Callable[[Tensor], Tensor],
+    model: UnsupervisedSegmenter,
+    cfg: DictConfig,
+    offset: tuple[int, int] = (0, 0),
+) -> np.ndarray:
+    """Ids [H,W] at `size` of a picture as the network sees it, uint8 [H',W',3]; `offset`: see `windows.blended`."""
+    unit = max(model.backbone.patch_multiple, *model.backbone.strides)
+    scores, padded = windows.blended(
+        seen, scores_of, cfg.predict.window, unit, cfg.predict.overlap, offset, model.device
+    )
+    frame = tuple(round(side * own / shown) for side, own, shown in zip(padded, size, seen.shape, strict=False))
+    return windows.bands(readout.strips(scores, frame), size, scores.shape[1])
+
+
+@contextmanager
+def any_size() -> Iterator[None]:
+    """Pillow takes pictures of more than 180 million pixels for an attack; here they are the user's own."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
 @torch.inference_mode()
-def cluster_ids(model: UnsupervisedSegmenter, batch: dict[str, Any], probe: str, device: torch.device) -> np.ndarray:
-    """Ids [H,W] at the size of the picture file."""
-    image = batch["image"].to(device)
-    dtype = precision.AUTOCAST[precision.usable(model.cfg.trainer.precision, device.type)]
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        codes, scores = model.read(image)
+def read(model: UnsupervisedSegmenter, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """`UnsupervisedSegmenter.read` on its device, in the precision of the run."""
+    dtype = precision.AUTOCAST[precision.usable(model.cfg.trainer.precision, model.device.type)]
+    with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
+        return model.read(images.to(model.device))
+
+
+@torch.inference_mode()
+def cluster_ids(model: UnsupervisedSegmenter, batch: dict[str, Any], probe: str) -> np.ndarray:
+    """Ids [H,W] of a batch of one picture, at the size of its file."""
+    image = batch["image"].to(model.device)
+    codes, scores = read(model, image)
     valid = batch["valid"][0]
     rows, columns = int(valid.any(1).sum()), int(valid.any(0).sum())
     height, width = batch["size"][0].tolist()
@@ -114,7 +191,7 @@ def cluster_ids(model: UnsupervisedSegmenter, batch: dict[str, Any], probe: str,
         maps = log_probs.exp()
         window = (slice(None), slice(None), slice(0, rows), slice(0, columns))
         maps[window] = model.crf(as_bytes(image[window]), [log_probs[window]])[0]
-    return readout.predict(maps, frame)[0, :height, :width].cpu().numpy()
+    return windows.bands(readout.strips(maps, frame), (height, width), maps.shape[1])
 
 
 def write(output: Path, name: str, picture: np.ndarray, ids: np.ndarray, colours: list[Colour], alpha: float) -> None:
@@ -123,7 +200,12 @@ def write(output: Path, name: str, picture: np.ndarray, ids: np.ndarray, colours
     for path in (index, over):
         path.parent.mkdir(parents=True, exist_ok=True)
     panels.index_png(index, ids, colours)
-    panels.Image.fromarray(panels.overlay(picture, ids, colours, alpha)).save(over)
+    drawn = np.empty_like(picture)
+    for first in range(0, len(ids), BAND):  # a band at a time, with the row above it for the outlines
+        above = max(0, first - 1)
+        part = panels.overlay(picture[above : first + BAND], ids[above : first + BAND], colours, alpha)
+        drawn[first : first + BAND] = part[first - above :]
+    Image.fromarray(drawn).save(over)
 
 
 class Areas:
@@ -136,7 +218,7 @@ class Areas:
 
     def add(self, name: str, ids: np.ndarray) -> None:
         """One picture's ids [H,W]."""
-        counts = np.bincount(ids.ravel(), minlength=self.clusters)
+        counts = sum(np.bincount(band.ravel(), minlength=self.clusters) for band in np.array_split(ids, 16))
         self.rows.append([name, *ids.shape, *(int(counts[own].sum()) for own in self.classes.values())])
 
     def save(self, path: Path) -> None:

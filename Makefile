@@ -36,7 +36,7 @@ WORDS = $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(if $(or $(filter-out file
 	$(if $(DATA),data=$(DATA)) $(if $(BACKBONE),backbone=$(BACKBONE)) $(if $(TRAINER),trainer=$(TRAINER)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train pseudo eval predict clusters compare import-checkpoint data list show-config doctor sweep slurm test test-fast test-ddp test-slurm \
+.PHONY: help setup train pseudo eval predict clusters compare export import-checkpoint data list show-config doctor sweep slurm test test-fast test-ddp test-slurm \
 	test-slow test-realdata test-gpu reference bench lint lock clean
 
 help: ## this page
@@ -78,6 +78,9 @@ compare: $(READY) ## METHODS="a b" SEEDS="0 1 2" [DATA=… ARGS=…] or RUNS="ru
 	@$(PY) run.py compare $(if $(METHODS),methods="$(METHODS)") $(if $(SEEDS),seeds="$(SEEDS)") $(if $(RUNS),runs="$(RUNS)") \
 		$(if $(NAME),name=$(NAME)) $(if $(DATA),data=$(DATA)) $(if $(BACKBONE),backbone=$(BACKBONE)) \
 		$(if $(TRAINER),trainer=$(TRAINER)) $(ARGS)
+
+export: $(READY) ## CKPT=… OUTPUT=….pt2 [ARGS=…]: backbone, head and centroids as one torch.export program
+	@$(PY) run.py export ckpt=$(CKPT) output=$(OUTPUT) $(ARGS)
 
 import-checkpoint: $(READY) ## FROM=stego|hp FILE=… OUTPUT=….ckpt [DATA=…] [ARGS=…]: the authors' checkpoint as one of ours
 	@$(PY) run.py import-checkpoint from=$(FROM) file=$(FILE) output=$(OUTPUT) $(if $(DATA),data=$(DATA)) $(ARGS)

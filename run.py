@@ -89,6 +89,15 @@ def compare(words: list[str]) -> None:
         raise SystemExit(code)
 
 
+def export(words: list[str]) -> None:
+    """export ckpt=… output=….pt2 [names=file|none] [key=value …]: one torch.export program, free of this project"""
+    from engine.programs import export as run
+
+    named, rest = take(words, "ckpt", "output")
+    names, rest = option(rest, "names")
+    run(Path(named["ckpt"]), Path(named["output"]), rest, names)
+
+
 def import_checkpoint(words: list[str]) -> None:
     """import-checkpoint from=stego|hp file=… output=….ckpt [data=…] [key=value …]: the authors' checkpoint as ours"""
     from engine.importing import import_checkpoint as run
@@ -161,6 +170,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "predict": predict,
     "clusters": clusters,
     "compare": compare,
+    "export": export,
     "import-checkpoint": import_checkpoint,
     "data": data,
     "list": list_names,

@@ -19,7 +19,7 @@ from evaluation.comparison_tables import (
 from evaluation.page import Cell, escape
 
 STYLE = """
-.gallery { display: grid; gap: 4px 6px; min-width: 560px; align-items: start; }
+.gallery { display: grid; gap: 4px 6px; min-width: 620px; align-items: start; }
 .gallery .side { font-size: .85rem; overflow-wrap: anywhere; padding-right: .3rem; }
 .gallery img { width: 100%; }
 nav a { margin-right: .9rem; white-space: nowrap; }
@@ -126,7 +126,7 @@ def pictures(gallery: Gallery) -> str:
     cells = "".join(
         f'<span class="side">{escape(label)}</span>{"".join(images)}' for label, images in gallery.rows.items()
     )
-    columns = f"grid-template-columns:7.5rem repeat({count},1fr)"
+    columns = f"grid-template-columns:9.5rem repeat({count},1fr)"
     return f'<div class="scroll"><div class="gallery" style="{columns}">{cells}</div></div>{gallery.legend}'
 
 

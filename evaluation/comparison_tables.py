@@ -12,8 +12,8 @@ STAGES = {"val": "Scores of the last step", "best": "Scores of the best checkpoi
 def labels_used(entry: Entry) -> str:
     """Whether labels were used for training, or to choose the best checkpoint."""
     if entry.first.metrics["uses_labels"]:
-        return "trained with labels"
-    return "none but for the choice of best" if entry.first.metrics["selection/uses_labels"] else "none"
+        return "training"
+    return "choice of best" if entry.first.metrics["selection/uses_labels"] else "none"
 
 
 def published_text(entry: Entry) -> str:

@@ -169,11 +169,14 @@ def legend_png(path: str | Path, names: Sequence[str], palette) -> None:
 def confusion(path: str | Path, scores: Scores, meta: ClassMeta, title: str = "") -> None:
     """Write the confusion figure: true classes down, predicted classes across, each row in percent of its true pixels.
 
+    Classes stand in the order of their pixels, the most frequent first, so that what counts most is at the top left.
     Numbers stand in the cells up to 30 classes. A last column holds unmatched clusters where there are any.
     """
     classes = scores.histogram.shape[1]
     table = scores.histogram.T.astype(np.float64)
-    names = list(meta.names) if meta.num_classes == classes else [str(i) for i in range(classes)]
+    order = confusion_order(scores)
+    table = table[order][:, [*order, classes]]
+    names = [meta.names[i] if meta.num_classes == classes else str(i) for i in order]
     across = [*names, "unmatched"]
     if not table[:, classes].any():
         table, across = table[:, :classes], names
@@ -203,6 +206,12 @@ def confusion(path: str | Path, scores: Scores, meta: ClassMeta, title: str = ""
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=7, length=0)
     figure.savefig(path, bbox_inches="tight")
+
+
+def confusion_order(scores: Scores) -> list[int]:
+    """Class ids from the most to the least frequent by their labelled pixels; ties by id."""
+    pixels = scores.counts.sum(0)
+    return sorted(range(len(pixels)), key=lambda i: -int(pixels[i]))
 
 
 def _numpy(value) -> np.ndarray:

@@ -105,7 +105,7 @@ def test_tables_to_paste():
 def test_label_use_is_said():
     (section,) = comparison.arrange([finished(uses_labels=True), finished("hp", **{"selection/uses_labels": True})])
     assert [comparison_tables.labels_used(entry) for entry in section.entries] == [
-        "trained with labels", "none but for the choice of best",
+        "training", "choice of best",
     ]  # fmt: skip
 
 

@@ -31,6 +31,7 @@ NULLABLE = {
     "trainer.threads": int,
     "trainer.devices": (int, str),
     "predict.size": int,
+    "predict.window": int,
     "data.root": str,
     "data.lists": str,
     "cache.dir": str,
@@ -100,7 +101,7 @@ POSITIVE = (
     "trainer.num_nodes", "trainer.threads", "data.batch_size", "data.eval_batch_size", "method.num_clusters",
     "evaluation.kmeans.restarts", "evaluation.kmeans.iterations", "evaluation.kmeans.points",
     "evaluation.kmeans.pictures", "evaluation.retrieval.pictures",
-    "predict.size",
+    "predict.size", "predict.window",
 )  # fmt: skip
 
 NOT_NEGATIVE = (
@@ -373,6 +374,8 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(
             "trainer.max_steps=null: set trainer.max_steps or trainer.max_epochs, one of them ends the run"
         )
+    if not 0 <= cfg.predict.overlap <= 0.9:
+        raise ConfigError(f"predict.overlap={cfg.predict.overlap}: expected a number from 0 to 0.9")
     if not 0 <= cfg.predict.overlay_alpha <= 1:
         raise ConfigError(f"predict.overlay_alpha={cfg.predict.overlay_alpha}: expected a number from 0 to 1")
 

@@ -26,8 +26,8 @@ def take(words: list[str], *names: str) -> tuple[dict[str, str], list[str]]:
     return {name: found[name] for name in names}, rest
 
 
-def asked(words: list[str], name: str) -> tuple[str | None, list[str]]:
-    """Split a word that may be absent off a list of key=value words: its value or None, and the others."""
+def option(words: list[str], name: str) -> tuple[str | None, list[str]]:
+    """Take one key=value word that may be absent off a list: (its value or None, the other words)."""
     found = [word.partition("=")[2] for word in words if word.partition("=")[0] == name]
     return found[-1] if found else None, [word for word in words if word.partition("=")[0] != name]
 
@@ -60,18 +60,19 @@ def evaluate(words: list[str]) -> None:
 
 
 def predict(words: list[str]) -> None:
-    """predict ckpt=… input=folder output=folder [levels=all] [key=value …]: cluster maps, overlays, levels"""
+    """predict ckpt=… input=folder output=folder [names=file|none] [levels=all] [key=value …]: maps, overlays, areas"""
     from engine.levels import predict_levels
     from engine.predicting import predict as run
 
     named, rest = take(words, "ckpt", "input", "output")
-    levels, rest = asked(rest, "levels")
+    levels, rest = option(rest, "levels")
+    names, rest = option(rest, "names")
     paths = [Path(named[name]) for name in ("ckpt", "input", "output")]
     if levels not in (None, "all"):
         raise ConfigError(f"levels={levels}: expected all, or no such word")
     if levels:
         predict_levels(*paths, rest)
-    run(*paths, rest)
+    run(*paths, rest, names)
 
 
 def retrieve(words: list[str]) -> None:
@@ -79,11 +80,43 @@ def retrieve(words: list[str]) -> None:
     from engine.retrieving import retrieve as run
 
     named, rest = take(words, "ckpt", "image")
-    k, rest = asked(rest, "k")
-    output, rest = asked(rest, "output")
+    k, rest = option(rest, "k")
+    output, rest = option(rest, "output")
     if k is not None and not k.isdigit():
         raise ConfigError(f"k={k}: expected a whole number, the nearest segments of each segment")
     run(Path(named["ckpt"]), Path(named["image"]), int(k or 8), None if output is None else Path(output), rest)
+
+
+def clusters(words: list[str]) -> None:
+    """clusters ckpt=… [sweep=6..40] [key=value …]: what each cluster is, a file to name them; how many to take"""
+    named, rest = take(words, "ckpt")
+    sweep, rest = option(rest, "sweep")
+    if sweep is None:
+        from engine.clusters import clusters as run
+
+        run(Path(named["ckpt"]), rest)
+    else:
+        from engine.cluster_count import sweep as run
+
+        run(Path(named["ckpt"]), sweep, rest)
+
+
+def compare(words: list[str]) -> None:
+    """compare methods="a b" seeds="0 1 2" [data=… key=value …] | runs="runs/a runs/b": one table, one page"""
+    from launch.compare import main as run
+
+    code = run(words)
+    if code:
+        raise SystemExit(code)
+
+
+def export(words: list[str]) -> None:
+    """export ckpt=… output=….pt2 [names=file|none] [key=value …]: one torch.export program, free of this project"""
+    from engine.programs import export as run
+
+    named, rest = take(words, "ckpt", "output")
+    names, rest = option(rest, "names")
+    run(Path(named["ckpt"]), Path(named["output"]), rest, names)
 
 
 def import_checkpoint(words: list[str]) -> None:
@@ -157,6 +190,9 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "eval": evaluate,
     "predict": predict,
     "retrieve": retrieve,
+    "clusters": clusters,
+    "compare": compare,
+    "export": export,
     "import-checkpoint": import_checkpoint,
     "data": data,
     "list": list_names,

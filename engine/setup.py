@@ -217,6 +217,11 @@ def stored_meta(checkpoint: dict[str, Any]) -> ClassMeta:
     return ClassMeta(tuple(facts["classes"]), tuple(tuple(colour) for colour in facts["palette"]))
 
 
+def device(cfg: DictConfig) -> torch.device:
+    """Where commands without a Trainer compute: the first GPU, unless `trainer.accelerator=cpu`."""
+    return torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
+
+
 def restore_model(
     checkpoint: dict[str, Any], cfg: DictConfig, meta: ClassMeta | None = None, linear_probe: bool = True
 ) -> UnsupervisedSegmenter:

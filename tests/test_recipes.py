@@ -13,7 +13,7 @@ from tests.datamodules.pictures import noise, save
 
 TREES = {
     "cocostuff27": trees.coco, "cityscapes27": trees.cityscapes, "potsdam3": trees.potsdam, "pascal_voc": trees.voc,
-    "kitti": trees.kitti_step,
+    "kitti": trees.kitti_step, "camvid": trees.camvid,
 }  # fmt: skip
 EVERY_RUN = {"hidden_positives_cityscapes27_vits8", "stego_potsdam3_vits8"}
 """Recipes that `make test` runs; `make test-slow` runs the others."""
@@ -27,6 +27,7 @@ OF_METHOD = {
     "hidden_positives": ["method.pool.size=8", "backbone.precision=float32"],
     "stego": ["method.neighbours.stored=3", "method.neighbours.drawn=2"],
     "segsort": ["method.crop.size=48", "method.head.hidden=32", "evaluation.retrieval.pictures=4"],
+    "hsg": ["method.crop.size=48", "method.head.hidden=32", "evaluation.retrieval.pictures=4"],
     "deep_spectral": [
         "method.stage.size=112",
         "method.eigs.k=4",
@@ -40,8 +41,9 @@ OF_METHOD = {
     "dino": ["method.head.out_dim=64", "method.crops.local_count=2", "data.train_size=128"],
 }
 
-WHOLE = ("resnet50", "resnet101", "selfpatch_vits16")
-"""Backbones whose depth is not set here: they have none, or their file lists the arguments that may be given."""
+WHOLE = ("resnet50", "resnet101", "selfpatch_vits16", "tiny")
+"""Backbones whose depth is not set here: they have none, their file lists the arguments that may be given, or they are
+small and read at late blocks."""
 
 
 def folder(root: Path) -> Path:

@@ -74,7 +74,7 @@ def test_crops_of_one_shape_go_together_and_are_those_alone(pictures):
     for vector, (left, top, right, bottom) in zip(together, boxes.tolist(), strict=True):
         alone = backbone.features(pictures[:1, :, top:bottom, left:right]).cls[0]
         assert torch.allclose(vector, alone, atol=1e-5)
-    assert graph_cuts.crop_vectors(backbone, pictures[0], boxes[:0]).shape == (0, 160)
+    assert graph_cuts.crop_vectors(backbone, pictures[0], boxes[:0]).shape == (0, 320)
 
 
 @pytest.mark.parametrize("background", [True, False])

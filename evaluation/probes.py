@@ -150,12 +150,13 @@ class ClusterProbe(nn.Module):
         Only winning centroids get a gradient. With `init=first_batch` or `reseed`, a collective in training mode.
         """
         codes = codes.detach()
-        if self._waiting and self.training:
-            self._place(codes)
+        fitted = self._place(codes) if self._waiting and self.training else False
         best = self.cosines(codes).max(1)
         if self.reseed and self.training:
             self.wins += distributed.total(best.indices.flatten().bincount(minlength=len(self.wins)))
-        return -best.values.mean()
+        loss = -best.values.mean()
+        # Centroids that were fitted to these very codes have no gradient but rounding, which Adam would make a step of.
+        return loss.detach() + 0 * self.clusters.sum() if fitted else loss
 
     def log_probs(self, codes: Tensor, size: tuple[int, int], alpha: float = 2.0) -> Tensor:
         """Log-probabilities at label resolution, [B,D,h,w] -> [B,K,H,W]; see `readout.cluster_log_probs`."""
@@ -174,13 +175,15 @@ class ClusterProbe(nn.Module):
         self.placed.fill_(True)
 
     @torch.no_grad()
-    def _place(self, codes: Tensor) -> None:
-        """Seed the centroids at the first call; after every `reseed` calls, place the dead ones anew."""
-        if not self.placed:
+    def _place(self, codes: Tensor) -> bool:
+        """Seed the centroids at the first call; after every `reseed` calls, place the dead ones anew. Returns whether
+        all of them were fitted to these codes."""
+        fitted = not self.placed
+        if fitted:
             self.initialise(codes)
         if not self.reseed:
             self._waiting = False
-            return
+            return fitted
         calls = int(self.calls)
         if calls and calls % self.reseed == 0:
             dead = (self.wins == 0).nonzero().flatten().cpu()
@@ -189,6 +192,7 @@ class ClusterProbe(nn.Module):
                 self._write(dead, plus_plus(seeding_points(codes), alive, len(dead), self.seed, calls))
             self.wins.zero_()
         self.calls += 1
+        return fitted
 
     def _write(self, rows: Tensor, values: Tensor) -> None:
         values = distributed.broadcast(values.to(self.clusters))

@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 INITS = ("k-means++", "random")
 SHORTEST = 1e-12
 """Length up to which a row counts as zero under spherical k-means."""
+CLEARLY = 1e-5
+"""Share by which a later start must be better: two starts often end in one optimum with its clusters in another order,
+and rounding must not choose between them (one process and two would differ)."""
 BLOCK_ROWS = 65536
 """Points in one block of the torch engine's sums (float64)."""
 
@@ -81,7 +84,7 @@ def fit(
             scores, ids = search.nearest(points, centroids, 1, "ip" if spherical else "l2", engine)
             objective = scores.double().mean().item()
             objective = 2 - 2 * objective if spherical else objective
-            if winner is None or objective < winner[0]:
+            if winner is None or objective < winner[0] * (1 - CLEARLY):
                 winner = objective, centroids, ids.squeeze(1)
     objective, centroids, ids = winner
     counts = torch.bincount(ids, minlength=k)

@@ -139,8 +139,11 @@ def test_first_batch_seeds_the_clusters_once():
     probe.loss(codes)
     assert not probe.placed  # validation places nothing
     probe.train()
-    probe.loss(codes)
+    loss = probe.loss(codes)
+    loss.backward()
     assert probe.placed
+    assert loss < -0.3
+    assert not probe.clusters.grad.any()  # fitted to these codes: what is left is rounding
     points = F.normalize(codes.flatten(2), dim=1).transpose(1, 2).reshape(-1, 8)
     found = (points @ probe.clusters.T).max(1)
     for cluster in range(6):  # a fixed point of k-means: every centroid is the mean of its own codes

@@ -11,6 +11,8 @@ DIR ?=
 CKPT ?=
 INPUT ?=
 OUTPUT ?=
+IMAGE ?=
+K ?= 8
 FROM ?=
 FILE ?=
 NODES ?= 1
@@ -36,7 +38,7 @@ WORDS = $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(if $(or $(filter-out file
 	$(if $(DATA),data=$(DATA)) $(if $(BACKBONE),backbone=$(BACKBONE)) $(if $(TRAINER),trainer=$(TRAINER)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train pseudo eval predict clusters compare export import-checkpoint data list show-config doctor sweep slurm test test-fast test-ddp test-slurm \
+.PHONY: help setup train pseudo eval predict clusters compare export retrieve import-checkpoint data list show-config doctor sweep slurm test test-fast test-ddp test-slurm \
 	test-slow test-realdata test-gpu reference bench lint lock clean
 
 help: ## this page
@@ -81,6 +83,9 @@ compare: $(READY) ## METHODS="a b" SEEDS="0 1 2" [DATA=… ARGS=…] or RUNS="ru
 
 export: $(READY) ## CKPT=… OUTPUT=….pt2 [ARGS=…]: backbone, head and centroids as one torch.export program
 	@$(PY) run.py export ckpt=$(CKPT) output=$(OUTPUT) $(ARGS)
+
+retrieve: $(READY) ## CKPT=… IMAGE=… [K=8] [ARGS=…]: a picture's segments and their nearest in the data set, as png and html
+	@$(PY) run.py retrieve ckpt=$(CKPT) image=$(IMAGE) k=$(K) $(ARGS)
 
 import-checkpoint: $(READY) ## FROM=stego|hp FILE=… OUTPUT=….ckpt [DATA=…] [ARGS=…]: the authors' checkpoint as one of ours
 	@$(PY) run.py import-checkpoint from=$(FROM) file=$(FILE) output=$(OUTPUT) $(if $(DATA),data=$(DATA)) $(ARGS)

@@ -49,6 +49,8 @@ NULLABLE = {
     "method.licence": str,
     "method.regions.root": str,
     "method.crop.size": int,
+    "method.slots": int,
+    "method.stage.size": int,
 }
 """Types of keys whose default does not tell them: null, or one of several types."""
 
@@ -56,6 +58,9 @@ CHANGEABLE = ("backbone.weights", "backbone.precision", "backbone.acknowledge_li
 """Keys of method and backbone that may be set anew for a checkpoint."""
 
 NEVER_NULL = ("data.train_size", "data.eval_size", "trainer.devices")
+
+IN_PHASES = ("method.", "optim.", "data.")
+"""Beginnings of the keys that a phase may change."""
 
 CHOICES = {
     "logger": ("csv", "wandb"),
@@ -201,6 +206,7 @@ def compose(tokens: Iterable[str] = (), defaults: dict[str, str] | None = None) 
     for key, raw in dotted.items():
         expect_known(key, known)
         OmegaConf.update(base, key, checked(key, parse_value(key, raw, known), known))
+    base.phases = phases(base.phases, known, dotted)
     for asked, other in (("max_epochs", "max_steps"), ("max_steps", "max_epochs")):
         if dotted.get(f"trainer.{asked}", "null") != "null" and f"trainer.{other}" not in dotted:
             base.trainer[other] = None  # asking for epochs takes the number of steps of the yamls away, and vice versa
@@ -210,6 +216,26 @@ def compose(tokens: Iterable[str] = (), defaults: dict[str, str] | None = None) 
         raise ConfigError(f"the configuration cannot be resolved: {str(error).splitlines()[0]}") from None
     check(cfg)
     return freeze(cfg)
+
+
+def phases(overlays: Any, known: dict[str, Any], given: Iterable[str]) -> list[dict[str, Any]]:
+    """`phases` with dotted keys and checked values; keys `given` on the command line win. Raises ConfigError."""
+    found = []
+    for number, overlay in enumerate(OmegaConf.to_container(OmegaConf.create(list(overlays))), start=1):
+        if not isinstance(overlay, dict):
+            raise ConfigError(
+                f"phases: phase {number} is {overlay}, expected keys as in {{share: 1, method.kappa: 16}}"
+            )
+        own = flatten(overlay)
+        share = own.pop("share", 1)
+        if isinstance(share, bool) or not isinstance(share, int | float) or share <= 0:
+            raise ConfigError(f"phases: share={share} of phase {number}: must be a number above 0")
+        for key in own:
+            if not key.startswith(IN_PHASES):
+                raise ConfigError(f"phases: {key} of phase {number}: only {', '.join(IN_PHASES)} keys may change")
+        values = {key: checked(key, value, known, f"phases: phase {number}: ") for key, value in own.items()}
+        found.append({"share": share} | {key: value for key, value in values.items() if key not in given})
+    return found
 
 
 def load_group(group: str, name: str) -> dict[str, Any]:

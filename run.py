@@ -26,8 +26,8 @@ def take(words: list[str], *names: str) -> tuple[dict[str, str], list[str]]:
     return {name: found[name] for name in names}, rest
 
 
-def option(words: list[str], name: str) -> tuple[str | None, list[str]]:
-    """Take one key=value word that may be absent off a list: (its value or None, the other words)."""
+def asked(words: list[str], name: str) -> tuple[str | None, list[str]]:
+    """Split a word that may be absent off a list of key=value words: its value or None, and the others."""
     found = [word.partition("=")[2] for word in words if word.partition("=")[0] == name]
     return found[-1] if found else None, [word for word in words if word.partition("=")[0] != name]
 
@@ -42,11 +42,13 @@ def train(words: list[str]) -> None:
 
 
 def pseudo(words: list[str]) -> None:
-    """pseudo method=… data=… backbone=… [key=value …]: the offline stage of a method alone, where it has one"""
+    """pseudo method=… data=… backbone=… [output=folder] [key=value …]: the offline stage alone; its labels as pngs"""
     import config
     from engine.stage import pseudo as run
 
-    run(config.compose(words))
+    named = config.parse_words(words)
+    output = named.pop("output", None)
+    run(config.compose([f"{key}={value}" for key, value in named.items()]), Path(output) if output else None)
 
 
 def evaluate(words: list[str]) -> None:
@@ -58,18 +60,25 @@ def evaluate(words: list[str]) -> None:
 
 
 def predict(words: list[str]) -> None:
-    """predict ckpt=… input=folder output=folder [names=file|none] [key=value …]: cluster maps, overlays, areas"""
+    """predict ckpt=… input=folder output=folder [names=file|none] [levels=all] [key=value …]: cluster maps, areas"""
+    from engine.levels import predict_levels
     from engine.predicting import predict as run
 
     named, rest = take(words, "ckpt", "input", "output")
-    names, rest = option(rest, "names")
-    run(Path(named["ckpt"]), Path(named["input"]), Path(named["output"]), rest, names)
+    levels, rest = asked(rest, "levels")
+    names, rest = asked(rest, "names")
+    paths = [Path(named[name]) for name in ("ckpt", "input", "output")]
+    if levels not in (None, "all"):
+        raise ConfigError(f"levels={levels}: expected all, or no such word")
+    if levels:
+        predict_levels(*paths, rest)
+    run(*paths, rest, names)
 
 
 def clusters(words: list[str]) -> None:
     """clusters ckpt=… [sweep=6..40] [key=value …]: what each cluster is, a file to name them; how many to take"""
     named, rest = take(words, "ckpt")
-    sweep, rest = option(rest, "sweep")
+    sweep, rest = asked(rest, "sweep")
     if sweep is None:
         from engine.clusters import clusters as run
 
@@ -94,8 +103,20 @@ def export(words: list[str]) -> None:
     from engine.programs import export as run
 
     named, rest = take(words, "ckpt", "output")
-    names, rest = option(rest, "names")
+    names, rest = asked(rest, "names")
     run(Path(named["ckpt"]), Path(named["output"]), rest, names)
+
+
+def retrieve(words: list[str]) -> None:
+    """retrieve ckpt=… image=… [k=8] [output=folder] [key=value …]: a picture's segments and the nearest ones"""
+    from engine.retrieving import retrieve as run
+
+    named, rest = take(words, "ckpt", "image")
+    k, rest = asked(rest, "k")
+    output, rest = asked(rest, "output")
+    if k is not None and not k.isdigit():
+        raise ConfigError(f"k={k}: expected a whole number, the nearest segments of each segment")
+    run(Path(named["ckpt"]), Path(named["image"]), int(k or 8), None if output is None else Path(output), rest)
 
 
 def import_checkpoint(words: list[str]) -> None:
@@ -171,6 +192,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "clusters": clusters,
     "compare": compare,
     "export": export,
+    "retrieve": retrieve,
     "import-checkpoint": import_checkpoint,
     "data": data,
     "list": list_names,

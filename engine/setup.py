@@ -103,9 +103,13 @@ def connect(model: UnsupervisedSegmenter, data: SegmentationDataModule) -> None:
     cfg = model.cfg
     for key in ("train_size", "eval_size"):
         model.backbone.check_size(cfg.data[key], f"data.{key}")
+    model.total_steps = total_steps(cfg, data)
+
+
+def total_steps(cfg: DictConfig, data: SegmentationDataModule) -> int:
+    """Steps of the run. Raises DataError where there are fewer pictures than a batch."""
     steps_per_epoch = data.steps_per_epoch  # fewer pictures than a batch end here, before a folder is made
-    if cfg.trainer.max_steps is None:
-        model.total_steps = cfg.trainer.max_epochs * steps_per_epoch
+    return cfg.trainer.max_steps or cfg.trainer.max_epochs * steps_per_epoch
 
 
 def build_trainer(

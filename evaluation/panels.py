@@ -1,6 +1,6 @@
 """Pictures of results: panels with a legend, the confusion figure, overlays and index maps."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -27,8 +27,8 @@ MAX_NAMED = 40
 class Row:
     """One picture of a panel: float [3,H,W] in 0..1 or uint8 [H,W,3], its truth [H,W] or None, and id maps [H,W].
 
-    `maps` goes from column name to ids: classes, or clusters where `save` is given a mapping for that column.
-    Arrays or tensors, on any device.
+    `maps` goes from column name to ids: classes, or clusters where `save` is given a mapping for that column; or to a
+    picture uint8 [H,W,3], which is shown as it is. Arrays or tensors, on any device.
     """
 
     image: object
@@ -57,12 +57,14 @@ def save(
     mappings: Mapping[str, np.ndarray] | None = None,
     title: str = "",
     cell: int = 320,
+    groups: Collection[str] = (),
 ) -> None:
     """Write one png: a row a picture, columns picture, truth (where there is one) and every map, a legend below.
 
     mappings: column -> [K] class of each cluster, -1 unmatched (`Scores.mapping`). Its clusters take the colour of
     their class, unmatched ones greyish hues. A column without a mapping shows class ids; where the data has no classes,
-    every column shows cluster ids in fixed colours. cell: width of a picture in pixels.
+    every column shows cluster ids in fixed colours. Columns named in `groups` hold groups of one picture: fixed colours
+    that the legend leaves out. cell: width of a picture in pixels.
     """
     mappings = mappings or {}
     names = list(dict.fromkeys(name for row in rows for name in row.maps))
@@ -78,6 +80,9 @@ def save(
             cells.append(None if row.truth is None else _paint(as_ids(row.truth), meta, None, legend, cell))
         for name in names:
             ids = row.maps.get(name)
+            if ids is not None and name in groups:
+                cells.append(_paint(as_ids(ids), ClassMeta(), None, _Legend(), cell))
+                continue
             cells.append(None if ids is None else _paint(as_ids(ids), meta, mappings.get(name), legend, cell))
         grid.append((cells, row.title))
     columns = ["picture", *(["truth"] if with_truth else []), *names]
@@ -219,7 +224,9 @@ def _numpy(value) -> np.ndarray:
 
 
 def _paint(ids: np.ndarray, meta: ClassMeta, mapping, legend: _Legend, cell: int) -> Image.Image:
-    """An id map in its colours, fitted to a cell; what occurs is entered into the legend."""
+    """An id map in its colours, fitted to a cell; what occurs is entered into the legend. Pictures stay as they are."""
+    if ids.ndim == 3:
+        return _fit(Image.fromarray(ids.astype(np.uint8)), cell, Image.Resampling.NEAREST)
     present = np.unique(ids)
     count = len(mapping) if mapping is not None else meta.num_classes or int(present.max()) + 1
     colours = cluster_colours(meta, mapping, max(1, count))

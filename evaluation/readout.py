@@ -29,6 +29,11 @@ def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
         return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
 
 
+def upsample_ids(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Nearest: int64 [B,h,w] -> [B,H,W]; ids below 2^24."""
+    return F.interpolate(maps[:, None].float(), size=tuple(size), mode="nearest-exact").squeeze(1).long()
+
+
 def predict(scores: Tensor, size: tuple[int, int]) -> Tensor:
     """The best of K score maps at every pixel: [B,K,h,w] -> int64 [B,H,W].
 

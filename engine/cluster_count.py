@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from omegaconf import DictConfig
 from torch.nn import functional as F
 
@@ -29,7 +30,7 @@ POINTS, PAIRED = 20000, 2000
 MOST = 36
 """Numbers of clusters tried at most; a longer range is tried at even steps."""
 CRITERIA = {
-    "cosine": ("mean cosine to the own centroid", "always rises: look for the bend", None),
+    "cosine": ("mean cosine to the centroid", "rises: look for the bend", None),
     "silhouette": ("silhouette", "higher is better", max),
     "davies_bouldin": ("Davies-Bouldin index", "lower is better", min),
     "stability": ("agreement of two halves (adjusted Rand)", "higher is better", max),
@@ -127,6 +128,7 @@ def plot(rows: list[dict[str, float]], title: str) -> Figure:
         axes.set_title(label, fontsize=10, loc="left")
         axes.set_title(hint, fontsize=8.5, loc="right", color="#6a6e78")
         axes.set_xlabel("clusters", fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -48,6 +48,7 @@ NULLABLE = {
     "method.licence": str,
     "method.regions.root": str,
     "method.crop.size": int,
+    "method.stage.size": int,
 }
 """Types of keys whose default does not tell them: null, or one of several types."""
 

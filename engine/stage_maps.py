@@ -184,9 +184,12 @@ class ReduceRunner(L.LightningModule):
         self.register_buffer("anchor", torch.zeros(()))  # a module without a parameter has no device
         self.error: Exception | None = None
 
-    def predict_step(self, batch: Tensor, batch_idx: int) -> None:
-        if distributed.rank() > 0:
-            return
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        if distributed.rank() == 0:
+            self._compute()
+        return batch
+
+    def _compute(self) -> None:
         try:
             cache.clear(self.place)
             with torch.inference_mode(False), torch.no_grad():

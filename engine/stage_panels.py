@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 
 from common.spec import IGNORE, ClassMeta
 from datamodules.base import SegmentationDataModule
 from datamodules.reading import UnreadableError
 from evaluation import panels
-from pseudo_labels.views import View
+from pseudo_labels.views import Shades, View
 
 
 def write_panel(path: Path, data: SegmentationDataModule, views: Mapping[str, View], count: int) -> None:
@@ -28,8 +29,15 @@ def write_panel(path: Path, data: SegmentationDataModule, views: Mapping[str, Vi
             image = source.read(index)[0]
         except UnreadableError:
             continue
-        maps = {name: view.read(index, image.shape[:2]) for name, view in views.items()}
-        shown = {name: np.where(ids == IGNORE, -1, ids) for name, ids in maps.items()}
+        shown = {name: cell(view, index, image.shape[:2]) for name, view in views.items()}
         rows.append(panels.Row(image, shown, None, source.id(index)))
     path.parent.mkdir(parents=True, exist_ok=True)
     panels.save(path, rows, ClassMeta())
+
+
+def cell(view: View, index: int, size: tuple[int, int]) -> np.ndarray:
+    """Ids [H,W] with -1 where there is no label; shades as a picture uint8 [H,W,3]."""
+    found = view.read(index, size)
+    if isinstance(view, Shades):
+        return (matplotlib.colormaps["viridis"](found.astype(np.uint8))[..., :3] * 255).round().astype(np.uint8)
+    return np.where(found == IGNORE, -1, found)

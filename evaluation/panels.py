@@ -27,8 +27,8 @@ MAX_NAMED = 40
 class Row:
     """One picture of a panel: float [3,H,W] in 0..1 or uint8 [H,W,3], its truth [H,W] or None, and id maps [H,W].
 
-    `maps` goes from column name to ids: classes, or clusters where `save` is given a mapping for that column.
-    Arrays or tensors, on any device.
+    `maps` goes from column name to ids: classes, or clusters where `save` is given a mapping for that column; or to a
+    picture uint8 [H,W,3], which is shown as it is. Arrays or tensors, on any device.
     """
 
     image: object
@@ -210,7 +210,9 @@ def _numpy(value) -> np.ndarray:
 
 
 def _paint(ids: np.ndarray, meta: ClassMeta, mapping, legend: _Legend, cell: int) -> Image.Image:
-    """An id map in its colours, fitted to a cell; what occurs is entered into the legend."""
+    """An id map in its colours, fitted to a cell; what occurs is entered into the legend. Pictures stay as they are."""
+    if ids.ndim == 3:
+        return _fit(Image.fromarray(ids.astype(np.uint8)), cell, Image.Resampling.NEAREST)
     present = np.unique(ids)
     count = len(mapping) if mapping is not None else meta.num_classes or int(present.max()) + 1
     colours = cluster_colours(meta, mapping, max(1, count))

@@ -172,30 +172,66 @@ def localise(vector: Tensor, patch: int, size: tuple[int, int]) -> tuple[Tensor,
     return mask, masks.tight_box(mask, patch, size)
 
 
-def region_classes(
-    vectors: Tensor, count: int, *, seed: int, components: int = 0, reserve_background: bool = True
-) -> Tensor:
-    """Classes of regions of a whole data set by their features [R,D]: int64 [R].
+@dataclass(frozen=True)
+class RegionSpace:
+    """Where the regions of a data set were clustered, for regions that come later. No gradient."""
 
-    Unit vectors, `components` principal components of them (0: all as they are), k-means. reserve_background: classes
-    are 1..count and 0 is left to the background; False, as released: 0..count-1, so that one class falls together with
-    the background.
+    mean: Tensor
+    """[D], taken off unit vectors; zero without principal components."""
+    axes: Tensor
+    """[D,components], or [D,0] where vectors stay as they are."""
+    centroids: Tensor
+    """[K,D] or [K,components]."""
+
+    def points(self, vectors: Tensor) -> Tensor:
+        """Features of regions [R,D] in the space: float32."""
+        points = (F.normalize(real(vectors.detach()), dim=1) - self.mean).float()
+        if not self.axes.shape[1]:
+            return points
+        with exact(points.device):
+            return points @ self.axes
+
+    def assign(self, vectors: Tensor) -> Tensor:
+        """The nearest cluster of each region [R,D]: int64 [R], from 0."""
+        return kmeans.assign(self.points(vectors), self.centroids, spherical=False)
+
+
+@torch.no_grad()
+def region_space(vectors: Tensor, count: int, *, seed: int, components: int = 0) -> RegionSpace:
+    """k-means in `count` clusters of the regions of a whole data set by their features [R,D].
+
+    Unit vectors, `components` principal components of them (0: all as they are), k-means.
 
     Raises:
-        ConfigError: fewer regions than classes, or more components than there can be.
+        ConfigError: fewer regions than clusters, or more components than there can be.
     """
     points = F.normalize(real(vectors.detach()), dim=1)
+    mean, axes = points.new_zeros(points.shape[1]), points.new_zeros(points.shape[1], 0)
     if components:
         if components > min(points.shape):
             raise ConfigError(
                 f"spectral.pca={components}: {points.shape[0]} regions of {points.shape[1]} channels have "
                 f"{min(points.shape)} components; lower it"
             )
-        points = points - points.mean(0)
+        mean = points.mean(0)
+        points = points - mean
         _, axes = torch.linalg.eigh((points.double().mT @ points.double()) / len(points))
-        points = points @ axes.flip(1)[:, :components].to(points.dtype)
+        axes = axes.flip(1)[:, :components].to(points.dtype).contiguous()
+        with exact(points.device):
+            points = points @ axes
     found = kmeans.fit(points, count, spherical=False, seed=seed, iterations=100)
-    labels = kmeans.assign(points.float(), found.centroids, spherical=False)
+    return RegionSpace(mean.float(), axes.float(), found.centroids)
+
+
+def region_classes(
+    vectors: Tensor, count: int, *, seed: int, components: int = 0, reserve_background: bool = True
+) -> Tensor:
+    """Classes of the regions of a whole data set by their features [R,D]: int64 [R]; see `region_space`.
+
+    reserve_background: classes are 1..count and 0 is left to the background; False, as released: 0..count-1, so that
+    one class falls together with the background.
+    """
+    labels = region_space(vectors, count, seed=seed, components=components).assign(vectors)
     return labels + 1 if reserve_background else labels
 
 

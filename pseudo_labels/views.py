@@ -37,26 +37,41 @@ class View(ABC):
 
 
 class Segments(View):
-    """`segments` coloured by the cluster of each region.
+    """`segments`, each region with its cluster.
 
     assignment: int [R] cluster of every row of `names` over all kept pictures, in order (`Records.rows("names")`), -1:
-    none, its pixels are ignored. An id that no row names, and 0, is background; with `background=False` id 0 is a
-    region like others and clusters are not shifted: ids 0..K-1.
+    none, its pixels are ignored; None: the segments' own ids. An id that no row names, and 0, is background; with
+    `background=False` id 0 is a region like others and clusters are not shifted: ids 0..K-1.
     """
 
-    def __init__(self, records: Records, assignment: np.ndarray, background: bool = True) -> None:
+    def __init__(self, records: Records, assignment: np.ndarray | None, background: bool = True) -> None:
         super().__init__(records, ("segments", "names"))
-        owner = records.rows("names")[1]
+        self.assignment, self.shift = None if assignment is None else np.asarray(assignment, np.int64), int(background)
+        owner = records.rows("names")[1] if assignment is not None else np.zeros(0, np.int64)
         self.first = {int(index): int(row) for index, row in zip(*np.unique(owner, return_index=True), strict=True)}
-        self.assignment, self.shift = np.asarray(assignment, np.int64), int(background)
 
     def labels(self, record: Record) -> np.ndarray:
         segments, names = record.fields["segments"].astype(np.int64), record.fields["names"].astype(np.int64)
+        if self.assignment is None:
+            return segments
         table = np.full(int(max(segments.max(), names.max(initial=0))) + 1, 0 if self.shift else IGNORE)
         start = self.first.get(record.index, 0)
         clusters = self.assignment[start : start + len(names)]
         table[names] = np.where(clusters < 0, IGNORE, clusters + self.shift)
         return table[segments]
+
+
+class Shades(View):
+    """One eigenvector as 256 shades, for people: 0 at its smallest entry, 255 at its largest."""
+
+    def __init__(self, records: Records, number: int) -> None:
+        super().__init__(records, ("eigenvectors",))
+        self.number = number
+
+    def labels(self, record: Record) -> np.ndarray:
+        vector = record.fields["eigenvectors"][self.number].astype(np.float64)
+        spread = vector.max() - vector.min()
+        return np.round(255 * (vector - vector.min()) / (spread if spread > 0 else 1)).astype(np.int64)
 
 
 class Painted(View):

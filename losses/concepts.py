@@ -74,12 +74,13 @@ def uncertainty(logits: Tensor) -> Tensor:
     return 1 - (top[:, 0] - top[:, 1])
 
 
-def thing_uncertainty(logits: Tensor, evidence: Tensor) -> Tensor:
+def thing_uncertainty(logits: Tensor, evidence: Tensor, total: Tensor | None = None) -> Tensor:
     """Mean of `uncertainty` without the background (class 0) over places with evidence bool [B,h,w]: a scalar.
 
-    NaN where no place of the batch has evidence, as released: the caller skips the step.
+    total: what the sum is divided by where it is not the number of places here (several ranks: their mean). NaN where
+    no place of the batch has evidence, as released: the caller skips the step.
     """
-    return uncertainty(logits[:, 1:])[evidence].mean()
+    return (uncertainty(logits[:, 1:]) * evidence).sum() / (evidence.sum() if total is None else total)
 
 
 def embedding_diversity(embeddings: Tensor) -> Tensor:

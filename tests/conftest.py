@@ -34,8 +34,10 @@ SMALL_OF = {
     "method.crops.global_size": "32", "method.crops.local_size": "16", "method.crops.local_count": "2",
     "method.stage.size": "48", "method.stage.batch_size": "2", "method.stage.shard": "6", "method.eigs.k": "5",
     "method.segments.count": "4", "method.segments.restarts": "1",
+    "method.crops.max_per_image": "6", "method.decoder.dim": "16", "method.decoder.heads": "2",
+    "method.decoder.dropout": "0", "method.restarts.start": "1", "method.restarts.intervals": "[1]",
 }  # fmt: skip
-"""Method keys made small where a method has them. Drop path is off: a library draws it, so it has no key."""
+"""Method keys made small where a method has them. Drop path and dropout are off: a library draws them."""
 
 
 def small_words(method: str, *more: str) -> list[str]:

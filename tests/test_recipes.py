@@ -13,7 +13,7 @@ from tests.datamodules.pictures import noise, save
 
 TREES = {
     "cocostuff27": trees.coco, "cityscapes27": trees.cityscapes, "potsdam3": trees.potsdam, "pascal_voc": trees.voc,
-    "kitti": trees.kitti_step,
+    "kitti": trees.kitti_step, "cocostuff171": trees.coco, "coco81": trees.coco, "lip": trees.lip,
 }  # fmt: skip
 EVERY_RUN = {"hidden_positives_cityscapes27_vits8", "stego_potsdam3_vits8"}
 """Recipes that `make test` runs; `make test-slow` runs the others."""
@@ -27,6 +27,15 @@ OF_METHOD = {
     "hidden_positives": ["method.pool.size=8", "backbone.precision=float32"],
     "stego": ["method.neighbours.stored=3", "method.neighbours.drawn=2"],
     "segsort": ["method.crop.size=48", "method.head.hidden=32", "evaluation.retrieval.pictures=4"],
+    "transfgu": [
+        "method.stage.size=112",
+        "method.stage.batch_size=1",
+        "method.stage.shard=2",
+        "method.crops.max_per_image=40",
+        "method.augment.size=56",
+        "method.decoder.dim=24",
+        "method.restarts.repeat=1",
+    ],
     "dino": ["method.head.out_dim=64", "method.crops.local_count=2", "data.train_size=128"],
 }
 
@@ -106,5 +115,5 @@ def test_published_figures_are_those_of_the_metrics():
     assert config.published("dino_tiny") == {}
     for name in config.names("experiment"):
         for key, value in config.published(name).items():
-            assert re.fullmatch(r"(cluster|linear|retrieval)(_crf)?/(acc|miou)", key), name
+            assert re.fullmatch(r"(cluster|linear|retrieval|own)(_crf)?/(acc|miou)", key), name
             assert 0 < value < 100, name

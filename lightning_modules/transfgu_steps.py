@@ -14,6 +14,7 @@ from torch import Tensor
 
 from common import chance
 from common.errors import ConfigError, one_of
+from common.precision import exact
 from datamodules.transforms import Geometry
 from grouping.concepts import class_row_gradient, concept_maps
 from grouping.segments import segment_means
@@ -93,9 +94,9 @@ class Crops(MapStep):
 
     def announce(self, count: int) -> str:
         whole = 0 if self.banks == "all" else count
-        patches = -((-self.side // patch_of(self.backbone)) ** 2)
+        patches = -(-self.side // patch_of(self.backbone))
         weights = sum(value.numel() for value in self.backbone.parameters())
-        work = 2.0 * weights * patches * self.most * count / 1e12
+        work = 2.0 * weights * patches**2 * self.most * count / 1e12
         return (
             f"at most {self.most * count} crops of {self.side} px ({self.most} of the {len(self.windows)} windows of "
             f"each of {count} pictures) and {whole} whole pictures go through the backbone, about {work:.3g} TFLOP; "
@@ -283,7 +284,8 @@ def maps_at(maps: Tensor, places: Tensor, size: tuple[int, int]) -> Tensor:
             # Sums of multiples of 1/256 are exact, so their order does not matter.
             weights.view(-1).index_add_(0, cell * (height * width) + at[known], share[known])
     weights = weights / torch.bincount(cell, minlength=len(weights)).clamp(min=1)[:, None]
-    return (maps.float().flatten(1) @ weights.T).unflatten(1, size)
+    with exact(maps.device):
+        return (maps.float().flatten(1) @ weights.T).unflatten(1, size)
 
 
 def check_crops(settings: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.precision import real
+from common.precision import exact, real
 
 BACKGROUND = 0.1
 """Level below which the background's score grows; it wins where all classes are below half of it."""
@@ -87,4 +87,5 @@ def embedding_diversity(embeddings: Tensor) -> Tensor:
     """1 + cosine of each pair of classes i < j, in row-major order: unit rows [B,C,D] -> [B,C(C-1)/2]."""
     rows = real(embeddings)
     first, second = torch.triu_indices(rows.shape[1], rows.shape[1], 1, device=rows.device)
-    return 1 + torch.bmm(rows, rows.mT)[:, first, second]
+    with exact(rows.device):
+        return 1 + torch.bmm(rows, rows.mT)[:, first, second]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import ConfigError, one_of
+from common.precision import exact
 from models.backbone import Backbone, Features
 
 KINDS = ("auto", "class", "pooled")
@@ -91,7 +92,8 @@ def _class(backbone: Backbone, images: Tensor) -> ClassPath:
         return backbone.net.norm(x) if backbone.level_norm else x
 
     queries, keys, values = found.qkv
-    row = (attn.q_norm(queries[:, :, :1]) * attn.scale) @ attn.k_norm(keys).mT  # blocks like this have no rotation
+    with exact(images.device):
+        row = (attn.q_norm(queries[:, :, :1]) * attn.scale) @ attn.k_norm(keys).mT  # blocks like this have no rotation
     return ClassPath(row[:, :, 0].softmax(-1), values, token, found.prefix, tuple(found.map.shape[-2:]))
 
 

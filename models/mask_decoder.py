@@ -53,15 +53,15 @@ class MaskDecoder(nn.Module):
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """tokens [B,N,in_dim] -> unit patch vectors [B,N,D], unit class vectors [B,K,D] (of this picture), float32
         logits [B,N,K]: their cosines, normed over the classes, so a logit depends on all of them."""
-        x = self.proj_dec(tokens)
-        x = torch.cat([x, self.cls_emb.to(x.dtype).expand(len(x), -1, -1)], dim=1)
+        x = self.proj_dec(tokens).float()
+        x = torch.cat([x, self.cls_emb.expand(len(x), -1, -1)], dim=1)
         for block in self.blocks:
             x = block(x)
-        x = self.decoder_norm(x)
-        patches, classes = x[:, : -self.classes], x[:, -self.classes :]
-        patches = F.normalize((patches @ self.proj_patch).float(), dim=-1)
-        classes = F.normalize((classes @ self.proj_classes).float(), dim=-1)
+        # The norm over the classes enlarges what little their cosines differ by, so nothing is rounded before it.
         with torch.autocast(tokens.device.type, enabled=False):
+            x = self.decoder_norm(x.float())
+            patches = F.normalize(x[:, : -self.classes] @ self.proj_patch, dim=-1)
+            classes = F.normalize(x[:, -self.classes :] @ self.proj_classes, dim=-1)
             return patches, classes, self.mask_norm(patches @ classes.mT)
 
 

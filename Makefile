@@ -11,11 +11,17 @@ DIR ?=
 CKPT ?=
 INPUT ?=
 OUTPUT ?=
+IMAGE ?=
+K ?= 8
 FROM ?=
 FILE ?=
 NODES ?= 1
 GPUS ?= 1
 SITE ?=
+METHODS ?=
+SEEDS ?=
+RUNS ?=
+NAME ?=
 DRY ?=
 SWEEP ?= $(METHOD)
 TRIALS ?=
@@ -32,7 +38,7 @@ WORDS = $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(if $(or $(filter-out file
 	$(if $(DATA),data=$(DATA)) $(if $(BACKBONE),backbone=$(BACKBONE)) $(if $(TRAINER),trainer=$(TRAINER)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train pseudo eval predict import-checkpoint data list show-config doctor sweep slurm test test-fast test-ddp test-slurm \
+.PHONY: help setup train pseudo eval predict retrieve clusters compare export import-checkpoint data list show-config doctor sweep slurm test test-fast test-ddp test-slurm \
 	test-slow test-realdata test-gpu reference bench lint lock clean
 
 help: ## this page
@@ -66,6 +72,20 @@ eval: $(READY) ## CKPT=runs/x/checkpoints/last.ckpt [ARGS=…]: the scores of a 
 
 predict: $(READY) ## CKPT=… INPUT=folder OUTPUT=folder [ARGS=…]: cluster maps and overlays of any pictures
 	@$(PY) run.py predict ckpt=$(CKPT) input=$(INPUT) output=$(OUTPUT) $(ARGS)
+
+retrieve: $(READY) ## CKPT=… IMAGE=… [K=8] [ARGS=…]: a picture's segments and their nearest in the data set, as png and html
+	@$(PY) run.py retrieve ckpt=$(CKPT) image=$(IMAGE) k=$(K) $(ARGS)
+
+clusters: $(READY) ## CKPT=… [SWEEP=6..40] [ARGS=…]: what each cluster is, and a file to name them; how many to take
+	@$(PY) run.py clusters ckpt=$(CKPT) $(if $(filter-out file undefined,$(origin SWEEP)),sweep=$(SWEEP)) $(ARGS)
+
+compare: $(READY) ## METHODS="a b" SEEDS="0 1 2" [DATA=… ARGS=…] or RUNS="runs/a runs/b": trains what is missing; one table, one page
+	@$(PY) run.py compare $(if $(METHODS),methods="$(METHODS)") $(if $(SEEDS),seeds="$(SEEDS)") $(if $(RUNS),runs="$(RUNS)") \
+		$(if $(NAME),name=$(NAME)) $(if $(DATA),data=$(DATA)) $(if $(BACKBONE),backbone=$(BACKBONE)) \
+		$(if $(TRAINER),trainer=$(TRAINER)) $(ARGS)
+
+export: $(READY) ## CKPT=… OUTPUT=….pt2 [ARGS=…]: backbone, head and centroids as one torch.export program
+	@$(PY) run.py export ckpt=$(CKPT) output=$(OUTPUT) $(ARGS)
 
 import-checkpoint: $(READY) ## FROM=stego|hp FILE=… OUTPUT=….ckpt [DATA=…] [ARGS=…]: the authors' checkpoint as one of ours
 	@$(PY) run.py import-checkpoint from=$(FROM) file=$(FILE) output=$(OUTPUT) $(if $(DATA),data=$(DATA)) $(ARGS)

@@ -31,6 +31,7 @@ NULLABLE = {
     "trainer.threads": int,
     "trainer.devices": (int, str),
     "predict.size": int,
+    "predict.window": int,
     "data.root": str,
     "data.lists": str,
     "cache.dir": str,
@@ -48,11 +49,16 @@ NULLABLE = {
     "method.licence": str,
     "method.regions.root": str,
     "method.crop.size": int,
+<<<<<<< HEAD
     "method.stage.size": (int, list),
     "method.crops.max_per_image": int,
     "method.crops.pictures": int,
     "method.things": int,
     "method.augment.size": (int, list),
+=======
+    "method.slots": int,
+    "method.stage.size": int,
+>>>>>>> main
 }
 """Types of keys whose default does not tell them: null, or one of several types."""
 
@@ -60,6 +66,9 @@ CHANGEABLE = ("backbone.weights", "backbone.precision", "backbone.acknowledge_li
 """Keys of method and backbone that may be set anew for a checkpoint."""
 
 NEVER_NULL = ("data.train_size", "data.eval_size", "trainer.devices")
+
+IN_PHASES = ("method.", "optim.", "data.")
+"""Beginnings of the keys that a phase may change."""
 
 CHOICES = {
     "logger": ("csv", "wandb"),
@@ -100,7 +109,7 @@ POSITIVE = (
     "trainer.num_nodes", "trainer.threads", "data.batch_size", "data.eval_batch_size", "method.num_clusters",
     "evaluation.kmeans.restarts", "evaluation.kmeans.iterations", "evaluation.kmeans.points",
     "evaluation.kmeans.pictures", "evaluation.retrieval.pictures",
-    "predict.size",
+    "predict.size", "predict.window",
 )  # fmt: skip
 
 NOT_NEGATIVE = (
@@ -205,6 +214,7 @@ def compose(tokens: Iterable[str] = (), defaults: dict[str, str] | None = None) 
     for key, raw in dotted.items():
         expect_known(key, known)
         OmegaConf.update(base, key, checked(key, parse_value(key, raw, known), known))
+    base.phases = phases(base.phases, known, dotted)
     for asked, other in (("max_epochs", "max_steps"), ("max_steps", "max_epochs")):
         if dotted.get(f"trainer.{asked}", "null") != "null" and f"trainer.{other}" not in dotted:
             base.trainer[other] = None  # asking for epochs takes the number of steps of the yamls away, and vice versa
@@ -214,6 +224,26 @@ def compose(tokens: Iterable[str] = (), defaults: dict[str, str] | None = None) 
         raise ConfigError(f"the configuration cannot be resolved: {str(error).splitlines()[0]}") from None
     check(cfg)
     return freeze(cfg)
+
+
+def phases(overlays: Any, known: dict[str, Any], given: Iterable[str]) -> list[dict[str, Any]]:
+    """`phases` with dotted keys and checked values; keys `given` on the command line win. Raises ConfigError."""
+    found = []
+    for number, overlay in enumerate(OmegaConf.to_container(OmegaConf.create(list(overlays))), start=1):
+        if not isinstance(overlay, dict):
+            raise ConfigError(
+                f"phases: phase {number} is {overlay}, expected keys as in {{share: 1, method.kappa: 16}}"
+            )
+        own = flatten(overlay)
+        share = own.pop("share", 1)
+        if isinstance(share, bool) or not isinstance(share, int | float) or share <= 0:
+            raise ConfigError(f"phases: share={share} of phase {number}: must be a number above 0")
+        for key in own:
+            if not key.startswith(IN_PHASES):
+                raise ConfigError(f"phases: {key} of phase {number}: only {', '.join(IN_PHASES)} keys may change")
+        values = {key: checked(key, value, known, f"phases: phase {number}: ") for key, value in own.items()}
+        found.append({"share": share} | {key: value for key, value in values.items() if key not in given})
+    return found
 
 
 def load_group(group: str, name: str) -> dict[str, Any]:
@@ -352,6 +382,8 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(
             "trainer.max_steps=null: set trainer.max_steps or trainer.max_epochs, one of them ends the run"
         )
+    if not 0 <= cfg.predict.overlap <= 0.9:
+        raise ConfigError(f"predict.overlap={cfg.predict.overlap}: expected a number from 0 to 0.9")
     if not 0 <= cfg.predict.overlay_alpha <= 1:
         raise ConfigError(f"predict.overlay_alpha={cfg.predict.overlay_alpha}: expected a number from 0 to 1")
 

@@ -26,6 +26,12 @@ def take(words: list[str], *names: str) -> tuple[dict[str, str], list[str]]:
     return {name: found[name] for name in names}, rest
 
 
+def option(words: list[str], name: str) -> tuple[str | None, list[str]]:
+    """Take one key=value word that may be absent off a list: (its value or None, the other words)."""
+    found = [word.partition("=")[2] for word in words if word.partition("=")[0] == name]
+    return found[-1] if found else None, [word for word in words if word.partition("=")[0] != name]
+
+
 def train(words: list[str]) -> None:
     """train method=… data=… backbone=… trainer=… [experiment=…] [key=value …]: train, evaluate, fill a run folder"""
     import config
@@ -36,11 +42,13 @@ def train(words: list[str]) -> None:
 
 
 def pseudo(words: list[str]) -> None:
-    """pseudo method=… data=… backbone=… [key=value …]: the offline stage of a method alone, where it has one"""
+    """pseudo method=… data=… backbone=… [output=folder] [key=value …]: the offline stage alone; its labels as pngs"""
     import config
     from engine.stage import pseudo as run
 
-    run(config.compose(words))
+    named = config.parse_words(words)
+    output = named.pop("output", None)
+    run(config.compose([f"{key}={value}" for key, value in named.items()]), Path(output) if output else None)
 
 
 def evaluate(words: list[str]) -> None:
@@ -52,11 +60,63 @@ def evaluate(words: list[str]) -> None:
 
 
 def predict(words: list[str]) -> None:
-    """predict ckpt=… input=folder output=folder [key=value …]: cluster maps, overlays and a legend of any pictures"""
+    """predict ckpt=… input=folder output=folder [names=file|none] [levels=all] [key=value …]: maps, overlays, areas"""
+    from engine.levels import predict_levels
     from engine.predicting import predict as run
 
     named, rest = take(words, "ckpt", "input", "output")
-    run(Path(named["ckpt"]), Path(named["input"]), Path(named["output"]), rest)
+    levels, rest = option(rest, "levels")
+    names, rest = option(rest, "names")
+    paths = [Path(named[name]) for name in ("ckpt", "input", "output")]
+    if levels not in (None, "all"):
+        raise ConfigError(f"levels={levels}: expected all, or no such word")
+    if levels:
+        predict_levels(*paths, rest)
+    run(*paths, rest, names)
+
+
+def retrieve(words: list[str]) -> None:
+    """retrieve ckpt=… image=… [k=8] [output=folder] [key=value …]: a picture's segments and the nearest ones"""
+    from engine.retrieving import retrieve as run
+
+    named, rest = take(words, "ckpt", "image")
+    k, rest = option(rest, "k")
+    output, rest = option(rest, "output")
+    if k is not None and not k.isdigit():
+        raise ConfigError(f"k={k}: expected a whole number, the nearest segments of each segment")
+    run(Path(named["ckpt"]), Path(named["image"]), int(k or 8), None if output is None else Path(output), rest)
+
+
+def clusters(words: list[str]) -> None:
+    """clusters ckpt=… [sweep=6..40] [key=value …]: what each cluster is, a file to name them; how many to take"""
+    named, rest = take(words, "ckpt")
+    sweep, rest = option(rest, "sweep")
+    if sweep is None:
+        from engine.clusters import clusters as run
+
+        run(Path(named["ckpt"]), rest)
+    else:
+        from engine.cluster_count import sweep as run
+
+        run(Path(named["ckpt"]), sweep, rest)
+
+
+def compare(words: list[str]) -> None:
+    """compare methods="a b" seeds="0 1 2" [data=… key=value …] | runs="runs/a runs/b": one table, one page"""
+    from launch.compare import main as run
+
+    code = run(words)
+    if code:
+        raise SystemExit(code)
+
+
+def export(words: list[str]) -> None:
+    """export ckpt=… output=….pt2 [names=file|none] [key=value …]: one torch.export program, free of this project"""
+    from engine.programs import export as run
+
+    named, rest = take(words, "ckpt", "output")
+    names, rest = option(rest, "names")
+    run(Path(named["ckpt"]), Path(named["output"]), rest, names)
 
 
 def import_checkpoint(words: list[str]) -> None:
@@ -129,6 +189,10 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "pseudo": pseudo,
     "eval": evaluate,
     "predict": predict,
+    "retrieve": retrieve,
+    "clusters": clusters,
+    "compare": compare,
+    "export": export,
     "import-checkpoint": import_checkpoint,
     "data": data,
     "list": list_names,

@@ -117,6 +117,10 @@ class SegmentationDataModule(L.LightningDataModule):
         self.setup()
         return self._sources[split]
 
+    def labelled_source(self) -> str | Source:
+        """The training pictures whose labels a read-out may read: "train", unless other pictures are trained on."""
+        return "train"
+
     def describe(self, split: str) -> str:
         """What a split is, for metrics.json: its pictures, and the list they come from where there is one."""
         return f"{split}: {len(self.source(split))} pictures"

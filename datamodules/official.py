@@ -216,6 +216,10 @@ class OfficialDataModule(SegmentationDataModule):
             )
         return self.make_source(entries)
 
+    def labelled_source(self) -> str | ListedSource:
+        """The published training pictures, also where `data.train_roots` names others to train on."""
+        return self.make_source(self.entries("train")) if self.data.train_roots else "train"
+
     def _other(self, root: str) -> list[Entry]:
         """Pictures of `data.train_roots`: those of `data.root` as published, all others without labels."""
         if Path(root).expanduser().resolve() == Path(self.data.root or "").expanduser().resolve():

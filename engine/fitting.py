@@ -18,7 +18,7 @@ from datamodules.base import SegmentationDataModule, Source
 from datamodules.sampling import permutation
 from evaluation import readout
 from evaluation.probes import LinearProbe
-from evaluation.retrieval import SegmentBank
+from evaluation.retrieval import SegmentBank, SegmentRetrieval
 from lightning_modules.base import UnsupervisedSegmenter, split_labels
 from lightning_modules.optim import ALGORITHMS, schedule_factor
 from retrieval import kmeans
@@ -106,11 +106,14 @@ class RetrievalFit(L.Callback):
 
     @torch.no_grad()
     def on_validation_start(self, trainer: L.Trainer, pl_module: UnsupervisedSegmenter) -> None:
-        if pl_module.retrieval is None or pl_module.retrieval.bank is not None:
+        waiting = [item for item in pl_module.further.values() if isinstance(item, SegmentRetrieval) and not item.ready]
+        if not waiting:
             return
+        item = waiting[0]
         vectors, labels = [torch.empty(0, pl_module.code_dim)], [torch.empty(0, dtype=torch.int64)]
+        source = self.data.labelled_source()
         loader = self.data.loader(
-            "train", geometry="eval", order="shuffled", limit=self.settings.pictures, purpose="retrieval"
+            source, geometry="eval", order="shuffled", limit=self.settings.pictures, purpose="retrieval"
         )
         for batch in loader:
             if "label" not in batch:
@@ -118,7 +121,7 @@ class RetrievalFit(L.Callback):
             image, label, valid = (batch[key].to(pl_module.device) for key in ("image", "label", "valid"))
             with trainer.precision_plugin.forward_context():
                 codes = pl_module.embed(pl_module.features(image))
-            found = pl_module.retrieval.labelled(codes, label, valid)
+            found = item.labelled(codes, label, valid)
             vectors.append(found.vectors.cpu())
             labels.append(found.labels.cpu())
         rows = [torch.cat(part).to(pl_module.device) for part in (vectors, labels)]
@@ -128,7 +131,7 @@ class RetrievalFit(L.Callback):
                 f"evaluation.retrieval.k={self.settings.k}: no training picture that was read has a label; set "
                 "evaluation.retrieval.k=0, or raise evaluation.retrieval.pictures"
             )
-        pl_module.set_retrieval(bank)
+        item.bank = bank
 
 
 class PosthocFit(L.Callback):

@@ -1,35 +1,51 @@
 """`run.py predict`: cluster maps of any folder of pictures, at their own size and under their own names."""
 
+import csv
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import DictConfig
+from PIL import Image
+from torch import Tensor
 
 import config
 from common import precision
-from common.errors import CheckpointError, ConfigError, DataError
-from common.palette import default_palette
+from common.errors import ConfigError, DataError
+from common.files import whole
 from common.spec import ClassMeta
 from datamodules.base import SegmentationDataModule
-from datamodules.folder import pictures_below
-from datamodules.reading import read_picture
+from datamodules.folder import FolderSource, pictures_below
+from datamodules.reading import UnreadableError, read_picture
 from datamodules.transforms import Geometry
-from engine import setup
+from engine import naming, setup, windows
+from engine.naming import Colour, Legend
 from evaluation import panels, readout, report
 from evaluation.crf import as_bytes
 from lightning_modules.base import UnsupervisedSegmenter
 
 log = logging.getLogger(__name__)
 
+BAND = 512
+"""Rows of an overlay drawn at once."""
+SHOWN = 8
+"""Pictures of the overview."""
 
-def predict(checkpoint_path: Path, source: Path, output: Path, tokens: list[str]) -> dict[str, Any]:
-    """Write `index/<name>.png` (cluster ids), `overlay/<name>.png`, legend.png and clusters.json into `output`.
 
-    Ids are those of the probe (`predict.probe`), the same for every picture and every call. A picture that cannot be
-    read is named and left out. Returns what clusters.json holds.
+def predict(
+    checkpoint_path: Path, source: Path, output: Path, tokens: list[str], names: str | None = None
+) -> dict[str, Any]:
+    """Write `index/<name>.png` (cluster ids), `overlay/<name>.png`, areas.csv, legend.png, overview.png and
+    clusters.json into `output`.
+
+    Ids are those of the probe (`predict.probe`), the same for every picture and every call. `names`: a names file
+    (see engine/naming.py), `none`, or None for the one that `clusters` wrote for this checkpoint, where it is there.
+    areas.csv has a row a picture and a column a name: pixels. A picture that cannot be read is named and left out.
+    Returns what clusters.json holds.
     """
     setup.begin()
     checkpoint = setup.read_checkpoint(checkpoint_path)
@@ -38,82 +54,132 @@ def predict(checkpoint_path: Path, source: Path, output: Path, tokens: list[str]
     if source.resolve() in (output.resolve(), *output.resolve().parents):
         raise ConfigError(f"output={output}: lies in the input folder and would be read as pictures; name another")
     model = setup.restore_model(checkpoint, cfg)
-    probe = choose_probe(cfg, model)
-    device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
-    model.to(device)
-    names, colours = legend(cfg, checkpoint["labelfree"].get("clusters", {}).get(probe), setup.stored_meta(checkpoint))
-    size = cfg.predict.size or cfg.data.eval_size
-    geometry = Geometry(
-        size=size if isinstance(size, int) else min(size), crop="keep", interpolation=cfg.data.interpolation
-    )
-    reader = SegmentationDataModule(cfg)
-    reader.pad_multiple = model.backbone.patch_multiple
-    loader = reader.loader(pictures, geometry=geometry, batch_size=1)
-    done = 0
-    for batch in loader:
-        ids = cluster_ids(model, batch, probe, device)
-        write(
-            output,
-            batch["id"][0],
-            pictures.entries[int(batch["index"][0])].picture,
-            ids,
-            colours,
-            cfg.predict.overlay_alpha,
-        )
+    probe = naming.choose_probe(cfg, model)
+    mapping = checkpoint["labelfree"].get("clusters", {}).get(probe)
+    plain = naming.unnamed(cfg.method.num_clusters, mapping, setup.stored_meta(checkpoint))
+    legend = naming.legend_for(checkpoint_path, names, probe, naming.centroids(model, probe), plain)
+    model.to(setup.device(cfg))
+    source_of = whole_pictures if cfg.predict.window is None else windowed_pictures
+    areas, overview, done = Areas(legend), Overview(legend, len(pictures)), 0
+    unreadable: dict[str, str] = {}
+    for number, picture, ids in source_of(cfg, model, pictures, probe, unreadable):
+        name = pictures.id(number)
+        write(output, name, picture, ids, legend.colours, cfg.predict.overlay_alpha)
+        areas.add(name, ids)
+        overview.add(number, name, picture, ids)
         done += 1
         if done % max(1, len(pictures) // 10) == 0:
             log.info("%d of %d pictures", done, len(pictures))
     missed = len(pictures) - done
     if not done:
-        first = next(iter(loader.account.files))
+        first = next(iter(unreadable))
         raise DataError(f"input={source}: none of its {len(pictures)} pictures could be read; first: {first}")
     content = {
         "probe": probe,
         "checkpoint": checkpoint_path.name,
-        "names_from_labels": any(":" in name for name in names),
+        "names_from_labels": legend.source is None and any(":" in name for name in legend.names),
+        "names_file": None if legend.source is None else str(legend.source),
         "clusters": [
             {"id": i, "name": name, "colour": list(colour)}
-            for i, (name, colour) in enumerate(zip(names, colours, strict=True))
+            for i, (name, colour) in enumerate(zip(legend.names, legend.colours, strict=True))
         ],
         "pictures": done,
-        "unreadable": sorted(loader.account.files),
+        "unreadable": sorted(unreadable),
     }
-    panels.legend_png(output / "legend.png", names, colours)
+    classes = legend.classes()
+    panels.legend_png(output / "legend.png", list(classes), [legend.colours[ids[0]] for ids in classes.values()])
+    areas.save(output / "areas.csv")
+    overview.save(output / "overview.png")
     report.write_json(output / "clusters.json", content)
     log.info("%d pictures in %s%s", done, output, f", {missed} could not be read" if missed else "")
     return content
 
 
-def choose_probe(cfg: DictConfig, model: UnsupervisedSegmenter) -> str:
-    """`predict.probe`, with `auto` resolved. Raises CheckpointError for k-means before its centroids were fitted."""
-    fitted = bool(model.kmeans_probe.fitted)
-    if cfg.predict.probe == "auto":
-        return "kmeans" if fitted else "cluster"
-    if cfg.predict.probe == "kmeans" and not fitted:
-        raise CheckpointError(
-            "predict.probe=kmeans: the centroids are fitted when a run ends, and this checkpoint was written before; "
-            "use last.ckpt of a finished run, or predict.probe=cluster"
+def whole_pictures(
+    cfg: DictConfig, model: UnsupervisedSegmenter, pictures: FolderSource, probe: str, unreadable: dict[str, str]
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(number, picture [H,W,3], ids [H,W]) of every picture that can be read, seen as a whole; the others are named."""
+    size = cfg.predict.size or cfg.data.eval_size
+    size = size if isinstance(size, int) else min(size)
+    geometry = Geometry(size=size, crop="keep", interpolation=cfg.data.interpolation)
+    reader = SegmentationDataModule(cfg)
+    reader.pad_multiple = model.backbone.patch_multiple
+    loader = reader.loader(pictures, geometry=geometry, batch_size=1)
+    unreadable |= loader.account.files
+    for batch in loader:
+        number = int(batch["index"][0])
+        yield number, read_picture(pictures.entries[number].picture), cluster_ids(model, batch, probe)
+        unreadable |= loader.account.files
+    unreadable |= loader.account.files
+
+
+def windowed_pictures(
+    cfg: DictConfig, model: UnsupervisedSegmenter, pictures: FolderSource, probe: str, unreadable: dict[str, str]
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """The same by windows of `predict.window` px, at the pictures' own scale, or scaled to `predict.size`."""
+    if model.crf is not None:
+        raise ConfigError(
+            "evaluation.crf=dense: is for whole pictures; set predict.window=null, or evaluation.crf=none"
         )
-    return cfg.predict.probe
+
+    def scores_of(images: Tensor) -> Tensor:
+        return read(model, images)[1][probe]
+
+    for number, entry in enumerate(pictures.entries):
+        try:
+            with any_size():
+                picture = read_picture(entry.picture)
+        except UnreadableError as error:
+            log.warning("%s; it is skipped", error)
+            unreadable[error.file] = str(error)
+            continue
+        seen = picture
+        if cfg.predict.size is not None:
+            seen, _ = Geometry(cfg.predict.size, "keep", cfg.data.interpolation).resize(picture, None)
+        ids = windowed_ids(seen, picture.shape[:2], scores_of, model, cfg)
+        yield number, picture, ids
 
 
-def legend(cfg: DictConfig, mapping: list[int] | None, meta: ClassMeta) -> tuple[list[str], list[tuple[int, int, int]]]:
-    """Names and colours of the clusters: those of the matched classes where the run had labels (`3: road`)."""
-    clusters = cfg.method.num_clusters
-    if mapping is None or not meta.has_labels:
-        return [f"cluster {i}" for i in range(clusters)], [tuple(colour) for colour in default_palette(clusters)]
-    colours = panels.cluster_colours(meta, mapping, clusters)
-    names = [f"{i}: {meta.names[target]}" if target >= 0 else f"cluster {i}" for i, target in enumerate(mapping)]
-    return names, [tuple(int(part) for part in colour) for colour in colours]
+def windowed_ids(
+    seen: np.ndarray,
+    size: tuple[int, int],
+    scores_of: Callable[[Tensor], Tensor],
+    model: UnsupervisedSegmenter,
+    cfg: DictConfig,
+    offset: tuple[int, int] = (0, 0),
+) -> np.ndarray:
+    """Ids [H,W] at `size` of a picture as the network sees it, uint8 [H',W',3]; `offset`: see `windows.blended`."""
+    unit = max(model.backbone.patch_multiple, *model.backbone.strides)
+    scores, padded = windows.blended(
+        seen, scores_of, cfg.predict.window, unit, cfg.predict.overlap, offset, model.device
+    )
+    frame = tuple(round(side * own / shown) for side, own, shown in zip(padded, size, seen.shape, strict=False))
+    return windows.bands(readout.strips(scores, frame), size, scores.shape[1])
+
+
+@contextmanager
+def any_size() -> Iterator[None]:
+    """Pillow takes pictures of more than 180 million pixels for an attack; here they are the user's own."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 @torch.inference_mode()
-def cluster_ids(model: UnsupervisedSegmenter, batch: dict[str, Any], probe: str, device: torch.device) -> np.ndarray:
-    """Ids [H,W] at the size of the picture file."""
-    image = batch["image"].to(device)
-    dtype = precision.AUTOCAST[precision.usable(model.cfg.trainer.precision, device.type)]
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        codes, scores = model.read(image)
+def read(model: UnsupervisedSegmenter, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """`UnsupervisedSegmenter.read` on its device, in the precision of the run."""
+    dtype = precision.AUTOCAST[precision.usable(model.cfg.trainer.precision, model.device.type)]
+    with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
+        return model.read(images.to(model.device))
+
+
+@torch.inference_mode()
+def cluster_ids(model: UnsupervisedSegmenter, batch: dict[str, Any], probe: str) -> np.ndarray:
+    """Ids [H,W] of a batch of one picture, at the size of its file."""
+    image = batch["image"].to(model.device)
+    codes, scores = read(model, image)
     valid = batch["valid"][0]
     rows, columns = int(valid.any(1).sum()), int(valid.any(0).sum())
     height, width = batch["size"][0].tolist()
@@ -125,15 +191,64 @@ def cluster_ids(model: UnsupervisedSegmenter, batch: dict[str, Any], probe: str,
         maps = log_probs.exp()
         window = (slice(None), slice(None), slice(0, rows), slice(0, columns))
         maps[window] = model.crf(as_bytes(image[window]), [log_probs[window]])[0]
-    return readout.predict(maps, frame)[0, :height, :width].cpu().numpy()
+    return windows.bands(readout.strips(maps, frame), (height, width), maps.shape[1])
 
 
-def write(
-    output: Path, name: str, file: str, ids: np.ndarray, colours: list[tuple[int, int, int]], alpha: float
-) -> None:
-    """The index map and the overlay of one picture."""
+def write(output: Path, name: str, picture: np.ndarray, ids: np.ndarray, colours: list[Colour], alpha: float) -> None:
+    """The index map and the overlay of one picture [H,W,3]."""
     index, over = output / "index" / f"{name}.png", output / "overlay" / f"{name}.png"
     for path in (index, over):
         path.parent.mkdir(parents=True, exist_ok=True)
     panels.index_png(index, ids, colours)
-    panels.Image.fromarray(panels.overlay(read_picture(file), ids, colours, alpha)).save(over)
+    drawn = np.empty_like(picture)
+    for first in range(0, len(ids), BAND):  # a band at a time, with the row above it for the outlines
+        above = max(0, first - 1)
+        part = panels.overlay(picture[above : first + BAND], ids[above : first + BAND], colours, alpha)
+        drawn[first : first + BAND] = part[first - above :]
+    Image.fromarray(drawn).save(over)
+
+
+class Areas:
+    """Pixels of every class (clusters of one name together) in every picture."""
+
+    def __init__(self, legend: Legend) -> None:
+        self.classes = legend.classes()
+        self.clusters = len(legend.names)
+        self.rows: list[list[Any]] = []
+
+    def add(self, name: str, ids: np.ndarray) -> None:
+        """One picture's ids [H,W]."""
+        counts = sum(np.bincount(band.ravel(), minlength=self.clusters) for band in np.array_split(ids, 16))
+        self.rows.append([name, *ids.shape, *(int(counts[own].sum()) for own in self.classes.values())])
+
+    def save(self, path: Path) -> None:
+        """A row a picture: its name, height and width, and the pixels of each class."""
+        with whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as handle:
+            writer = csv.writer(handle, lineterminator="\n")
+            writer.writerow(["picture", "height", "width", *self.classes])
+            writer.writerows(self.rows)
+
+
+class Overview:
+    """Some pictures beside their segments, with the legend, on one sheet."""
+
+    def __init__(self, legend: Legend, pictures: int) -> None:
+        self.classes = legend.classes()
+        self.colours = tuple(legend.colours[ids[0]] for ids in self.classes.values())
+        self.class_of = np.zeros(len(legend.names), dtype=np.int64)
+        for number, ids in enumerate(self.classes.values()):
+            self.class_of[ids] = number
+        self.every = max(1, pictures // SHOWN)
+        self.rows: list[panels.Row] = []
+
+    def add(self, number: int, name: str, picture: np.ndarray, ids: np.ndarray) -> None:
+        """Take picture `number` of the folder, where it is one of those that are shown."""
+        if number % self.every or len(self.rows) >= SHOWN:
+            return
+        step = max(1, min(ids.shape) // 400)
+        small = self.class_of[ids[::step, ::step]]
+        self.rows.append(panels.Row(np.ascontiguousarray(picture[::step, ::step]), {"segments": small}, None, name))
+
+    def save(self, path: Path) -> None:
+        """The sheet."""
+        panels.save(path, self.rows, ClassMeta(tuple(self.classes), self.colours))

@@ -103,9 +103,13 @@ def connect(model: UnsupervisedSegmenter, data: SegmentationDataModule) -> None:
     cfg = model.cfg
     for key in ("train_size", "eval_size"):
         model.backbone.check_size(cfg.data[key], f"data.{key}")
+    model.total_steps = total_steps(cfg, data)
+
+
+def total_steps(cfg: DictConfig, data: SegmentationDataModule) -> int:
+    """Steps of the run. Raises DataError where there are fewer pictures than a batch."""
     steps_per_epoch = data.steps_per_epoch  # fewer pictures than a batch end here, before a folder is made
-    if cfg.trainer.max_steps is None:
-        model.total_steps = cfg.trainer.max_epochs * steps_per_epoch
+    return cfg.trainer.max_steps or cfg.trainer.max_epochs * steps_per_epoch
 
 
 def build_trainer(
@@ -211,6 +215,11 @@ def stored_meta(checkpoint: dict[str, Any]) -> ClassMeta:
     """The classes that a checkpoint was trained with."""
     facts = checkpoint["labelfree"]
     return ClassMeta(tuple(facts["classes"]), tuple(tuple(colour) for colour in facts["palette"]))
+
+
+def device(cfg: DictConfig) -> torch.device:
+    """Where commands without a Trainer compute: the first GPU, unless `trainer.accelerator=cpu`."""
+    return torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
 
 
 def restore_model(

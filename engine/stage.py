@@ -25,7 +25,7 @@ from engine import setup
 from engine.preemption import Preemption
 from engine.stage_fits import FitBatches, FitKeeper
 from engine.stage_maps import MapData, MapRunner, OneBatch, ReduceRunner, ShardWriter, safetensors_bytes, share
-from engine.stage_panels import write_panel
+from engine.stage_panels import write_maps, write_panel
 from engine.stage_progress import StageProgress
 from lightning_modules.staged import StagedSegmenter, check_stage
 from pseudo_labels import cache
@@ -97,7 +97,8 @@ class Stage:
         for name, step in self.steps.items():
             place = self.places[name]
             if place.complete:
-                log.info("pseudo-labels: %s is there (%s)", name, place.path)
+                if rank_zero_only.rank == 0:
+                    log.info("pseudo-labels: %s is there (%s)", name, place.path)
             else:
                 needed = {need: results[need] for need in step.needs}
                 self._compute(step, place, needed)
@@ -212,10 +213,11 @@ def summary_text(found: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def pseudo(cfg: DictConfig) -> dict[str, Any]:
+def pseudo(cfg: DictConfig, output: Path | None = None) -> dict[str, Any]:
     """`run.py pseudo`: the offline stage of a method alone; returns the summaries by step.
 
-    Raises ConfigError for a method that has none.
+    output: folder for label maps of the training pictures, `<column of the panel>/<id>.png`, at the pictures' size (0
+    background where the method has one, clusters, 255 = no label). Raises ConfigError for a method without a stage.
     """
     setup.begin()
     cfg, data = setup.build_data(cfg)
@@ -226,5 +228,8 @@ def pseudo(cfg: DictConfig) -> dict[str, Any]:
         )
     setup.connect(model, data)
     stage = Stage(cfg, data, model)
-    prepare(stage, cfg.evaluation.panels)
+    results = prepare(stage, cfg.evaluation.panels)
+    if output is not None and rank_zero_only.rank == 0:
+        for name, view in model.shown(results).items():
+            write_maps(output / name.replace(": ", "_"), view)
     return {name: describe(place) for name, place in stage.places.items()}

@@ -35,6 +35,15 @@ def write_panel(path: Path, data: SegmentationDataModule, views: Mapping[str, Vi
     panels.save(path, rows, ClassMeta())
 
 
+def write_maps(folder: Path, view: View) -> None:
+    """Write the map of every picture that was kept as `<id>.png`, 8 bit, at the size of the picture; 255 = no label."""
+    for record in view.source.each([]):
+        if record.keep:
+            path = folder / f"{record.id}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            panels.index_png(path, view.read(record.index, record.size))
+
+
 def cell(view: View, index: int, size: tuple[int, int]) -> np.ndarray:
     """Ids [H,W] with -1 where there is no label; shades as a picture uint8 [H,W,3]."""
     found = view.read(index, size)

@@ -38,12 +38,7 @@ def protocol(cfg: DictConfig, data: SegmentationDataModule, model: UnsupervisedS
             f"{posthoc.epochs} epochs, {posthoc.optimizer}, lr {posthoc.lr:g} {posthoc.schedule}, "
             f"weight decay {posthoc.weight_decay:g}"
         )
-    if model.retrieval is not None:
-        own = rules.retrieval
-        found["protocol/retrieval"] = (
-            f"labels of training pictures, {own.k} nearest segments, grid {own.cells[0]}x{own.cells[1]}, "
-            f"{own.pictures} pictures at most"
-        )
+    found |= {f"protocol/{name}": item.protocol() for name, item in model.further.items()}
     return found
 
 

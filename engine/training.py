@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import config
 from common.errors import CheckpointError, ConfigError
 from common.files import copy_whole
 from datamodules.base import SegmentationDataModule
-from engine import environment, exporting, selection, setup, summary
+from engine import environment, exporting, phases, selection, setup, summary
 from engine.callbacks import PanelKeeper, RunKeeper, numbers, progress
 from engine.checkpoints import WholeCheckpointIO
 from engine.fitting import KMeansFit, PosthocFit, RetrievalFit
@@ -47,32 +48,42 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     if folder.state == "finished":
         log.info("%s is finished; nothing to do (run.overwrite=true trains it again)", folder.path)
         return json.loads(folder.metrics.read_text())
-    model = setup.build_model(cfg, data.meta)
-    setup.connect(model, data)
+    base, begun = cfg, 0
+    total = setup.total_steps(cfg, data)
+    steps = phases.plan(base, total)
+    cfg, data, model = prepared(steps[0], data if len(steps) == 1 else None)
+    phases.check(steps, model, data.meta)
     centroids, posthoc = KMeansFit(cfg, data), PosthocFit(cfg, data)
     centroids.check(model)
     posthoc.check()
     keeper = RunKeeper(folder, cfg, selection.choose(cfg, model))
     if folder.checkpoint is not None:
-        check_resume(cfg, model, folder)
-    folder.create(cfg)
+        begun = check_resume(steps, folder)
+    folder.create(base)
     pictures = PanelKeeper(cfg.evaluation.panels)
     loggers = [setup.wandb_logger(cfg, folder.path)] if cfg.logger == "wandb" else []
     preemption = Preemption(keeper)
     callbacks = [keeper, preemption, pictures, *progress(cfg.trainer.progress)]
     if isinstance(model, StagedSegmenter) and model.stage_in_training:
         prepare(Stage(cfg, data, model, preemption), cfg.evaluation.panels, folder.path)
-    trainer = setup.build_trainer(cfg, model.total_steps, callbacks, loggers, folder.path)
+    trainer = setup.build_trainer(cfg, total, callbacks, loggers, folder.path)
     introduce(cfg, data, model, folder, trainer)
     try:
         with preemption.listening(trainer):
-            trainer.fit(model, data, ckpt_path=folder.checkpoint, weights_only=True)
+            checkpoint = folder.checkpoint
+            for phase in phases.left(steps, begun):
+                if phase is not steps[0]:
+                    cfg, data, model = prepared(phase)
+                    log.info("phase %d of %d: steps %d to %d", steps.index(phase) + 1, len(steps), *spanned(phase))
+                trainer.fit_loop.epoch_loop.max_steps = phase.last
+                trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)
+                checkpoint = folder.last
             if not keeper.history.rows and trainer.is_global_zero:  # killed in the closing evaluation: no step was left
                 keeper.restore_history(trainer)
-            trainer.callbacks += [centroids, posthoc, RetrievalFit(cfg, data)]
+            trainer.callbacks += [KMeansFit(cfg, data), PosthocFit(cfg, data), RetrievalFit(cfg, data)]
             metrics = close(cfg, data, model, trainer, keeper, folder)
     except SystemExit:  # what Lightning makes of Ctrl-C
-        log.info("stopped at step %d of %d; the same command goes on", trainer.global_step, model.total_steps)
+        log.info("stopped at step %d of %d; the same command goes on", trainer.global_step, total)
         raise KeyboardInterrupt from None
     if trainer.is_global_zero:
         write_files(model, pictures, folder.path, loggers)
@@ -87,15 +98,38 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     return metrics
 
 
-def check_resume(cfg: DictConfig, model: UnsupervisedSegmenter, folder: RunFolder) -> None:
-    """Raises CheckpointError where the checkpoint to go on from is cut, foreign, of other settings, or at its end."""
+def prepared(
+    phase: phases.Phase, data: SegmentationDataModule | None = None
+) -> tuple[DictConfig, SegmentationDataModule, UnsupervisedSegmenter]:
+    """Settings, pictures and method of a phase, connected. `data`: where they are made already."""
+    cfg = phase.cfg
+    if data is None:
+        cfg, data = setup.build_data(cfg)
+    model = setup.build_model(cfg, data.meta)
+    setup.connect(model, data)
+    model.first_step, model.total_steps = phase.first, phase.last
+    return cfg, data, model
+
+
+def spanned(phase: phases.Phase) -> tuple[int, int]:
+    """Its first and last step, counted from 1."""
+    return phase.first + 1, phase.last
+
+
+def check_resume(steps: list[phases.Phase], folder: RunFolder) -> int:
+    """The step of the checkpoint to go on from.
+
+    Raises CheckpointError where it is cut, foreign, of other settings, or at its end.
+    """
     checkpoint = setup.read_checkpoint(folder.checkpoint)
     if "imported" in checkpoint["labelfree"]:
         raise CheckpointError(
             f"run.resume: {folder.checkpoint} was imported; a release holds no optimiser, pool or projection to go on "
             "with, so it can be evaluated and used by predict, and training starts without it"
         )
-    stored, own = config.with_defaults(checkpoint["labelfree"]["config"]), config.plain(cfg)
+    step, total = checkpoint["global_step"], steps[-1].last
+    stored = config.with_defaults(checkpoint["labelfree"]["config"])
+    own = config.plain(phases.at(steps, step).cfg)
     for group in ("method", "backbone", "optim"):
         difference = config.first_difference({group: stored[group]}, {group: own[group]})
         if difference is not None:
@@ -103,11 +137,12 @@ def check_resume(cfg: DictConfig, model: UnsupervisedSegmenter, folder: RunFolde
                 f"run.resume: {folder.checkpoint} was trained with other settings, first difference {difference}; "
                 "give the same words, or start without it"
             )
-    if folder.state == "new" and checkpoint["global_step"] >= model.total_steps:
+    if folder.state == "new" and step >= total:
         raise CheckpointError(
-            f"run.resume: {folder.checkpoint} is at step {checkpoint['global_step']} already; "
-            f"set trainer.max_steps above it (now {model.total_steps}), or use `run.py eval`"
+            f"run.resume: {folder.checkpoint} is at step {step} already; "
+            f"set trainer.max_steps above it (now {total}), or use `run.py eval`"
         )
+    return step
 
 
 def introduce(
@@ -121,7 +156,7 @@ def introduce(
         "%s on %s (%d training, %d validation pictures, %s) with %s: %d steps of %d pictures",
         cfg.method.name, cfg.data.name, len(data.source("train")), len(data.source("val")),
         f"{data.meta.num_classes} classes" if data.meta.has_labels else "no labels",
-        cfg.backbone.name, model.total_steps, cfg.data.batch_size,
+        cfg.backbone.name, trainer.max_steps, cfg.data.batch_size,
     )  # fmt: skip
     if model.uses_labels:
         log.info("this variant trains WITH labels; every table says so")
@@ -164,15 +199,18 @@ def write_files(model: UnsupervisedSegmenter, pictures: PanelKeeper, folder: Pat
         log.info("%s", report.as_text(report.per_class_table(results, model.meta)))
     mappings = {probe: scores.mapping for probe, scores in results.items() if predicts_clusters(probe)}
     rows = [panels.Row(kept["image"], kept["maps"], kept["label"], kept["id"]) for kept in pictures.kept.values()]
+    groups = [name for item in model.further.values() for name in item.groups]
     for row in rows:
-        panels.save(folder / "panels" / f"{row.title.replace('/', '_')}.png", [row], model.meta, mappings)
+        name = f"{row.title.replace('/', '_')}.png"
+        panels.save(folder / "panels" / name, [row], model.meta, mappings, groups=groups)
     if rows:
-        panels.save(folder / "panels" / "sheet.png", rows, model.meta, mappings)
+        panels.save(folder / "panels" / "sheet.png", rows, model.meta, mappings, groups=groups)
         for logger in loggers:
             logger.log_image("panels", [str(folder / "panels" / "sheet.png")])
-            logger.log_metrics({"pictures": masked_pictures(rows, model.meta, mappings)})
+            known = [replace(row, maps={k: v for k, v in row.maps.items() if k not in groups}) for row in rows]
+            logger.log_metrics({"pictures": masked_pictures(known, model.meta, mappings)})
     for logger in loggers:
         if (folder / "confusion.png").is_file():
             logger.log_image("confusion", [str(folder / "confusion.png")])
-        logger.close()
+        logger.finish()
     log.info("panels, tables and checkpoints are in %s", folder)

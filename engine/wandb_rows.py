@@ -59,6 +59,12 @@ class StepLogger(WandbLogger):
         self._row, self._handed = {}, self._step
         write_text(self._file, f"{self._handed}\n")
 
+    @rank_zero_only
+    def finish(self) -> None:
+        """Hand over what is held back and end the run, so that the next training of this process has one of its own."""
+        self.close()
+        self.experiment.finish()
+
 
 def masked_pictures(rows: Sequence[Row], meta: ClassMeta, mappings: Mapping[str, np.ndarray]) -> list[wandb.Image]:
     """Pictures of a panel with truth and predictions as masks, which W&B's page switches on and off.

@@ -1,6 +1,6 @@
 """Pictures of results: panels with a legend, the confusion figure, overlays and index maps."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -57,12 +57,14 @@ def save(
     mappings: Mapping[str, np.ndarray] | None = None,
     title: str = "",
     cell: int = 320,
+    groups: Collection[str] = (),
 ) -> None:
     """Write one png: a row a picture, columns picture, truth (where there is one) and every map, a legend below.
 
     mappings: column -> [K] class of each cluster, -1 unmatched (`Scores.mapping`). Its clusters take the colour of
     their class, unmatched ones greyish hues. A column without a mapping shows class ids; where the data has no classes,
-    every column shows cluster ids in fixed colours. cell: width of a picture in pixels.
+    every column shows cluster ids in fixed colours. Columns named in `groups` hold groups of one picture: fixed colours
+    that the legend leaves out. cell: width of a picture in pixels.
     """
     mappings = mappings or {}
     names = list(dict.fromkeys(name for row in rows for name in row.maps))
@@ -78,6 +80,9 @@ def save(
             cells.append(None if row.truth is None else _paint(as_ids(row.truth), meta, None, legend, cell))
         for name in names:
             ids = row.maps.get(name)
+            if ids is not None and name in groups:
+                cells.append(_paint(as_ids(ids), ClassMeta(), None, _Legend(), cell))
+                continue
             cells.append(None if ids is None else _paint(as_ids(ids), meta, mappings.get(name), legend, cell))
         grid.append((cells, row.title))
     columns = ["picture", *(["truth"] if with_truth else []), *names]
@@ -169,11 +174,14 @@ def legend_png(path: str | Path, names: Sequence[str], palette) -> None:
 def confusion(path: str | Path, scores: Scores, meta: ClassMeta, title: str = "") -> None:
     """Write the confusion figure: true classes down, predicted classes across, each row in percent of its true pixels.
 
+    Classes stand in the order of their pixels, the most frequent first, so that what counts most is at the top left.
     Numbers stand in the cells up to 30 classes. A last column holds unmatched clusters where there are any.
     """
     classes = scores.histogram.shape[1]
     table = scores.histogram.T.astype(np.float64)
-    names = list(meta.names) if meta.num_classes == classes else [str(i) for i in range(classes)]
+    order = confusion_order(scores)
+    table = table[order][:, [*order, classes]]
+    names = [meta.names[i] if meta.num_classes == classes else str(i) for i in order]
     across = [*names, "unmatched"]
     if not table[:, classes].any():
         table, across = table[:, :classes], names
@@ -203,6 +211,12 @@ def confusion(path: str | Path, scores: Scores, meta: ClassMeta, title: str = ""
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=7, length=0)
     figure.savefig(path, bbox_inches="tight")
+
+
+def confusion_order(scores: Scores) -> list[int]:
+    """Class ids from the most to the least frequent by their labelled pixels; ties by id."""
+    pixels = scores.counts.sum(0)
+    return sorted(range(len(pixels)), key=lambda i: -int(pixels[i]))
 
 
 def _numpy(value) -> np.ndarray:
@@ -236,7 +250,8 @@ def _fit(image: Image.Image, width: int, how: Image.Resampling) -> Image.Image:
 
 
 @lru_cache
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """The sans serif that pictures are labelled with, px; it comes with matplotlib."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     return ImageFont.truetype(str(folder / ("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf")), size)
 
@@ -245,7 +260,7 @@ def _compose(grid, columns: list[str], legend: _Legend, title: str, cell: int) -
     """Lay out title, header, rows of cells and legend on white paper."""
     width = max(len(columns), 1) * (cell + GAP) + GAP
     entries = legend.ordered()
-    text = _font(13)
+    text = font(13)
     slot = max([int(text.getlength(name)) for _, name in entries], default=0) + 40
     per_line = max(1, (width - GAP) // slot)
     tallest = [max(part.height for part in cells if part is not None) for cells, _ in grid]
@@ -257,18 +272,18 @@ def _compose(grid, columns: list[str], legend: _Legend, title: str, cell: int) -
     draw = ImageDraw.Draw(sheet)
     y = GAP
     if title:
-        draw.text((GAP, y), title, fill=INK, font=_font(16, bold=True))
+        draw.text((GAP, y), title, fill=INK, font=font(16, bold=True))
         y += 30
     if columns:
         for i, name in enumerate(columns):
-            draw.text((GAP + i * (cell + GAP), y + 4), name, fill=INK, font=_font(14, bold=True))
+            draw.text((GAP + i * (cell + GAP), y + 4), name, fill=INK, font=font(14, bold=True))
         y += 28
     for (cells, caption), h in zip(grid, heights, strict=True):
         for i, part in enumerate(cells):
             if part is not None:
                 sheet.paste(part, (GAP + i * (cell + GAP), y))
         if caption:
-            draw.text((GAP, y + h - 18), caption, fill=FAINT, font=_font(12))
+            draw.text((GAP, y + h - 18), caption, fill=FAINT, font=font(12))
         y += h + GAP
     for i, (colour, name) in enumerate(entries):
         x, line = GAP + (i % per_line) * slot, y + (i // per_line) * 24

@@ -6,6 +6,8 @@ the K upsampled dot products is the arg max of the released order (upsample the 
 exact up to rounding at ties (protocol document, section 1.3).
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,6 +27,11 @@ def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
         return maps
     with torch.autocast(maps.device.type, enabled=False):
         return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def upsample_ids(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Nearest: int64 [B,h,w] -> [B,H,W]; ids below 2^24."""
+    return F.interpolate(maps[:, None].float(), size=tuple(size), mode="nearest-exact").squeeze(1).long()
 
 
 def predict(scores: Tensor, size: tuple[int, int]) -> Tensor:
@@ -58,6 +65,22 @@ def best_map(scores: Tensor, size: tuple[int, int]) -> Tensor:
                 torch.maximum(best, value, out=best)
             number += 1
     return ids
+
+
+def strips(scores: Tensor, size: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
+    """`predict` for one large picture, a band of rows at a time: [1,K,h,w] -> (first row, ids int64 [n,W]).
+
+    Bilinear upsampling is separable, so the rows of a band are interpolated first, its columns then: equal to `predict`
+    up to rounding, with BLOCK elements held at once.
+    """
+    first_row, second_row, low, high = interpolation(scores.shape[2], size[0], real(scores))
+    step = max(1, BLOCK // (scores.shape[1] * size[1]))
+    with torch.no_grad():
+        for first in range(0, size[0], step):
+            rows = slice(first, min(first + step, size[0]))
+            above, below = real(scores[:, :, first_row[rows]]), real(scores[:, :, second_row[rows]])
+            band = low[rows, None] * above + high[rows, None] * below
+            yield first, best_map(band, (band.shape[2], size[1]))[0]
 
 
 def log_probs(logits: Tensor, size: tuple[int, int]) -> Tensor:

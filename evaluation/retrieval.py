@@ -4,6 +4,7 @@ It reads the labels of the training pictures, plainly: what it scores is how wel
 not a clustering. Sources: SegSort (ICCV 2019) section 3.4; HSG (CVPR 2022); method documents segsort.md 7, hsg.md 8.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import ConfigError
+from common.spec import ClassMeta
+from evaluation import readout
+from evaluation.matching import Scores
+from evaluation.metrics import SegmentationScore
+from evaluation.readouts import Readout
 from grouping.segments import at_cells, majority_labels, prototypes, segment_sizes, sort_pixels, sorting
 from retrieval.voting import nearest_labels, vote
 
@@ -25,15 +31,45 @@ class SegmentBank:
     """int64 [M]"""
 
 
-class SegmentRetrieval:
-    """The keys `evaluation.retrieval.*` at work. Raises ConfigError for values it cannot run with."""
+class SegmentRetrieval(Readout):
+    """The keys `evaluation.retrieval.*` at work; ready as soon as it has a bank. `policy`: see `SegmentationScore`.
 
-    def __init__(self, settings: Any, classes: int) -> None:
+    Raises ConfigError for values it cannot run with.
+    """
+
+    name = "retrieval"
+
+    def __init__(self, settings: Any, classes: int, **policy: Any) -> None:
+        super().__init__()
         self.sorting = sorting(settings, "evaluation.retrieval")
         if settings.upsample < 1:
             raise ConfigError(f"evaluation.retrieval.upsample={settings.upsample}: must be at least 1")
         self.settings, self.classes = settings, classes
         self.bank: SegmentBank | None = None
+        self.score = SegmentationScore(classes, classes, matching="identity", **policy)
+
+    @property
+    def ready(self) -> bool:
+        return self.bank is not None
+
+    def see(self, model: Any, batch: Mapping[str, Any], codes: Tensor) -> dict[str, Tensor]:
+        found = self.predict(codes, batch["valid"])
+        if "label" in batch:
+            self.score.update(found, batch["label"])
+        return {self.name: found}
+
+    def compute(self) -> Scores:
+        return self.score.compute()
+
+    def reset(self) -> None:
+        self.score.reset()
+
+    def protocol(self) -> str:
+        own = self.settings
+        return (
+            f"labels of training pictures, {own.k} nearest segments, grid {own.cells[0]}x{own.cells[1]}, "
+            f"{own.pictures} pictures at most"
+        )
 
     def segments(self, codes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, int, tuple[int, int]]:
         """Segments of pictures: unit vectors [B*N,D], ids [B*N] (-1: padding), how many, and the size of the map.
@@ -70,5 +106,23 @@ class SegmentRetrieval:
         unit, ids, count, size = self.segments(codes, valid)
         found = nearest_labels(prototypes(unit, ids, count), self.bank.vectors, self.bank.labels, self.settings.k)
         classes = vote(found, self.classes)
-        maps = classes[ids.clamp(min=0)].where(ids >= 0, 0).view(len(codes), 1, *size)
-        return F.interpolate(maps.float(), size=tuple(valid.shape[-2:]), mode="nearest-exact").squeeze(1).long()
+        maps = classes[ids.clamp(min=0)].where(ids >= 0, 0).view(len(codes), *size)
+        return readout.upsample_ids(maps, tuple(valid.shape[-2:]))
+
+
+def configured(rules: Any, meta: ClassMeta) -> list[SegmentRetrieval]:
+    """The read-out of `evaluation.retrieval.*`, where it is asked for; `rules`: the keys `evaluation.*`.
+
+    Raises ConfigError where the data has no labels.
+    """
+    own = rules.retrieval
+    if not own.k:
+        return []
+    if not meta.has_labels:
+        raise ConfigError(
+            f"evaluation.retrieval.k={own.k}: this read-out votes by labels of training pictures and the data has "
+            "none; set evaluation.retrieval.k=0"
+        )
+    return [
+        SegmentRetrieval(own, meta.num_classes, extra=rules.extra, absent=rules.absent, background=rules.background)
+    ]

@@ -7,60 +7,31 @@ finished trials are not run again, a trial that was killed is resumed.
 
 import csv
 import hashlib
-import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.parse
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 import config
-from common.errors import AGAIN, ConfigError, LabelfreeError
+from common.errors import ConfigError, LabelfreeError
 from common.files import whole
 from launch import space
 from launch.space import Sweep
 from launch.submit import ROOT, count
+from launch.trials import Queue, Trial, part_of, shown
 
 SECONDS = 5
 """How long the server of W&B is waited for."""
 
-STOPPED = (AGAIN, 128 + signal.SIGTERM, 128 + signal.SIGUSR1, 130, -signal.SIGUSR1, -signal.SIGTERM)
-"""Exit codes of a trial that was asked to stop, and goes on with the next start."""
 
-
-@dataclass
-class Trial:
-    """One trial: its values, its run folder, and what became of it."""
-
-    index: int
-    values: dict[str, Any]
-    words: list[str]
-    folder: Path
-    state: str = "waiting"
-    score: float | None = None
-    seconds: float | None = None
-    note: str = field(default="")
-
-    def look(self, target: str) -> None:
-        """Take the state and the score from the run folder."""
-        metrics = self.folder / "metrics.json"
-        if metrics.is_file():
-            self.state, self.score = "finished", json.loads(metrics.read_text()).get(target)
-        environment = self.folder / "environment.json"
-        if self.score is not None and environment.is_file():
-            self.seconds = json.loads(environment.read_text())["seconds"]
-
-
-class LocalSweep:
+class LocalSweep(Queue):
     """The trials of a sweep on this machine, one after the other."""
 
     def __init__(self, sweep: Sweep, words: Sequence[str], trials: int | None) -> None:
@@ -74,76 +45,14 @@ class LocalSweep:
         same = [f"{key}={value}" for key, value in shared.items()]
         ranges = {**sweep.tree, "run_cap": None, "command": None}  # more trials, or another command, are the same sweep
         mark = hashlib.sha256(repr((ranges, same)).encode()).hexdigest()[:6]
-        self.folder = (parent / "sweeps" / f"{sweep.path.stem}-{mark}").resolve()
-        self.trials = []
+        folder = (parent / "sweeps" / f"{sweep.path.stem}-{mark}").resolve()
+        super().__init__("sweep", folder, [], sweep.target)
         for index, values in enumerate(sweep.trials(trials)):
             own = [space.word(key, value) for key, value in values.items()]
             name = f"{index:03d}-{hashlib.sha256(repr(own).encode()).hexdigest()[:6]}"
             run_words = [*same, *own, f"run.dir={self.folder}", f"run.name={name}"]
             config.compose(run_words)  # a wrong key or value ends before the first trial
             self.trials.append(Trial(index, values, run_words, self.folder / name))
-        self.process: subprocess.Popen | None = None
-        self.asked = 0
-
-    def run(self, part: int = 0, parts: int = 1) -> int:
-        """Run the trials `part`, `part + parts`, … that are not finished; returns an exit code.
-
-        0: all of them are finished, 1: some failed, another one: that of a trial which was asked to stop.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        mine = self.trials[part::parts]
-        print(f"sweep {self.folder}: {len(self.trials)} trials" + (f", {len(mine)} of them here" if parts > 1 else ""))
-        former = {number: signal.signal(number, self.forward) for number in (signal.SIGUSR1, signal.SIGTERM)}
-        try:
-            for trial in mine:
-                trial.look(self.sweep.target)
-                if trial.state == "finished":
-                    continue
-                code = self.train(trial)
-                self.report(trial)
-                if self.asked or code in STOPPED:
-                    print(f"stopped in trial {trial.folder.name}; the same command goes on")
-                    return code or 128 + self.asked
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
-        return 1 if any(trial.state == "failed" for trial in mine) else 0
-
-    def train(self, trial: Trial) -> int:
-        """One trial in a process of its own; its output goes into `<trial>.log`."""
-        environment = {key: value for key, value in os.environ.items() if key not in DROPPED}
-        log = trial.folder.with_suffix(".log")
-        with log.open("a") as output:
-            command = [sys.executable, str(ROOT / "run.py"), "train", *trial.words]
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
-            )
-            if self.asked:  # the signal came while the process was being made
-                self.process.send_signal(self.asked)
-            code = self.process.wait()
-        trial.look(self.sweep.target)
-        if code in STOPPED:
-            trial.state = "stopped"
-        elif code:
-            lines = log.read_text(errors="replace").strip().splitlines()
-            trial.state, trial.note = "failed", (lines or [f"exit code {code}"])[-1]
-        return code
-
-    def forward(self, signum: int, frame: Any) -> None:
-        """A scheduler wants this process to stop: the trial that runs saves itself and ends; no further one begins."""
-        self.asked = signum
-        if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(signum)
-
-    def report(self, trial: Trial) -> None:
-        """One line about a trial that has ended."""
-        if trial.state == "finished":
-            print(
-                f"trial {trial.folder.name}: {self.sweep.target} {shown(trial.score)} ({trial.seconds:.0f} s)",
-                flush=True,
-            )
-        elif trial.state == "failed":
-            print(f"trial {trial.folder.name}: failed: {trial.note} (all of it: {trial.folder}.log)", flush=True)
 
     def ranked(self) -> list[Trial]:
         """All trials, the best first; those without a score after those with one."""
@@ -169,15 +78,6 @@ class LocalSweep:
             score = trial.state if trial.score is None else shown(trial.score)
             table.add_row(trial.folder.name, score, *(str(trial.values[key]) for key in keys))
         return table
-
-
-DROPPED = ("LABELFREE_RUN_NAME", "SLURM_NTASKS")
-"""Not handed on: a trial has its own name, and starts its devices by itself even where this process is a SLURM task."""
-
-
-def shown(score: float | None) -> str:
-    """A score with two digits; a run may lack the target (a label-based one without labels)."""
-    return "-" if score is None else f"{score:.2f}"
 
 
 def why_here(offline: bool) -> str | None:
@@ -255,14 +155,6 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-
-
-def part_of(text: str | None) -> tuple[int, int]:
-    """`2/8` -> (2, 8): the third of eight shares. Raises ConfigError."""
-    first, _, parts = (text or "0/1").partition("/")
-    if not (first.isdecimal() and parts.isdecimal() and int(first) < int(parts)):
-        raise ConfigError(f"part={text}: expected i/n with i from 0 to n - 1, as a job array gives it")
-    return int(first), int(parts)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import lightning as L
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import config
@@ -20,12 +19,9 @@ from common import distributed
 from common.chance import library_draws
 from common.errors import CheckpointError, ConfigError
 from common.spec import ClassMeta, NeighbourSpec, RegionSpec, ViewSpec
-from evaluation import readout, report
-from evaluation.crf import Constants, DenseCRF
-from evaluation.matching import Scores
-from evaluation.metrics import ClusterUsage, SegmentationScore
-from evaluation.probes import LABEL_PROBES, ClusterProbe, KMeansProbe, LinearProbe
-from evaluation.retrieval import SegmentBank, SegmentRetrieval
+from evaluation.probes import LinearProbe
+from evaluation.readouts import Readout
+from lightning_modules.evaluated import Evaluated
 from lightning_modules.kept import check_kept, keep_features
 from lightning_modules.near import near_pictures
 from lightning_modules.optim import CompositeOptimizer, clip_gradients, scheduled
@@ -55,7 +51,7 @@ class Loss:
     """The view that `codes` belong to; the linear probe reads the labels of that view."""
 
 
-class UnsupervisedSegmenter(L.LightningModule):
+class UnsupervisedSegmenter(Evaluated):
     """Base of all methods.
 
     Class facts: `uses_labels` (supervised variants only, shown in every table), `trains` (False: no method loss, the
@@ -82,30 +78,11 @@ class UnsupervisedSegmenter(L.LightningModule):
         self._check_frozen()
         with library_draws(cfg.seed, "init"):
             self.build()
-        clusters = cfg.method.num_clusters
-        rules = cfg.evaluation
-        self.cluster_probe = ClusterProbe(
-            self.code_dim, clusters, cfg.seed, init=rules.cluster_init, reseed=rules.cluster_reseed
-        )
-        self.kmeans_probe = KMeansProbe(self.code_dim, clusters)
-        self.linear_probe = (
-            LinearProbe(self.code_dim, meta.num_classes, cfg.seed) if meta.has_labels and linear_probe else None
-        )
-        self.posthoc_probe: LinearProbe | None = None  # `set_posthoc` gives one, after training
-        self.retrieval = self._retrieval()
         self.has_own_scores = type(self).scores is not UnsupervisedSegmenter.scores
-        self.confusion = nn.ModuleDict(
-            {probe: self._confusion(probe) for probe in self.probe_names()} if meta.has_labels else {}
-        )
-        self.usage = ClusterUsage(clusters)
-        constants = Constants(**rules.crf_constants)
-        constants.check("evaluation.crf_constants")
-        self.crf = DenseCRF(constants) if rules.crf == "dense" else None
-        self.refining = False
-        self.total_steps = cfg.trainer.max_steps or 1
+        self.build_evaluation(linear_probe)
+        self.first_step, self.total_steps = 0, cfg.trainer.max_steps or 1  # of the run, or of its phase
         self.neighbour_table: str | None = None
         self.kept_features: dict[str, FeatureStore] = {}
-        self.validated: dict[str, Scores] = {}
 
     def _check_frozen(self) -> None:
         name = self.cfg.method.name
@@ -165,6 +142,11 @@ class UnsupervisedSegmenter(L.LightningModule):
     def scores(self, features: Features) -> Tensor:
         """A method's own classifier: [B,K,h,w]; scored as val/own/* where a method defines it."""
         raise TypeError(f"{type(self).__name__} has no classifier of its own")
+
+    @property
+    def readouts(self) -> list[Readout]:
+        """Further evaluations, beside those that the configuration names; see evaluation/readouts.py."""
+        return []
 
     def prepare(self, loader: Callable[..., Any]) -> None:
         """Once before the first step of a new run (not after a resume); `loader` is `unlabelled_loader`."""
@@ -273,7 +255,7 @@ class UnsupervisedSegmenter(L.LightningModule):
         if self.global_step % max(1, self.trainer.datamodule.steps_per_epoch) == 0:
             self.on_epoch(self.unlabelled_loader)
         for group in self.optimizers().optimizer.param_groups:
-            group |= scheduled(group, self.global_step, self.total_steps)
+            group |= scheduled(group, self.global_step - self.first_step, self.total_steps - self.first_step)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -299,128 +281,7 @@ class UnsupervisedSegmenter(L.LightningModule):
         for group in optimizer.param_groups:
             clip_gradients(group)
 
-    # ------------------------------------------------------------------ evaluation
-
-    def probe_names(self) -> list[str]:
-        """Read-outs that exist, in the order of tables."""
-        own = ["own"] if type(self).scores is not UnsupervisedSegmenter.scores else []
-        learned = {"linear": self.linear_probe, "linear_posthoc": self.posthoc_probe}
-        return ["cluster", "kmeans", *own, *(name for name, probe in learned.items() if probe is not None)]
-
-    def _retrieval(self) -> SegmentRetrieval | None:
-        """The read-out `evaluation.retrieval`, scored as soon as it has a bank (after training)."""
-        if not self.cfg.evaluation.retrieval.k:
-            return None
-        if not self.meta.has_labels:
-            raise ConfigError(
-                f"evaluation.retrieval.k={self.cfg.evaluation.retrieval.k}: this read-out votes by labels of training "
-                "pictures and the data has none; set evaluation.retrieval.k=0"
-            )
-        return SegmentRetrieval(self.cfg.evaluation.retrieval, self.meta.num_classes)
-
-    def _confusion(self, probe: str) -> SegmentationScore:
-        rows = self.meta.num_classes if probe in LABEL_PROBES else self.cfg.method.num_clusters
-        rules = self.cfg.evaluation
-        matching = "identity" if probe in LABEL_PROBES else rules.matching
-        return SegmentationScore(
-            rows, self.meta.num_classes, matching, rules.extra, rules.absent, background=rules.background
-        )
-
-    def read(self, images: Tensor, features: Features | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Codes [B,D,h,w], and score maps [B,K,h,w] of every read-out that is ready, for pictures [B,3,H,W] in 0..1.
-
-        `features` are those of the pictures, where they are known.
-        """
-        features = self.features(images) if features is None else features
-        codes = self.embed(features)
-        if self.cfg.evaluation.flip:
-            codes = readout.flip_average(codes, self.embed(self.features(images.flip(-1))))
-        scores = {"cluster": self.cluster_probe.scores(codes)}
-        if self.kmeans_probe.fitted:
-            scores["kmeans"] = self.kmeans_probe.scores(codes)
-        if self.has_own_scores:
-            scores["own"] = self.scores(features)
-        if self.linear_probe is not None:
-            scores["linear"] = self.linear_probe(codes)
-        if self.posthoc_probe is not None:
-            scores["linear_posthoc"] = self.posthoc_probe(codes)
-        return codes, scores
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Update the metrics; returns the id maps [B,H,W] of every read-out."""
-        codes, scores = self.read(batch["image"], self.features_of(batch))
-        maps = {probe: readout.predict(values, batch["image"].shape[-2:]) for probe, values in scores.items()}
-        self.usage.update(scores["cluster"], codes, batch["valid"])
-        if self.retrieval is not None and self.retrieval.bank is not None:
-            maps["retrieval"] = self.retrieval.predict(codes, batch["valid"])
-        if self.refining:
-            maps |= self.refined(batch["image"], batch["valid"], codes, scores)
-        if "label" in batch:
-            for probe in maps:
-                self.confusion[probe].update(maps[probe], batch["label"])
-        return maps
-
-    def log_probs(self, codes: Tensor, scores: dict[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
-        """Log-probabilities [B,K,H,W] of each read-out: softmax of logits, or of twice the cosine to centroids."""
-        probes = {"cluster": self.cluster_probe, "kmeans": self.kmeans_probe}
-        return {
-            name: probes[name].log_probs(codes, size) if name in probes else readout.log_probs(values, size)
-            for name, values in scores.items()
-        }
-
-    def refined(self, images: Tensor, valid: Tensor, codes: Tensor, scores: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Id maps [B,H,W] of every read-out after the dense CRF, as `<probe>_crf`; one lattice serves all read-outs."""
-        parts: list[list[Tensor]] = []
-        step = self.crf.at_once(images)
-        for first in range(0, len(images), step):  # so that no more upsampled probabilities are held than needed
-            rows = slice(first, first + step)
-            own = {probe: values[rows] for probe, values in scores.items()}
-            probs = self.log_probs(codes[rows], own, tuple(images.shape[-2:]))
-            parts.append(self.crf.predict(images[rows], valid[rows], list(probs.values())))
-        return {f"{probe}_crf": torch.cat(maps) for probe, maps in zip(scores, zip(*parts, strict=True), strict=True)}
-
-    def on_validation_epoch_start(self) -> None:
-        self.refining = self.crf is not None and self.trainer.state.fn != "fit"  # not while training: it takes long
-        for probe in [name for name in self.confusion if self.refining and not name.endswith("_crf")]:
-            self.confusion[f"{probe}_crf"] = self._confusion(probe).to(self.device)
-        for metric in (*self.confusion.values(), self.usage):
-            metric.reset()
-
-    def on_validation_epoch_end(self) -> None:
-        self.trainer.datamodule.sync_broken()
-        fitted = bool(self.kmeans_probe.fitted)
-        ready = [probe for probe in self.confusion if fitted or not probe.startswith("kmeans")]
-        scores = {probe: self.confusion[probe].compute() for probe in ready}
-        self.validated = {probe: found for probe, found in scores.items() if found.counts.any()}
-        values = report.flatten("val", "cluster", self.usage.compute())
-        partition = self.cfg.evaluation.partition
-        groups = {} if partition == "none" else self.meta.groups
-        for probe, scores in self.validated.items():
-            values |= report.flatten("val", probe, scores, groups, restricted=partition == "within")
-        known = {name: value for name, value in values.items() if value is not None}
-        self.log_dict(known, rank_zero_only=True)
-        shown = ("cluster/miou", "linear/miou") if self.validated else ("cluster/entropy",)
-        for name in shown:
-            if f"val/{name}" in known:
-                self.log(name, known[f"val/{name}"], prog_bar=True, logger=False, rank_zero_only=True)
-
     # ------------------------------------------------------------------ checkpoints
-
-    def set_posthoc(self, probe: LinearProbe) -> None:
-        """Take a linear probe that was trained after the network; it is scored as val/linear_posthoc/*."""
-        self.posthoc_probe = probe.to(self.device).requires_grad_(False)
-        if self.meta.has_labels:
-            self.confusion["linear_posthoc"] = self._confusion("linear_posthoc").to(self.device)
-
-    def set_retrieval(self, bank: SegmentBank) -> None:
-        """Take labelled segments of training pictures; from now on val/retrieval/* is scored."""
-        self.retrieval.bank = bank
-        self.confusion["retrieval"] = self._confusion("retrieval").to(self.device)
-
-    def offline_state(self) -> dict[str, Tensor]:
-        """The part of the state dict that is fitted after training: k-means centroids, post-hoc linear probe."""
-        fitted = ("kmeans_probe.", "posthoc_probe.")
-        return {name: value for name, value in self.state_dict().items() if name.startswith(fitted)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # A frozen backbone is made again from the config; the fingerprint proves that it is the same.
@@ -452,6 +313,8 @@ class UnsupervisedSegmenter(L.LightningModule):
         elif posthoc:
             classes, dim = posthoc["posthoc_probe.classifier.weight"].shape[:2]
             self.set_posthoc(LinearProbe(dim, classes))
+        if training and self.first_step and checkpoint["global_step"] == self.first_step:
+            checkpoint["optimizer_states"] = []  # a phase begins with a new optimiser
         if self.backbone.frozen:
             checkpoint["state_dict"] |= {f"backbone.{key}": value for key, value in self.backbone.state_dict().items()}
 

@@ -56,8 +56,9 @@ class RegionSegmenter(StagedSegmenter):
         crop = settings.regions.vectors == "crop" and self.kind == "deep"
         width = 3 if self.kind == "colour" else self._crop_width() if crop else self._patch_width()
         self.register_buffer("region_mean", torch.zeros(width))
-        self.register_buffer("region_axes", torch.zeros(width, settings.regions.pca))
-        self.register_buffer("region_centroids", torch.zeros(self.clusters, settings.regions.pca or width))
+        components = settings.regions.pca
+        self.register_buffer("region_axes", torch.zeros(width, components) if components else None)
+        self.register_buffer("region_centroids", torch.zeros(self.clusters, components or width))
         if self.kind == "deep":
             say_features(self.backbone)
 
@@ -82,7 +83,9 @@ class RegionSegmenter(StagedSegmenter):
     def staged(self, results: Results, data: SegmentationDataModule) -> None:
         table = results["clusters"]
         for name in ("mean", "axes", "centroids"):
-            getattr(self, f"region_{name}").copy_(torch.from_numpy(table[name]))
+            kept = getattr(self, f"region_{name}")
+            if kept is not None:
+                kept.copy_(torch.from_numpy(table[name]))
 
     def labels(self, results: Results, suffix: str = "") -> View:
         """Pseudo-labels of the training pictures."""
@@ -102,7 +105,8 @@ class RegionSegmenter(StagedSegmenter):
 
     def scores(self, features: Features) -> Tensor:
         """1 for the class of a patch and 0 for the others, [B,K,h,w]."""
-        space = RegionSpace(self.region_mean, self.region_axes, self.region_centroids)
+        axes = self.region_mean.new_zeros(len(self.region_mean), 0) if self.region_axes is None else self.region_axes
+        space = RegionSpace(self.region_mean, axes, self.region_centroids)
         settings, seed = self.cfg.method, int(self.cfg.seed)
         ids = region_maps(self.backbone, features.pictures, settings, seed, space, bool(settings.background), self.kind)
         return F.one_hot(ids, settings.num_clusters).permute(0, 3, 1, 2).float()

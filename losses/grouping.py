@@ -44,7 +44,14 @@ def collapse(memberships: Tensor, padding: Tensor, *, slots: bool = False) -> Te
     return _mean(members.shape[1] ** 0.5 * torch.linalg.vector_norm(sums, dim=1) / count, known)
 
 
-def centroid_contrast(centroids: Tensor, kappa: float, against: Tensor | None = None, first: int = 0) -> Tensor:
+def centroid_contrast(
+    centroids: Tensor,
+    kappa: float,
+    against: Tensor | None = None,
+    first: int = 0,
+    known: Tensor | None = None,
+    present: Tensor | None = None,
+) -> Tensor:
     """Mean over centroids of minus log softmax of kappa times the cosine to all centroids, at the own one; a scalar.
 
     Args:
@@ -52,10 +59,12 @@ def centroid_contrast(centroids: Tensor, kappa: float, against: Tensor | None = 
         kappa: concentration.
         against: [N,d] of all ranks, gathered with gradient; None: `centroids`.
         first: the row of `against` where this rank's centroids begin.
+        known, present: bool [n] and [N], false for centroids of pictures without a node, which take no part.
     """
     unit = torch.nn.functional.normalize(real(centroids), dim=1)
     others = unit if against is None else torch.nn.functional.normalize(real(against), dim=1)
-    return vmf(unit, others, torch.arange(len(unit), device=unit.device) + first, kappa)
+    own = torch.arange(len(unit), device=unit.device) + first
+    return vmf(unit, others, own if known is None else own.where(known, -1), kappa, present=present)
 
 
 def _valid(memberships: Tensor, padding: Tensor) -> Tensor:

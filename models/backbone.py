@@ -7,8 +7,8 @@ logits of any block; a convolutional network gives the maps of its levels. This 
 import importlib
 import json
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -326,6 +326,18 @@ class Backbone(nn.Module):
         if self.output_strides is not None:
             self.output_strides.set(self.net, self.training)
         return self
+
+    @contextmanager
+    def training_stride(self) -> Iterator[None]:
+        """Inside, the network has the output stride of training, whatever mode it is in."""
+        if self.output_strides is None or self.training:
+            yield
+            return
+        self.output_strides.set(self.net, training=True)
+        try:
+            yield
+        finally:
+            self.output_strides.set(self.net, training=False)
 
     # ---- picture sizes --------------------------------------------------------------------------------------------
 

@@ -27,6 +27,8 @@ FORMAT = 1
 MANIFEST, TABLE, WEIGHTS = "manifest.json", "table.safetensors", "weights.safetensors"
 UNREADABLE = "unreadable"
 """Why a picture was dropped whose file could not be read."""
+OPEN = 512
+"""Shards that a reader keeps open at most."""
 NOTES = "labelfree"
 """The one entry of a shard's metadata: several would be written in an order by chance."""
 
@@ -221,7 +223,7 @@ class Records:
         if self._process != os.getpid():  # a forked worker: file positions are not shared with its parent
             self._open, self._process = {}, os.getpid()
         if number not in self._open:
-            if len(self._open) > 64:
+            if len(self._open) >= OPEN:
                 self._open.pop(next(iter(self._open)))
             self._open[number] = Shard(self.place.shard(number))
         return self._open[number]

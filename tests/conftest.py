@@ -32,6 +32,7 @@ SMALL_OF = {
     "method.pool.size": "32", "method.pool.renew_every": "3", "method.lambda_warmup": "2", "method.dim": "16",
     "method.head.hidden": "32", "method.head.bottleneck": "16", "method.head.out_dim": "48", "method.drop_path": "0",
     "method.crops.global_size": "32", "method.crops.local_size": "16", "method.crops.local_count": "2",
+    "method.transformer.dropout": "0",
     "method.stage.size": "48", "method.stage.batch_size": "2", "method.stage.shard": "6", "method.eigs.k": "5",
     "method.segments.count": "4", "method.segments.restarts": "1",
     "method.crops.max_per_image": "6", "method.decoder.dim": "16", "method.decoder.heads": "2",

@@ -1,14 +1,19 @@
 """The walk-throughs of the README, followed word for word in a copy of the tree."""
 
+import csv
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import run as entry
+from tests.conftest import small_words
 
 ROOT = Path(entry.__file__).parent
 FILES = {
@@ -31,6 +36,42 @@ def test_targets_of_the_readme_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     for target in re.findall(r"`?make ([a-z-]+)", (ROOT / "README.md").read_text()):
         assert target in targets | {"it"}, target
+
+
+def commands_of(section: str) -> list[str]:
+    """The lines that begin with make in the first block of a section."""
+    text = (ROOT / "README.md").read_text().split(f"## {section}\n")[1]
+    return [line for line in text.split("```")[1].splitlines() if line.startswith("make ")]
+
+
+@pytest.mark.train
+@pytest.mark.timeout(600)
+def test_own_pictures_become_named_segments(tmp_path, monkeypatch):
+    """What make would run for each line of the README, with a small training; a name is edited in between."""
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        picture = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize((64, 48))
+        (tmp_path / "my" / "pictures").mkdir(parents=True, exist_ok=True)
+        picture.save(tmp_path / "my" / "pictures" / f"{i}.jpg")
+    lines = commands_of("Your own pictures")
+    assert [line.split()[1] for line in lines] == ["train", "clusters", "predict"]
+    small = [word for word in small_words("hidden_positives", "data=folder") if not word.startswith("backbone=")]
+    monkeypatch.chdir(tmp_path)
+    for line in lines:
+        words = shlex.split(line.replace("/my/", f"{tmp_path}/my/"))
+        make = ["make", "-n", "-f", str(ROOT / "Makefile"), "PY=python", *words[1:]]
+        shown = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        _, program, *asked = shlex.split(shown)
+        assert program == "run.py"
+        assert entry.main([*asked, *small] if asked[0] == "train" else asked) == 0
+        names = tmp_path / "runs" / "mine" / "clusters" / "last" / "names.yaml"
+        if asked[0] == "clusters":
+            names.write_text(names.read_text().replace('"cluster 7"', '"moss"'))
+    with (tmp_path / "my" / "segments" / "areas.csv").open(newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    assert len(rows) == 12
+    assert "moss" in rows[0]
+    assert "cluster 7" not in rows[0]
 
 
 @pytest.mark.slow

@@ -13,7 +13,8 @@ from tests.datamodules.pictures import noise, save
 
 TREES = {
     "cocostuff27": trees.coco, "cityscapes27": trees.cityscapes, "potsdam3": trees.potsdam, "pascal_voc": trees.voc,
-    "kitti": trees.kitti_step, "cocostuff171": trees.coco, "coco81": trees.coco, "lip": trees.lip,
+    "kitti": trees.kitti_step, "camvid": trees.camvid, "cocostuff171": trees.coco, "coco81": trees.coco,
+    "lip": trees.lip,
 }  # fmt: skip
 EVERY_RUN = {"hidden_positives_cityscapes27_vits8", "stego_potsdam3_vits8"}
 """Recipes that `make test` runs; `make test-slow` runs the others."""
@@ -27,6 +28,17 @@ OF_METHOD = {
     "hidden_positives": ["method.pool.size=8", "backbone.precision=float32"],
     "stego": ["method.neighbours.stored=3", "method.neighbours.drawn=2"],
     "segsort": ["method.crop.size=48", "method.head.hidden=32", "evaluation.retrieval.pictures=4"],
+    "hsg": ["method.crop.size=48", "method.head.hidden=32", "evaluation.retrieval.pictures=4"],
+    "deep_spectral": [
+        "method.stage.size=112",
+        "method.eigs.k=4",
+        "method.segments.count=3",
+        "method.segments.restarts=1",
+        "method.num_clusters=4",
+        "method.head.hidden=16",
+        "backbone.levels=[0,1]",
+    ],
+    "tokencut": ["method.stage.size=112"],
     "transfgu": [
         "method.stage.size=112",
         "method.stage.batch_size=1",
@@ -39,8 +51,9 @@ OF_METHOD = {
     "dino": ["method.head.out_dim=64", "method.crops.local_count=2", "data.train_size=128"],
 }
 
-WHOLE = ("resnet50", "resnet101", "selfpatch_vits16")
-"""Backbones whose depth is not set here: they have none, or their file lists the arguments that may be given."""
+WHOLE = ("resnet50", "resnet101", "selfpatch_vits16", "tiny")
+"""Backbones whose depth is not set here: they have none, their file lists the arguments that may be given, or they are
+small and read at late blocks."""
 
 
 def folder(root: Path) -> Path:
@@ -115,5 +128,5 @@ def test_published_figures_are_those_of_the_metrics():
     assert config.published("dino_tiny") == {}
     for name in config.names("experiment"):
         for key, value in config.published(name).items():
-            assert re.fullmatch(r"(cluster|linear|retrieval|own)(_crf)?/(acc|miou)", key), name
+            assert re.fullmatch(r"(cluster|own|linear|retrieval)(_crf)?/(acc|miou)", key), name
             assert 0 < value < 100, name

@@ -17,7 +17,9 @@ SMALL, DIM, WIDTH = 48, 160, 6
 @pytest.fixture(scope="module", params=scaling.RECIPES)
 def counts(request) -> tuple[str, list[scaling.Counted]]:
     """A method, and steps of one to three pictures."""
-    model = scaling.build(request.param, [f"experiment={scaling.RECIPES[request.param]}", "backbone=tiny"])[0]
+    model = scaling.build(
+        request.param, [f"experiment={scaling.RECIPES[request.param]}", "backbone=tiny", "backbone.levels=null"]
+    )[0]
     return request.param, [scaling.step(model, pictures, SMALL) for pictures in (1, 2, 3)]
 
 

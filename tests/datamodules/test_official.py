@@ -359,6 +359,11 @@ def test_training_on_other_pictures(tmp_path):
     assert len(found.source("train")) == 4 + 3
     assert found.source("train").read(0)[1] is not None
     assert found.source("train").read(5)[1] is None
+    alone = module("camvid", tmp_path / "camvid", f"data.train_roots=[{tmp_path}/more]")
+    labelled = alone.labelled_source()  # read-outs that read labels read those of the published split
+    assert (len(alone.source("train")), len(labelled)) == (3, 4)
+    assert all(labelled.read(i)[1] is not None for i in range(4))
+    assert module("camvid", tmp_path / "camvid").labelled_source() == "train"
 
 
 def test_a_label_of_another_size(tmp_path):

@@ -159,3 +159,14 @@ def test_rows_between_what_was_handed_over_and_the_checkpoint_are_filled_in(tmp_
     logger.close()
     assert sent == [3, 4, 5]
     assert (tmp_path / "step").read_text() == "5\n"
+
+
+def test_two_trainings_of_a_process_are_two_runs(tmp_path):
+    ids = [
+        (run_small("kmeans_baseline", tmp_path, name, "logger=wandb").folder / "wandb_id").read_text() for name in "ab"
+    ]
+    assert wandb.run is None
+    assert ids[0] != ids[1]
+    for name, own in zip("ab", ids, strict=True):
+        (folder,) = (tmp_path / name / "wandb").glob("offline-run-*")
+        assert folder.name.endswith(own.strip())

@@ -105,6 +105,27 @@ def test_confusion_figure_of_more_clusters_than_classes(tmp_path, extra):
     assert (image.std((0, 1)) > 10).all()
 
 
+def test_confusion_figure_is_ordered_by_class_frequency(tmp_path, monkeypatch):
+    counts = np.array([[5, 2, 0], [3, 40, 9], [0, 0, 20]])  # 8, 42 and 29 pixels
+    scores = matching.score(counts)
+    assert panels.confusion_order(scores) == [1, 2, 0]
+    drawn = {}
+    original = panels.Figure.add_subplot
+
+    def watched(figure, *args, **kwargs):
+        axes = original(figure, *args, **kwargs)
+        drawn.setdefault("axes", axes)  # the colour bar comes second
+        return axes
+
+    monkeypatch.setattr(panels.Figure, "add_subplot", watched)
+    panels.confusion(tmp_path / "confusion.png", scores, META)
+    shown = drawn["axes"].images[0].get_array()
+    assert [text.get_text() for text in drawn["axes"].get_yticklabels()] == ["road", "tree", "sky"]
+    assert [text.get_text() for text in drawn["axes"].get_xticklabels()] == ["road", "tree", "sky"]
+    assert np.allclose(np.diag(shown), [100 * 40 / 42, 100 * 20 / 29, 100 * 5 / 8])
+    assert np.isclose(shown[1, 0], 100 * 9 / 29)  # trees that are taken for road
+
+
 def test_palette():
     long = default_palette(300)
     assert long[:40] == default_palette(40)

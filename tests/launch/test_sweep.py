@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch import sweep
+from launch import sweep, trials
 from tests.conftest import small_words
 
 STAND_IN = """
@@ -57,7 +57,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
     (tmp_path / "run.py").write_text(STAND_IN)
-    monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    monkeypatch.setattr(trials, "ROOT", tmp_path)
     return tmp_path
 
 
@@ -74,7 +74,7 @@ def test_two_trials_run_here_and_not_again(tmp_path, monkeypatch, capsys):
     assert {row["seed"] for row in table} == {"0", "1"}
     assert scores[0] != scores[1]
     capsys.readouterr()
-    monkeypatch.setattr(sweep.subprocess, "Popen", lambda *_, **__: pytest.fail("a finished trial was run again"))
+    monkeypatch.setattr(trials.subprocess, "Popen", lambda *_, **__: pytest.fail("a finished trial was run again"))
     assert sweep.main(words) == 0
     assert rows(tmp_path) == table
     assert f"{scores[0]:.2f}" in capsys.readouterr().out
@@ -125,7 +125,7 @@ def test_bayes_is_drawn_at_random_here_and_says_so(stand_in, capsys, monkeypatch
 
 def test_a_signal_stops_the_trial_and_the_sweep_and_the_same_command_goes_on(stand_in):
     path = write(stand_in / "s.yaml", seed=[60, 1])
-    code = f"import pathlib, sys; from launch import sweep; sweep.ROOT = pathlib.Path({str(stand_in)!r}); "
+    code = f"import pathlib, sys; from launch import sweep, trials; trials.ROOT = pathlib.Path({str(stand_in)!r}); "
     code += "sys.exit(sweep.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "offline=true", f"sweep={path}", f"run.dir={stand_in}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -152,7 +152,7 @@ def test_with_a_key_the_server_of_wandb_guides_the_agent(stand_in, monkeypatch, 
         started.append((command, settings["env"]["PATH"].split(os.pathsep)[0]))
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(sweep.subprocess, "run", run)
+    monkeypatch.setattr(trials.subprocess, "run", run)
     path = write(stand_in / "s.yaml", seed=[1, 2])
     words = ["data=folder", "data.root=/pics", "wandb.entity=us"]
     assert sweep.main([f"sweep={path}", "trials=2", *words]) == 0

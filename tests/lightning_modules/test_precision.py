@@ -15,6 +15,10 @@ pytestmark = pytest.mark.train
 BAND = 5e-3
 """Of every training value, relative to the largest of its float32 curve: as much as one rounding to bfloat16 (2^-8 =
 0.4 %) and a little. Measured: 0.2 % for dino, whose whole network runs in bfloat16; below 0.1 % for the others."""
+STEPS = {"hsg": 1}
+"""Steps that are compared, where not all: other roundings choose other groups from then on (see test_ddp.py)."""
+HARD = {"train/fine": 0.15, "train/coarse": 0.15}
+"""Bands of values that follow hard labels of groups: a segment near the border of two changes sides. Measured: 7 %."""
 BANDS = {"segsort": 2.5e-2}
 """Measured: 1.8 % of the cluster probe, 0.2 % of the rest; backbone and head are trained, and their codes are short."""
 
@@ -46,8 +50,9 @@ def test_the_losses_of_a_bfloat16_run_follow_those_of_a_float32_run(method, smal
     assert plain.keys() == mixed.keys()
     for name, values in plain.items():
         assert len(values) == len(mixed[name]) == 8
-        far = max(abs(one - two) for one, two in zip(values, mixed[name], strict=True))
-        assert far <= BANDS.get(method, BAND) * max(map(abs, values)), f"{name}: {far:.2g}"
+        steps = STEPS.get(method, 8)
+        far = max(abs(one - two) for one, two in zip(values[:steps], mixed[name][:steps], strict=True))
+        assert far <= HARD.get(name, BANDS.get(method, BAND)) * max(map(abs, values)), f"{name}: {far:.2g}"
     if registry.method_class(method).trains:
         assert any(mixed[name] != plain[name] for name in plain)  # its networks did run in bfloat16
     rounded = torch.tensor(mixed["train/linear_probe"]).bfloat16().float().tolist()

@@ -29,7 +29,7 @@ TRANSFORMERS = sorted(CREATE_OF)
 
 def make_cfg(**changes) -> DictConfig:
     cfg = OmegaConf.load(PRESETS / "tiny.yaml")
-    base = {"create": SMALL, "weights": "none", "pos_interp": "timm"}
+    base = {"create": SMALL, "weights": "none", "pos_interp": "timm", "levels": None}
     for key, value in (base | changes).items():
         cfg[key] = value
     OmegaConf.set_struct(cfg, True)

@@ -264,10 +264,10 @@ def test_the_bundled_tiny_is_complete_small_and_says_where_it_comes_from(caplog)
 def test_tiny_is_small():
     model = Backbone(OmegaConf.load(PRESETS / "tiny.yaml"))
     assert model.stride == model.patch_multiple == 8
-    assert model.dim <= 192
+    assert model.dim == 2 * 160  # two blocks of it are read
     assert sum(parameter.numel() for parameter in model.parameters()) <= 2_000_000
     assert model.has_attention
-    assert model.features(torch.rand(1, 3, 128, 128)).map.shape == (1, model.dim, 16, 16)
+    assert model.features(torch.rand(1, 3, 128, 128)).map.shape == (1, 160, 16, 16)
 
 
 def test_dinov3_needs_acknowledgement():

@@ -80,3 +80,12 @@ def test_errors():
 @pytest.mark.parametrize(("rows", "expected"), [(197, (1, 14)), (196, (0, 14)), (201, (5, 14)), (203, None), (3, None)])
 def test_square_grid(rows, expected):
     assert positions.square_grid(rows, (5, 1, 0)) == expected
+
+
+@pytest.mark.parametrize("grid", [(16, 16), (9, 31), (16, 5), (40, 12)])
+def test_the_matrices_of_an_exported_program_are_the_rule_of_dino(grid, monkeypatch):
+    embedding = torch.randn(1, 1 + 256, 6, generator=torch.Generator().manual_seed(0))
+    expected = positions.resample(embedding, (16, 16), grid, 1, "dino")
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    found = positions.resample(embedding, (16, 16), grid, 1, "dino")
+    assert torch.allclose(found, expected, atol=2e-5)  # values up to 4, bicubic in float32

@@ -282,3 +282,26 @@ def test_missing_shards_of_a_finished_folder_are_named(tmp_path):
     work.places["dark"].shard(0).unlink()
     with pytest.raises(DataError, match="delete it, so that it is made again"):
         records.read(0)
+
+
+def test_a_killed_fit_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    from engine.stage_fits import FitKeeper
+    from tests.pseudo_labels.test_sketch import Clusters, Detector, Masks
+
+    plain = stage(tmp_path / "whole", [Masks(), Clusters(), Detector()]).run()["detector"].state()
+    end = FitKeeper.on_train_batch_end
+
+    def dies(self, trainer, *rest):
+        end(self, trainer, *rest)
+        if trainer.global_step == 5:
+            raise KillError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FitKeeper, "on_train_batch_end", dies)
+        with pytest.raises(KillError):
+            stage(tmp_path / "killed", [Masks(), Clusters(), Detector()]).run()
+    work = stage(tmp_path / "killed", [Masks(), Clusters(), Detector()])
+    assert (work.places["detector"].path / "last.ckpt").is_file()  # of step 3
+    resumed = work.run()["detector"].state()
+    assert all(torch.equal(resumed[name], value) for name, value in plain.items())
+    assert not list(work.places["detector"].path.glob("*.ckpt"))

@@ -1,0 +1,38 @@
+"""Is a run the published recipe? Then, and only then, the published figure stands beside its own."""
+
+from functools import cache
+from typing import Any
+
+import config
+
+NO_MATTER = (
+    "seed", "run.", "wandb.", "logger", "cache.", "predict.", "search.", "data.root", "data.lists", "data.workers",
+    "data.cache", "data.max_broken", "data.eval_batch_size", "backbone.weights", "backbone.acknowledge_licence",
+    "backbone.cache_features", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
+    "trainer.threads", "trainer.progress", "trainer.log_every", "trainer.val_every", "trainer.checkpoint_every",
+    "evaluation.panels", "evaluation.kmeans.", "evaluation.posthoc.", "evaluation.retrieval.", "evaluation.resolutions",
+)  # fmt: skip
+"""Keys that may differ from the recipe: where it ran, what was computed beside it."""
+
+
+def published_recipe(settings: dict[str, Any]) -> str | None:
+    """The experiment with published figures whose settings (flat) a run has; None where none has all of them."""
+    for name, recipe in _recipes().items():
+        if all(settings.get(f"{group}.name") == recipe[f"{group}.name"] for group in config.GROUPS) and all(
+            settings.get(key) == value
+            for key, value in recipe.items()
+            if not key.startswith(NO_MATTER) and (key, value) != ("method.num_clusters", None)
+        ):
+            return name
+    return None
+
+
+def figures(name: str) -> tuple[dict[str, float], str]:
+    """(`<probe>/<metric>` -> percent, source) of an experiment."""
+    return config.published(name), config.load_group("experiment", name)["figure"]["source"]
+
+
+@cache
+def _recipes() -> dict[str, dict[str, Any]]:
+    names = [name for name in config.names("experiment") if config.published(name)]
+    return {name: config.flatten(config.compose([f"experiment={name}"])) for name in names}

@@ -1,0 +1,251 @@
+"""Finished runs side by side: what belongs together, what must not stand in one table, means and spreads.
+
+A run is read from its folder. Runs that differ in nothing but the seed are one entry. Entries that were evaluated in
+the same way are one section; where sections differ, the difference has a name.
+"""
+
+import csv
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.errors import ConfigError
+from evaluation.report import PROBES
+
+TRAINING_ONLY = (
+    "data.root", "data.train_", "data.batch_size", "data.eval_batch_size", "data.workers", "data.cache", "data.flip_p",
+    "data.five_crop_ratio", "data.max_broken", "data.lists", "data.eval_size", "data.eval_crop", "data.interpolation",
+)  # fmt: skip
+"""Keys of `data` that do not say how a picture is evaluated, or that have a `protocol/…` of their own."""
+OF_ONE_PROBE = ("protocol/linear_posthoc", "protocol/retrieval", "protocol/partition")
+"""Facts that concern one read-out alone: a run without that read-out is no other protocol."""
+SAME_ENTRY = ("seed", "run.", "wandb.", "logger", "cache.", "trainer.progress", "trainer.threads", "data.workers",
+              "data.cache", "evaluation.panels", "predict.", "search.")  # fmt: skip
+"""Keys that may differ between the runs of one entry."""
+NAMED = {"acc": "acc", "miou": "mIoU", "entropy": "entropy", "confidence": "confidence"}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run: its folder and what its files hold."""
+
+    folder: Path
+    metrics: dict[str, Any]
+    config: dict[str, Any]
+    """Flat: dotted key -> value."""
+    environment: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path, flatten: Callable[[Any], dict[str, Any]], load: Callable[[Path], Any]) -> "Finished":
+        """Raises ConfigError where the folder holds no finished run. `load` reads config.yaml, to be flattened."""
+        for name in ("metrics.json", "config.yaml", "environment.json"):
+            if not (folder / name).is_file():
+                raise ConfigError(
+                    f"runs: {folder} holds no finished run ({name} is missing); finish it, or leave it out"
+                )
+        metrics, environment = (
+            json.loads((folder / name).read_text()) for name in ("metrics.json", "environment.json")
+        )
+        return cls(folder, metrics, flatten(load(folder / "config.yaml")), environment)
+
+    @property
+    def memory(self) -> tuple[str, float] | None:
+        """(`GPU` or `host`, MiB): peak memory on the GPU where there was one."""
+        peak = self.environment["peak_memory"]
+        kind = "gpu_mib" if "gpu_mib" in peak else "resident_mib"
+        return ("GPU" if kind == "gpu_mib" else "host", peak[kind]) if kind in peak else None
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """How it was evaluated: what must be equal for scores to be compared."""
+        own = {key: value for key, value in self.config.items() if key.startswith("data.")}
+        own = {key: value for key, value in own.items() if not key.startswith(TRAINING_ONLY)}
+        if self.config["data.name"] == "folder":
+            own["data.root"] = self.config["data.root"]
+        own["clusters"] = self.config["method.num_clusters"]
+        own |= {key: value for key, value in self.metrics.items() if key.startswith("protocol/")}
+        return {key: value for key, value in own.items() if key not in OF_ONE_PROBE}
+
+    def history(self, key: str) -> list[tuple[int, float]]:
+        """(step, value) of a column of metrics.csv; empty where it has none."""
+        path = self.folder / "metrics.csv"
+        if not path.is_file():
+            return []
+        with path.open(newline="") as handle:
+            points = {int(row["step"]): float(row[key]) for row in csv.DictReader(handle) if row.get(key)}
+        return sorted(points.items())
+
+    def table(self, name: str) -> list[dict[str, str]]:
+        """The rows of classes.csv or clusters.csv; none where the data had no labels."""
+        path = self.folder / name
+        if not path.is_file():
+            return []
+        with path.open(newline="") as handle:
+            return list(csv.DictReader(handle))
+
+
+@dataclass
+class Entry:
+    """Runs that differ in the seed alone: a row of the table."""
+
+    runs: list[Finished]
+    label: str = ""
+    published: dict[str, float] = field(default_factory=dict)
+    """`<probe>/<metric>` -> published figure, where these runs are the published recipe."""
+    source: str = ""
+
+    @property
+    def first(self) -> Finished:
+        return self.runs[0]
+
+    @property
+    def method(self) -> str:
+        return self.first.metrics["method"]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [run.metrics["seed"] for run in self.runs]
+
+    def values(self, key: str) -> list[float]:
+        """A metric of every run that has it."""
+        return [run.metrics[key] for run in self.runs if run.metrics.get(key) is not None]
+
+    def score(self, key: str) -> "Score | None":
+        """Mean and spread of a metric; None where no run has it."""
+        return Score.of(self.values(key))
+
+    def class_scores(self, probe: str) -> dict[str, float]:
+        """Class -> mean IoU over the runs, percent."""
+        found: dict[str, list[float]] = {}
+        for run in self.runs:
+            for row in run.table("classes.csv"):
+                if row.get(probe):
+                    found.setdefault(row["class"], []).append(float(row[probe]))
+        return {name: statistics.fmean(values) for name, values in found.items()}
+
+    def curve(self, key: str) -> list[tuple[int, float]]:
+        """Means over the runs at the steps that all of them have."""
+        curves = [dict(run.history(key)) for run in self.runs]
+        shared = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
+        return [(step, statistics.fmean(curve[step] for curve in curves)) for step in shared]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean and sample standard deviation (n - 1) of n runs; no deviation of a single one."""
+
+    mean: float
+    spread: float | None
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Score | None":
+        if not values:
+            return None
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+    def text(self, join: str = " ± ") -> str:
+        """`25.6 ± 1.2`, or `25.6` of a single run."""
+        return f"{self.mean:.1f}" + ("" if self.spread is None else f"{join}{self.spread:.1f}")
+
+
+@dataclass
+class Section:
+    """Entries of one protocol: they may stand side by side."""
+
+    entries: list[Entry]
+    protocol: dict[str, Any]
+    differs: list[str] = field(default_factory=list)
+    """What differs from the first section: `key: there -> here`."""
+
+    def columns(self, stage: str = "val") -> list[tuple[str, str]]:
+        """(probe, metric) of the scores: accuracy and mIoU, or what can be said without labels."""
+        keys = [key.split("/") for entry in self.entries for run in entry.runs for key in run.metrics]
+        found = {(parts[1], parts[2]) for parts in keys if len(parts) == 3 and parts[0] == stage}
+        wanted = ("acc", "miou") if any(metric == "miou" for _, metric in found) else ("entropy", "confidence")
+        probes = dict.fromkeys([*PROBES, *sorted(probe for probe, _ in found)])
+        return [(probe, metric) for probe in probes for metric in wanted if (probe, metric) in found]
+
+    def probes(self) -> list[str]:
+        """Read-outs that have an mIoU."""
+        return [probe for probe, metric in self.columns() if metric == "miou"]
+
+    def classes(self) -> list[str]:
+        """Class names, the most frequent first."""
+        rows = [row for entry in self.entries for row in entry.first.table("classes.csv")]
+        pixels = {row["class"]: int(row["pixels"]) for row in rows}
+        return sorted(pixels, key=lambda name: -pixels[name])
+
+    def notes(self) -> list[str]:
+        """Further differences between its entries that a reader has to know."""
+        found = []
+        for key in OF_ONE_PROBE:
+            values = {str(run.metrics[key]) for entry in self.entries for run in entry.runs if key in run.metrics}
+            if len(values) > 1:
+                found.append(
+                    f"{key.removeprefix('protocol/')} differs between these runs: {' | '.join(sorted(values))}"
+                )
+        rules = {run.metrics["selection/rule"] for entry in self.entries for run in entry.runs}
+        if len(rules) > 1:
+            found.append(f"the best checkpoint was chosen by different rules: {' | '.join(sorted(rules))}")
+        for entry in self.entries:
+            values = {run.environment["device"] for run in entry.runs} | {
+                str(run.environment["processes"]) for run in entry.runs
+            }
+            if len(values) > 2:
+                found.append(
+                    f"{entry.label}: its runs were made on different devices; speed and memory are their means"
+                )
+        return found
+
+
+def arrange(runs: Iterable[Finished]) -> list[Section]:
+    """Runs -> sections of one protocol each, in the order in which they come; entries are named."""
+    entries: dict[str, list[Finished]] = {}
+    for run in runs:
+        settings = {key: value for key, value in run.config.items() if not key.startswith(SAME_ENTRY)}
+        entries.setdefault(repr((sorted(settings.items()), sorted(run.protocol.items()))), []).append(run)
+    for group in entries.values():
+        group.sort(key=lambda run: run.metrics["seed"])
+    found = [Entry(group) for group in entries.values()]
+    sections: dict[str, Section] = {}
+    for entry in found:
+        protocol = entry.first.protocol
+        sections.setdefault(repr(sorted(protocol.items())), Section([], protocol)).entries.append(entry)
+    for section in sections.values():
+        name(section.entries)
+    first, *others = sections.values()
+    for section in others:
+        section.differs = differences(first.protocol, section.protocol)
+    return [first, *others]
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """`key: one -> other` for every key whose values differ; `not set` where one lacks it."""
+    keys = [key for key in dict.fromkeys([*one, *other]) if one.get(key) != other.get(key)]
+    return [
+        f"{key.removeprefix('protocol/')}: {one.get(key, 'not set')} -> {other.get(key, 'not set')}" for key in keys
+    ]
+
+
+def name(entries: list[Entry]) -> None:
+    """A label for each entry: its method, and where that is not enough the settings that tell it from the first."""
+    for entry in entries:
+        same = [other for other in entries if other.method == entry.method]
+        base = same[0].first.config
+        own = {
+            key: value
+            for key, value in entry.first.config.items()
+            if not key.startswith(SAME_ENTRY) and base.get(key) != value
+        }
+        shown = [f"{key.removeprefix('method.')}={value}" for key, value in list(own.items())[:3]]
+        more = f", {len(own) - 3} more" if len(own) > 3 else ""
+        entry.label = entry.method + (f" ({', '.join(shown)}{more})" if own else "")
+
+
+def column_name(probe: str, metric: str) -> str:
+    """`cluster mIoU`"""
+    return f"{probe} {NAMED[metric]}"

@@ -1,0 +1,159 @@
+"""`run.py compare`: methods side by side over seeds. Trains what is missing, takes what is there, writes the report.
+
+`methods="a b" seeds="0 1 2" data=… key=value …`, or `runs="runs/a runs/b"`, or both. `a:key=value` is a word for method
+`a` alone. A finished run of the same configuration below `run.dir` is taken as it is, whoever trained it; the others
+are trained one after the other. The same command goes on where it was stopped. `part=i/n`: one share of a job array.
+"""
+
+import hashlib
+import logging
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import config
+from common.errors import ConfigError, LabelfreeError
+from common.files import write_text
+from engine import galleries, recipes, run_folder
+from evaluation import comparison, comparison_page, comparison_tables
+from evaluation.comparison import Finished, Section
+from launch.submit import count
+from launch.trials import Queue, Trial, part_of
+
+log = logging.getLogger("labelfree.compare")
+
+OWN_WORDS = ("methods", "runs", "seeds", "name", "part")
+
+
+class Comparison(Queue):
+    """The trainings of a comparison, and the folders that it takes as they are."""
+
+    def __init__(self, named: dict[str, str]) -> None:
+        words = {key: value for key, value in named.items() if key not in OWN_WORDS}
+        methods, folders = (named.get(key, "").split() for key in ("methods", "runs"))
+        if not methods and not folders:
+            raise ConfigError('compare: name methods="a b" to train, or runs="runs/a runs/b" that are finished')
+        for_training = [key for key in ("seeds", *words) if key in named and key != "run.dir"]
+        if not methods and for_training:
+            key = for_training[0]
+            raise ConfigError(f'{key}={named[key]}: is for runs that are trained here; name methods="a b" too')
+        for key in ("run.name", "method", "experiment", "seed"):
+            if key in words:
+                raise ConfigError(f'{key}={words[key]}: follows from methods="…" and seeds="…"; leave it out')
+        for key in words:
+            if ":" in key and key.partition(":")[0] not in methods:
+                raise ConfigError(f"{key}={words[key]}: {key.partition(':')[0]} is none of methods={' '.join(methods)}")
+        seeds = [count("seeds", word, 0) for word in named.get("seeds", "0").split()]
+        parent = Path(words.get("run.dir", "runs"))
+        mark = hashlib.sha256(repr((sorted(words.items()), methods, seeds, folders)).encode()).hexdigest()[:6]
+        title = named.get("name") or f"{'+'.join(methods)[:60] or 'runs'}-{mark}"
+        if not re.fullmatch(r"[\w][\w.+-]*", title):
+            raise ConfigError(f"name={title}: expected a plain folder name")
+        super().__init__("comparison", parent / "compare" / title, [], "val/cluster/miou")
+        self.given = [Path(folder) for folder in folders]
+        for folder in self.given:
+            read_run(folder)  # what cannot be compared ends before the first training
+        finished = Stored(parent)
+        for method in methods:
+            shared = {key.removeprefix(f"{method}:"): value for key, value in words.items()}
+            shared = {key: value for key, value in shared.items() if ":" not in key}
+            for seed in dict.fromkeys(seeds):
+                self.trials.append(trial(len(self.trials), method, seed, shared, parent, finished))
+
+    def finished(self) -> list[Finished]:
+        """All runs that are there: the given ones first, each once."""
+        for item in self.trials:
+            item.look(self.target)
+        done = [item.folder for item in self.trials if item.state == "finished"]
+        return [read_run(folder) for folder in dict.fromkeys(path.resolve() for path in [*self.given, *done])]
+
+    def missing(self) -> list[str]:
+        """A line for every training that is not finished."""
+        return [
+            f"{item.values['method']}, seed {item.values['seed']}: {item.note or item.state}"
+            for item in self.trials
+            if item.state != "finished"
+        ]
+
+
+def trial(index: int, method: str, seed: int, words: dict[str, str], parent: Path, finished: "Stored") -> Trial:
+    """One training; its folder is that of a finished run of the same configuration, where there is one."""
+    own = [f"{key}={value}" for key, value in words.items() if key != "run.dir"]
+    cfg = config.compose([f"method={method}", f"seed={seed}", *own])  # a wrong word ends before the first training
+    mark = hashlib.sha256(repr(sorted(own)).encode()).hexdigest()[:6]
+    name = f"{method}-{cfg.data.name}-{cfg.backbone.name}-{mark}-seed{seed}"
+    run_words = [f"method={method}", f"seed={seed}", *own, f"run.dir={parent}", f"run.name={name}"]
+    found = finished.equal(config.plain(cfg))
+    if found is not None:
+        log.info("%s, seed %d: %s is taken as it is", method, seed, found)
+    return Trial(index, {"method": method, "seed": seed}, run_words, found or parent / name)
+
+
+class Stored:
+    """The finished runs directly below a folder, by their configurations."""
+
+    def __init__(self, parent: Path) -> None:
+        paths = sorted(path.parent for path in parent.glob("*/metrics.json") if (path.parent / "config.yaml").is_file())
+        self.folders = [path for path in paths if not path.is_symlink()]
+        self.read: dict[Path, dict[str, Any]] = {}
+
+    def equal(self, wanted: dict[str, Any]) -> Path | None:
+        """The folder of a run that this configuration would train again; None without."""
+        ignore = (*run_folder.SAME_RUN, *(["method.num_clusters"] if wanted["method"]["num_clusters"] is None else []))
+        for folder in self.folders:
+            stored = self.read.setdefault(folder, run_folder.read_yaml(folder / "config.yaml"))
+            if any(stored.get(group, {}).get("name") != wanted[group]["name"] for group in config.GROUPS):
+                continue
+            if stored.get("seed") == wanted["seed"] and not config.first_difference(
+                config.with_defaults(stored), wanted, ignore
+            ):
+                return folder
+        return None
+
+
+def read_run(folder: Path) -> Finished:
+    """A finished run. Raises ConfigError."""
+    return Finished.read(folder, config.flatten, lambda path: config.with_defaults(run_folder.read_yaml(path)))
+
+
+def report(folder: Path, title: str, runs: list[Finished], missing: list[str]) -> list[Section]:
+    """Write table.md, table.tex, table.csv and index.html into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sections = comparison.arrange(runs)
+    for section in sections:
+        for entry in section.entries:
+            found = [recipes.published_recipe(run.config) for run in entry.runs]
+            if found[0] is not None and len(set(found)) == 1:
+                entry.published, entry.source = recipes.figures(found[0])
+    write_text(folder / "table.md", comparison_tables.markdown(sections, title))
+    write_text(folder / "table.tex", comparison_tables.latex(sections, title))
+    write_text(folder / "table.csv", comparison_tables.as_csv(sections))
+    shown = [galleries.gallery(section) for section in sections]
+    write_text(folder / "index.html", comparison_page.render(title, sections, shown, missing))
+    return sections
+
+
+def main(words: list[str]) -> int:
+    """Compare; 0: done, 1: a training failed, another one: that of a training which was asked to stop."""
+    from engine import setup
+
+    named = config.parse_words(words)
+    part = named.get("part")
+    first, parts = part_of(part)
+    setup.begin()
+    queue = Comparison(named)
+    code = queue.run(first, parts) if queue.trials else 0
+    if code not in (0, 1):
+        return code
+    runs, missing = queue.finished(), queue.missing()
+    if part and missing:
+        print(f"{len(missing)} trainings are not finished yet; the share that ends last writes the report")
+        return code
+    if not runs:
+        raise LabelfreeError(f"compare: no training ended, so there is nothing to compare; first: {missing[0]}")
+    title = named.get("name") or ", ".join(dict.fromkeys(run.metrics["method"] for run in runs))
+    sections = report(queue.folder, f"Comparison: {title}", runs, missing)
+    sys.stdout.write(comparison_tables.markdown(sections, f"Comparison: {title}"))
+    print(f"\n{queue.folder / 'index.html'}; table.md, table.tex and table.csv are beside it")
+    return code

@@ -1,0 +1,174 @@
+"""`clusters` and `predict` with names: files as a user finds and edits them, exact errors."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import run
+from engine import cluster_count, naming
+
+pytestmark = pytest.mark.train
+
+
+def call(*words: str) -> int:
+    return run.main(list(words))
+
+
+@pytest.fixture(scope="module")
+def named(small_run, tmp_path_factory) -> Path:
+    """A checkpoint of its own (so that no other test meets its names) with the files of `clusters`."""
+    source = small_run("kmeans_baseline").folder / "checkpoints" / "last.ckpt"
+    target = tmp_path_factory.mktemp("own") / "checkpoints" / "last.ckpt"
+    target.parent.mkdir()
+    target.write_bytes(source.read_bytes())
+    assert call("clusters", f"ckpt={target}") == 0
+    return target
+
+
+@pytest.fixture
+def folder(named) -> Path:
+    return named.parent.parent / "clusters" / "last"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for name, size in (("a", (40, 64)), ("sub/b", (48, 48))):
+        path = root / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(path)
+    return root
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def test_clusters_writes_a_page_a_sheet_a_table_and_names(folder):
+    table = rows(folder / "clusters.csv")
+    assert [row["id"] for row in table] == [str(i) for i in range(12)]
+    assert sum(float(row["share"]) for row in table) == pytest.approx(100, abs=0.02)
+    assert all(str(i) not in row["nearest"].split() and len(row["nearest"].split()) == 3 for i, row in enumerate(table))
+    page = (folder / "index.html").read_text()
+    assert not re.search(r"(src|href)=\"?(http|//|file)", page)  # nothing is fetched
+    assert page.count("data:image/jpeg") >= 12
+    assert all(row["name"] in page for row in table)
+    assert Image.open(folder / "clusters.png").height > 12 * 84
+    assert len(re.findall(r"^  \d+: \{name: ", (folder / "names.yaml").read_text(), re.M)) == 12
+
+
+def test_edited_names_are_kept_and_used_by_predict(named, folder, pictures, tmp_path):
+    path = folder / "names.yaml"
+    text = path.read_text()
+    edited = re.sub(r"^  3: .*$", '  3: {name: "wet, sand", colour: "#102030"}', text, flags=re.M)
+    edited = re.sub(r"^  5: .*$", '  5: {name: "wet, sand", colour: "#ffffff"}', edited, flags=re.M)
+    path.write_text(edited)
+    assert call("clusters", f"ckpt={named}") == 0
+    assert path.read_text() == edited
+    assert "wet, sand" in (folder / "index.html").read_text()
+    assert call("predict", f"ckpt={named}", f"input={pictures}", f"output={tmp_path}/o") == 0
+    content = json.loads((tmp_path / "o" / "clusters.json").read_text())
+    assert content["names_file"] == str(path)
+    assert [content["clusters"][i]["name"] for i in (3, 5)] == ["wet, sand"] * 2
+    assert [content["clusters"][i]["colour"] for i in (3, 5)] == [[16, 32, 48]] * 2  # one class, one colour
+    areas = rows(tmp_path / "o" / "areas.csv")
+    assert [row["picture"] for row in areas] == ["a", "sub/b"]
+    for row in areas:
+        ids = np.asarray(Image.open(tmp_path / "o" / "index" / f"{row['picture']}.png"))
+        assert int(row["wet, sand"]) == np.isin(ids, (3, 5)).sum()
+        counted = [int(value) for key, value in row.items() if key not in ("picture", "height", "width")]
+        assert len(counted) == 11
+        assert sum(counted) == ids.size == int(row["height"]) * int(row["width"])
+    assert Image.open(tmp_path / "o" / "overview.png").width > 600
+    assert call("predict", f"ckpt={named}", f"input={pictures}", f"output={tmp_path}/p", "names=none") == 0
+    assert json.loads((tmp_path / "p" / "clusters.json").read_text())["names_file"] is None
+    path.write_text(text)
+
+
+def error(capsys, *words: str) -> str:
+    assert call(*words) == 2
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")][-1][len("error: ") :]
+
+
+def test_names_that_do_not_fit_end_in_one_line(capsys, named, folder, pictures, tmp_path):
+    words = ("predict", f"ckpt={named}", f"input={pictures}", f"output={tmp_path}/o")
+    text, path = (folder / "names.yaml").read_text(), tmp_path / "names.yaml"
+    assert error(capsys, *words, f"names={path}") == (
+        f"names={path}: no such file; `run.py clusters ckpt=…` writes one to edit, names=none: without"
+    )
+    own = re.search("centroids: (.*)", text).group(1)
+    path.write_text(text.replace(own, "abc"))
+    assert error(capsys, *words, f"names={path}") == (
+        f"names={path}: names the clusters abc of probe kmeans, this checkpoint has {own} of probe kmeans; let "
+        "`run.py clusters` write a new file, or set names=none"
+    )
+    path.write_text(text.replace("{name: ", "{nam: ", 1))
+    assert error(capsys, *words, f"names={path}").startswith(
+        f'names={path}: cluster 0: expected {{name: sky, colour: "#3478be"}}, got {{'
+    )
+    path.write_text(re.sub('colour: "#.{6}"', 'colour: "blue"', text, count=1))
+    assert error(capsys, *words, f"names={path}") == (
+        f'names={path}: cluster 0: colour=blue: expected six hexadecimal digits in quotes, as in "#3478be"'
+    )
+    path.write_text(re.sub(r"^  11: .*\n", "", text, flags=re.M))
+    assert error(capsys, *words, f"names={path}") == (
+        f"names={path}: clusters: must hold an entry for each id from 0 to 11"
+    )
+    path.write_text("probe: [")
+    assert error(capsys, *words, f"names={path}") == (
+        f"names={path}: cannot be read as yaml (line 1); put names that hold : or # in quotes"
+    )
+    path.write_text("{}")
+    assert error(capsys, *words, f"names={path}") == (
+        f"names={path}: must hold the keys probe, centroids, clusters; let `run.py clusters` write it anew"
+    )
+
+
+def test_names_of_other_clusters_are_put_aside(named, folder):
+    path = folder / "names.yaml"
+    text = path.read_text()
+    other = re.sub("centroids: .*", "centroids: 0123456789ab", text)
+    path.write_text(other)
+    assert call("clusters", f"ckpt={named}") == 0
+    assert path.read_text() == text
+    assert (folder / "names.0123456789ab.yaml").read_text() == other
+
+
+def test_a_sweep_writes_a_row_for_each_number_of_clusters(capsys, named, folder):
+    assert call("clusters", f"ckpt={named}", "sweep=3..5", "evaluation.kmeans.restarts=1") == 0
+    table = rows(folder / "sweep.csv")
+    assert [row["clusters"] for row in table] == ["3", "4", "5"]
+    assert [float(row["cosine"]) for row in table] == sorted(float(row["cosine"]) for row in table)
+    assert all(-1 <= float(row["silhouette"]) <= 1 for row in table)
+    assert Image.open(folder / "sweep.png").width > 900
+    assert error(capsys, "clusters", f"ckpt={named}", "sweep=9..3") == (
+        "sweep=9..3: expected a range of numbers of clusters from 2 on, as in sweep=6..40"
+    )
+    assert error(capsys, "clusters", f"ckpt={named}", "sweep=2..999") == (
+        "sweep=2..999: 792 codes of training pictures are too few for 982 clusters in each half of them; lower it, or "
+        "raise evaluation.kmeans.pictures"
+    )
+
+
+def test_a_long_range_is_tried_at_even_steps():
+    found = cluster_count.numbers("6..80")
+    assert (found[0], found[-1], len(found)) == (6, 78, 25)
+    assert cluster_count.numbers("6..40") == list(range(6, 41))
+
+
+def test_names_hold_whatever_people_write(tmp_path):
+    import torch
+
+    names = ['a "quoted" name', "sky: blue", "# not a comment", "grün", "no"]
+    legend = naming.Legend(names, [(i, i, i) for i in range(5)])
+    values = torch.randn(5, 3)
+    naming.write(tmp_path / "names.yaml", legend, "cluster", values)
+    found = naming.read(tmp_path / "names.yaml", "cluster", values)
+    assert (found.names, found.colours) == (names, legend.colours)

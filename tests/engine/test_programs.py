@@ -1,0 +1,65 @@
+"""`export`: the program of torch.export, used by the script of the README, against `predict`."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import run
+
+pytestmark = pytest.mark.train
+README = Path(run.__file__).parent / "README.md"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(small_run) -> Path:
+    return small_run("hidden_positives").folder / "checkpoints" / "last.ckpt"
+
+
+def test_the_script_of_the_readme_gives_the_labels_of_predict(checkpoint, tmp_path):
+    script = next(
+        code for code in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "torch.export" in code
+    )
+    assert len(script.strip().splitlines()) <= 20
+    rng = np.random.default_rng(0)
+    (tmp_path / "in").mkdir()
+    sizes = {"a": (61, 47), "b": (48, 48), "c": (200, 90)}
+    for name, size in sizes.items():
+        small = rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)
+        Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(tmp_path / "in" / f"{name}.png")
+    assert run.main(["export", f"ckpt={checkpoint}", f"output={tmp_path}/segmenter.pt2"]) == 0
+    assert run.main(["predict", f"ckpt={checkpoint}", f"input={tmp_path}/in", f"output={tmp_path}/out"]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "use.py").write_text(script)
+    for name, size in sizes.items():
+        command = [sys.executable, "-I", "use.py", "../segmenter.pt2", f"../in/{name}.png", f"../{name}-ids.png"]
+        done = subprocess.run(command, cwd=tmp_path / "elsewhere", capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found = np.asarray(Image.open(tmp_path / f"{name}-ids.png"))
+        expected = np.asarray(Image.open(tmp_path / "out" / "index" / f"{name}.png"))
+        assert found.shape == expected.shape == size[::-1]
+        assert (found == expected).mean() > 0.998, name
+
+
+def test_the_range_is_kept_and_said(checkpoint, tmp_path, caplog):
+    caplog.set_level("INFO")
+    assert run.main(["export", f"ckpt={checkpoint}", f"output={tmp_path}/s.pt2", "predict.size=64"]) == 0
+    assert "12 clusters of probe kmeans, sides from 32 to 2048 px in steps of 8" in caplog.text
+    program = torch.export.load(tmp_path / "s.pt2").module()
+    assert program(torch.rand(1, 3, 64, 128)).shape == (1, 12, 8, 16)
+    with pytest.raises(Exception, match="8"):
+        program(torch.rand(1, 3, 64, 60))
+
+
+def test_wrong_words_end_in_one_line(checkpoint, tmp_path, capsys):
+    assert run.main(["export", f"ckpt={checkpoint}", f"output={tmp_path}/s.onnx"]) == 2
+    line = f"error: output={tmp_path}/s.onnx: expected a file that ends in .pt2, which torch.export.load reads\n"
+    assert capsys.readouterr().err.endswith(line)
+    assert run.main(["export", f"ckpt={checkpoint}", f"output={tmp_path}/s.pt2", "evaluation.crf=dense"]) == 2
+    line = "error: evaluation.crf=dense: is no part of a program; set evaluation.crf=none\n"
+    assert capsys.readouterr().err.endswith(line)

@@ -1,0 +1,151 @@
+"""Which runs stand side by side, and what their numbers become."""
+
+import csv
+import json
+import statistics
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+from common.errors import ConfigError
+from evaluation import charts, comparison, comparison_tables
+from evaluation.comparison import Finished, Score
+
+
+def finished(method="stego", seed=0, miou=20.0, folder="r", config=None, **metrics) -> Finished:
+    settings = {
+        "method.name": method, "method.num_clusters": 12, "data.name": "scenes", "data.root": None, "seed": seed,
+        "data.train_size": 128, "data.val_count": 5, "run.name": folder, "trainer.max_steps": 8, **(config or {}),
+    }  # fmt: skip
+    facts = {
+        "method": method, "seed": seed, "backbone": "tiny", "data": "scenes", "steps": 8, "uses_labels": False,
+        "selection/rule": "last step", "selection/uses_labels": False, "protocol/crop": "none", "protocol/crf": False,
+        "val/cluster/acc": 2 * miou, "val/cluster/miou": miou, "best/cluster/miou": miou + 1,
+        "train_images_per_second": 10.0, **metrics,
+    }  # fmt: skip
+    environment = {"device": "cpu", "processes": 1, "peak_memory": {"resident_mib": 100.0 + seed}, "seconds": 1.0}
+    return Finished(Path(folder), facts, settings, environment)
+
+
+def test_seeds_are_one_row_with_mean_and_sample_deviation():
+    (section,) = comparison.arrange(
+        [finished(seed=2, miou=26.0), finished(seed=0, miou=20.0), finished(seed=1, miou=23.0)]
+    )
+    (entry,) = section.entries
+    assert entry.seeds == [0, 1, 2]
+    score = entry.score("val/cluster/miou")
+    assert (score.mean, score.count) == (23.0, 3)
+    assert score.spread == pytest.approx(statistics.stdev([20, 23, 26]))
+    assert score.text() == "23.0 ± 3.0"
+    assert entry.score("val/linear/miou") is None
+    assert Score.of([5.0]).text() == "5.0"
+    assert section.columns() == [("cluster", "acc"), ("cluster", "miou")]
+    assert comparison_tables.memory_text(entry) == "102 host"
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        (finished("hp", **{"protocol/crf": "10 iterations"}), "crf: False -> 10 iterations"),
+        (finished("hp", config={"method.num_clusters": 27}), "clusters: 12 -> 27"),
+        (finished("hp", config={"data.val_count": 9}), "data.val_count: 5 -> 9"),
+        (finished("hp", **{"protocol/flip": True}), "flip: not set -> True"),
+    ],
+)
+def test_another_protocol_is_another_section_and_has_a_name(other, difference):
+    first, second = comparison.arrange([finished(), other])
+    assert first.differs == []
+    assert second.differs == [difference]
+    text = comparison_tables.markdown([first, second], "T")
+    assert f"**not comparable with protocol 1**: {difference}" in text
+    assert text.index("## Protocol 1") < text.index("stego") < text.index("## Protocol 2") < text.index("| hp |")
+    assert text.count("Scores of the last step") == 2
+    assert comparison_tables.escape(difference) in comparison_tables.latex([first, second], "T")
+
+
+def test_training_differs_without_another_protocol():
+    runs = [finished(), finished("hp", config={"data.train_size": 64}), finished(config={"trainer.max_steps": 9})]
+    (section,) = comparison.arrange(runs)
+    assert [entry.label for entry in section.entries] == ["stego", "hp", "stego (trainer.max_steps=9)"]
+    assert section.notes() == []
+
+
+def test_readouts_of_one_run_alone_are_no_other_protocol_but_a_note_where_they_differ():
+    posthoc = "protocol/linear_posthoc"
+    (section,) = comparison.arrange(
+        [finished(), finished("a", **{posthoc: "5 epochs"}), finished("b", **{posthoc: "9"})]
+    )
+    assert section.notes() == ["linear_posthoc differs between these runs: 5 epochs | 9"]
+    (section,) = comparison.arrange([finished(), finished("a", **{"selection/rule": "sum of four"})])
+    assert section.notes() == ["the best checkpoint was chosen by different rules: last step | sum of four"]
+
+
+def test_tables_to_paste():
+    runs = [finished(seed=0, miou=20.0), finished(seed=1, miou=22.0), finished("k_means", miou=21.5)]
+    sections = comparison.arrange(runs)
+    sections[0].entries[0].published = {"cluster/miou": 24.5}
+    sections[0].entries[0].source = "A & B, 2022"
+    text = comparison_tables.markdown(sections, "T")
+    assert (
+        "| stego | tiny | 0 1 | 8 | none | 42.0 ± 2.8 | 21.0 ± 1.4 | 10.0 | 101 host "
+        "| cluster 24.5 mIoU (A & B, 2022) |"
+    ) in text
+    assert "| k_means | tiny | 0 | 8 | none | 43.0 | 21.5 | 10.0 | 100 host |  |" in text
+    tex = comparison_tables.latex(sections, "T")
+    assert r"stego & 2 & $42.0 \pm 2.8$ & $21.0 \pm 1.4$ \\" in tex
+    assert r"k\_means & 1 & $\mathbf{43.0}$ & $\mathbf{21.5}$ \\" in tex
+    assert r"\multicolumn{4}{l}{\quad published: cluster 24.5 mIoU (A \& B, 2022)} \\" in tex
+    assert tex.count("{") == tex.count("}")
+    rows = list(csv.DictReader(StringIO(comparison_tables.as_csv(sections))))
+    (row,) = [row for row in rows if (row["method"], row["stage"], row["metric"]) == ("stego", "val", "miou")]
+    assert (float(row["mean"]), float(row["std"]), row["runs"], row["published"]) == (21.0, 1.41421, "2", "24.5")
+
+
+def test_label_use_is_said():
+    (section,) = comparison.arrange([finished(uses_labels=True), finished("hp", **{"selection/uses_labels": True})])
+    assert [comparison_tables.labels_used(entry) for entry in section.entries] == [
+        "training", "choice of best",
+    ]  # fmt: skip
+
+
+def test_curves_are_means_at_the_steps_that_all_runs_have(tmp_path):
+    runs = []
+    for seed, rows in enumerate(["step,val/cluster/miou\n2,10\n2,\n4,20\n", "step,val/cluster/miou\n2,20\n6,30\n"]):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        (folder / "metrics.csv").write_text(rows)
+        runs.append(finished(seed=seed, folder=str(folder)))
+    (section,) = comparison.arrange(runs)
+    assert section.entries[0].curve("val/cluster/miou") == [(2, 15.0)]
+    assert runs[0].history("val/cluster/miou") == [(2, 10.0), (4, 20.0)]
+
+
+def test_a_folder_without_a_finished_run_is_named(tmp_path):
+    (tmp_path / "config.yaml").write_text("{}")
+    with pytest.raises(ConfigError) as error:
+        Finished.read(tmp_path, dict, lambda path: {})
+    assert str(error.value) == (
+        f"runs: {tmp_path} holds no finished run (metrics.json is missing); finish it, or leave it out"
+    )
+    (tmp_path / "metrics.json").write_text(json.dumps({}))
+    with pytest.raises(ConfigError, match=r"environment\.json is missing"):
+        Finished.read(tmp_path, dict, lambda path: {})
+
+
+def test_bars_are_drawn_to_scale():
+    html = charts.bars([charts.Bar("a <b>", 20.0, 5.0, 40.0), charts.Bar("c", 10.0)])
+    assert 'data-top="40"' in html
+    assert "width:50.00%" in html  # 20 of 40
+    assert "left:37.50%;width:25.00%" in html  # 15 to 25
+    assert 'left:100.00%" title="published: 40"' in html
+    assert "a &lt;b&gt;" in html
+    assert "20.0 ± 5.0" in html
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 10), (0, 300), (20, 60), (0, 7), (0, 1)])
+def test_axes_have_a_few_round_numbers(low, high):
+    found = charts.ticks(low, high)
+    assert found[0] == low
+    assert found[-1] <= high
+    assert 4 <= len(found) <= 8

@@ -140,6 +140,7 @@ bench: $(READY) ## time and memory beside the plain formulation; pictures per se
 	@$(PY) -m benchmarks.stego
 	@$(PY) -m benchmarks.segments
 	@$(PY) -m benchmarks.spectral
+	@$(PY) -m benchmarks.concepts
 	@$(PY) -m benchmarks.evaluation
 	@$(PY) -m benchmarks.scaling
 

@@ -49,8 +49,12 @@ NULLABLE = {
     "method.licence": str,
     "method.regions.root": str,
     "method.crop.size": int,
+    "method.stage.size": (int, list),
+    "method.crops.max_per_image": int,
+    "method.crops.pictures": int,
+    "method.things": int,
+    "method.augment.size": (int, list),
     "method.slots": int,
-    "method.stage.size": int,
 }
 """Types of keys whose default does not tell them: null, or one of several types."""
 

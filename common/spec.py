@@ -59,8 +59,8 @@ class Photometric:
 class Geometric:
     """Random resized crop and flip of a view; one draw a picture."""
 
-    size: int | None = None
-    """Side of the square result in pixels; None keeps the size of the source view."""
+    size: int | tuple[int, int] | None = None
+    """Side of the square result in pixels, or (H,W); None keeps the size of the source view."""
     scale: tuple[float, float] = (0.8, 1.0)
     """Share of the source's area that the crop covers."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)

@@ -271,13 +271,19 @@ def draw_geometry(spec: Geometric, count: int, source: tuple[int, int], draw: np
     top = np.where(found, np.floor(place[:, 0] * (height - h + 1)), np.rint((height - h) / 2))
     left = np.where(found, np.floor(place[:, 1] * (width - w + 1)), np.rint((width - w) / 2))
     boxes = torch.from_numpy(np.stack([top, left, h, w], axis=1)).float()
-    size = source if spec.size is None else (spec.size, spec.size)
-    return Replay(boxes, torch.from_numpy(flip), source, size)
+    return Replay(boxes, torch.from_numpy(flip), source, _result(spec, source))
+
+
+def _result(spec: Geometric, source: tuple[int, int]) -> tuple[int, int]:
+    """(H,W) of a view."""
+    if spec.size is None:
+        return source
+    return (spec.size, spec.size) if isinstance(spec.size, int) else spec.size
 
 
 def _zoomed(spec: Geometric, count: int, source: tuple[int, int], draw: np.random.Generator) -> Replay:
     """Windows of `spec.size` px (None: of the source's size) of pictures scaled by `spec.zoom`; offsets are uniform."""
-    size = source if spec.size is None else (spec.size, spec.size)
+    size = _result(spec, source)
     factor, place = draw.uniform(*spec.zoom, size=count), draw.random((count, 2))
     flip = draw.random(count) < spec.flip_p
     sides = [side / factor for side in size]  # of the window, in pixels of the source

@@ -64,5 +64,6 @@ def check_stage(settings: Any) -> None:
             f"method.stage.shard={settings.shard}: must be a multiple of method.stage.batch_size="
             f"{settings.batch_size}, so that no batch lies in two files"
         )
-    if settings.size is not None and settings.size < 1:
+    sides = [] if settings.size is None else [settings.size] if isinstance(settings.size, int) else settings.size
+    if sides and (min(sides) < 1 or len(sides) > 2):
         raise ConfigError(f"method.stage.size={settings.size}: must be at least 1 px, or null for the files' own size")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.precision import real
+from common.precision import exact, real
 
 BACKGROUND = 0.1
 """Level below which the background's score grows; it wins where all classes are below half of it."""
@@ -74,16 +74,18 @@ def uncertainty(logits: Tensor) -> Tensor:
     return 1 - (top[:, 0] - top[:, 1])
 
 
-def thing_uncertainty(logits: Tensor, evidence: Tensor) -> Tensor:
+def thing_uncertainty(logits: Tensor, evidence: Tensor, total: Tensor | None = None) -> Tensor:
     """Mean of `uncertainty` without the background (class 0) over places with evidence bool [B,h,w]: a scalar.
 
-    NaN where no place of the batch has evidence, as released: the caller skips the step.
+    total: what the sum is divided by where it is not the number of places here (several ranks: their mean). NaN where
+    no place of the batch has evidence, as released: the caller skips the step.
     """
-    return uncertainty(logits[:, 1:])[evidence].mean()
+    return (uncertainty(logits[:, 1:]) * evidence).sum() / (evidence.sum() if total is None else total)
 
 
 def embedding_diversity(embeddings: Tensor) -> Tensor:
     """1 + cosine of each pair of classes i < j, in row-major order: unit rows [B,C,D] -> [B,C(C-1)/2]."""
     rows = real(embeddings)
     first, second = torch.triu_indices(rows.shape[1], rows.shape[1], 1, device=rows.device)
-    return 1 + torch.bmm(rows, rows.mT)[:, first, second]
+    with exact(rows.device):
+        return 1 + torch.bmm(rows, rows.mT)[:, first, second]

@@ -35,8 +35,16 @@ SMALL_OF = {
     "method.transformer.dropout": "0",
     "method.stage.size": "48", "method.stage.batch_size": "2", "method.stage.shard": "6", "method.eigs.k": "5",
     "method.segments.count": "4", "method.segments.restarts": "1",
+    "method.crops.max_per_image": "6", "method.decoder.dim": "16", "method.decoder.heads": "2",
+    "method.decoder.dropout": "0", "method.augment.size": "48", "method.restarts.start": "1",
+    "method.restarts.intervals": "[1]",
 }  # fmt: skip
-"""Method keys made small where a method has them. Drop path is off: a library draws it, so it has no key."""
+"""Method keys made small where a method has them. Drop path and dropout are off: a library draws them."""
+
+
+OF_METHOD = {"transfgu": ["evaluation.cluster_init=normal"]}
+"""Further words of a method. A centroid that starts as a code which it alone wins has no gradient but rounding, of
+which Adam makes whole steps: with few patches and codes far apart that happens at every start."""
 
 
 def small_words(method: str, *more: str) -> list[str]:
@@ -44,7 +52,8 @@ def small_words(method: str, *more: str) -> list[str]:
     data = [word for word in SMALL if "data=folder" not in more or not word.startswith(OF_SCENES)]
     words = ["backbone=tiny", *data, f"method={method}"]
     known = config.flatten(config.compose([f"method={method}"]))
-    return [*words, *(f"{key}={value}" for key, value in SMALL_OF.items() if key in known), *more]
+    words += [f"{key}={value}" for key, value in SMALL_OF.items() if key in known]
+    return [*words, *OF_METHOD.get(method, []), *more]
 
 
 @dataclass(frozen=True)

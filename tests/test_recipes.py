@@ -13,7 +13,8 @@ from tests.datamodules.pictures import noise, save
 
 TREES = {
     "cocostuff27": trees.coco, "cityscapes27": trees.cityscapes, "potsdam3": trees.potsdam, "pascal_voc": trees.voc,
-    "kitti": trees.kitti_step, "camvid": trees.camvid,
+    "kitti": trees.kitti_step, "camvid": trees.camvid, "cocostuff171": trees.coco, "coco81": trees.coco,
+    "lip": trees.lip,
 }  # fmt: skip
 EVERY_RUN = {"hidden_positives_cityscapes27_vits8", "stego_potsdam3_vits8"}
 """Recipes that `make test` runs; `make test-slow` runs the others."""
@@ -38,6 +39,15 @@ OF_METHOD = {
         "backbone.levels=[0,1]",
     ],
     "tokencut": ["method.stage.size=112"],
+    "transfgu": [
+        "method.stage.size=112",
+        "method.stage.batch_size=1",
+        "method.stage.shard=2",
+        "method.crops.max_per_image=80",
+        "method.augment.size=56",
+        "method.decoder.dim=24",
+        "method.restarts.repeat=1",
+    ],
     "dino": ["method.head.out_dim=64", "method.crops.local_count=2", "data.train_size=128"],
 }
 

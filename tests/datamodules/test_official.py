@@ -22,7 +22,7 @@ OFFICIAL = [name for name in available() if issubclass(load_datamodule(name), Of
 SMALL = ["data.batch_size=2", "data.eval_batch_size=2", "data.workers=0", "data.train_size=16", "data.eval_size=16"]
 CLASSES = {
     "cocostuff27": 27, "cocostuff171": 171, "coco81": 81, "cityscapes27": 27, "potsdam3": 3, "pascal_voc": 21,
-    "kitti": 19, "camvid": 11,
+    "kitti": 19, "camvid": 11, "lip": 20,
 }  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def stripes(label) -> list[int]:
     return [value for place, value in enumerate(row) if place == 0 or row[place - 1] != value]
 
 
-def test_all_eight_are_there():
+def test_all_nine_are_there():
     assert set(OFFICIAL) == set(CLASSES) == set(trees.TREES)
 
 
@@ -87,8 +87,8 @@ def test_an_absent_set_is_one_line(name, tmp_path):
 @pytest.mark.parametrize("name", [name for name in OFFICIAL if load_datamodule(name).variants])
 def test_class_counts_that_do_not_exist(name):
     known = " or ".join(str(count) for count in load_datamodule(name).variants)
-    assert refused(name, "x", "data.classes=5", kind=ConfigError) == (
-        f"data.classes=5: data={name} has labels of {known} classes"
+    assert refused(name, "x", "data.classes=7", kind=ConfigError) == (
+        f"data.classes=7: data={name} has labels of {known} classes"
     )
 
 
@@ -405,3 +405,22 @@ def test_labels_keep_their_place_through_five_crops(tmp_path):
         np.testing.assert_array_equal(data[crop].label, part[:, 8:24])
         np.testing.assert_array_equal(data[crop].image, image[top : top + 16, left + 8 : left + 24])
     assert torch.is_tensor(next(iter(found.train_dataloader()))["image"])
+
+
+def test_lip_parts(tmp_path):
+    """All 20 ids, through each of the three maps."""
+    root = trees.lip(tmp_path)
+    wanted = {
+        5: [0, 1, 3, 1, 2, 5, 4, 2, 1, 3, 4, 5, IGNORE],
+        16: [*range(17), IGNORE],
+        19: [*range(20), IGNORE],
+    }
+    for classes, values in wanted.items():
+        found = module("lip", root, f"data.classes={classes}")
+        assert ids(found.source("train")) == ["1000_train", "1001_train", "1002_train", "1003_train"]
+        assert len(found.meta.names) == classes + 1
+        assert stripes(found.source("val").read(0)[1]) == values
+    assert found.meta.names[14:16] == ("left_arm", "right_arm")
+    assert refused("lip", root, "data.classes=20", kind=ConfigError) == (
+        "data.classes=20: data=lip has labels of 5 or 16 or 19 classes"
+    )

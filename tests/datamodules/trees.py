@@ -140,6 +140,17 @@ def camvid(root: Path) -> Path:
     return root
 
 
+def lip(root: Path) -> Path:
+    """Four training and two validation pictures, the archives unpacked into folders of their own names; all 20 ids."""
+    for split, count in (("train", 4), ("val", 2)):
+        for i in range(count):
+            name, label = f"{1000 + i}_{split}", ids([*range(20), 255], 64, 42)
+            save(root / "TrainVal_images" / f"{split}_images" / f"{name}.jpg", noise(64, 42, seed=i))
+            save(root / "TrainVal_parsing_annotations" / f"{split}_segmentations" / f"{name}.png", label)
+    (root / "TrainVal_images" / "train_images" / "._1000_train.jpg").write_bytes(b"x")
+    return root
+
+
 TREES = {
     "cocostuff27": coco,
     "cocostuff171": coco,
@@ -149,5 +160,6 @@ TREES = {
     "pascal_voc": voc,
     "kitti": kitti_step,
     "camvid": camvid,
+    "lip": lip,
 }
 """By name of the data set."""

@@ -1,12 +1,14 @@
-"""Adapters for `transfgu.*`: losses and concept maps of TransFGU."""
+"""Adapters for `transfgu.*`: windows, concept maps, mask transformer, losses and scores of TransFGU."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from evaluation.metrics import SegmentationScore
 from grouping import concepts as maps
-from grouping import segments
+from grouping import segments, windows
 from losses import concepts
+from models.mask_decoder import MaskDecoder
 from retrieval import kmeans
 
 Case = dict[str, np.ndarray]
@@ -75,3 +77,42 @@ def kmeans_centroids(case: Case) -> Case:
     means = segments.segment_means(points, labels, count)
     order = np.lexsort(means.numpy().T[::-1])
     return {"out_centroids_sorted": means.numpy()[order], "out_labels_sorted": order.argsort()[labels.numpy()]}
+
+
+def crop_boxes(case: Case) -> Case:
+    boxes, counts = windows.crop_boxes(int(case["cfg_h"]), int(case["cfg_w"]), case["cfg_scales"].tolist())
+    return {"out_boxes_y0x0y1x1_inclusive": boxes.numpy(), "out_count_per_scale": np.array(counts)}
+
+
+def mask_decoder(case: Case) -> Case:
+    weights = {name.removeprefix("w."): _tensor(value) for name, value in case.items() if name.startswith("w.")}
+    dim, in_dim = weights["proj_dec.weight"].shape
+    ratio = weights["blocks.0.mlp.fc1.weight"].shape[0] / dim
+    settings = {"layers": int(case["cfg_layers"]), "heads": int(case["cfg_heads"]), "mlp_ratio": ratio}
+    network = MaskDecoder(in_dim, weights["cls_emb"].shape[1], dim, **settings).eval()
+    network.load_state_dict(weights)
+    with torch.no_grad():
+        _, classes, masks = network(_tensor(case["in_patch_tokens"]))
+    return {"out_masks": masks.numpy(), "out_cls_embeddings": classes.numpy()}
+
+
+def hungarian_metric(case: Case) -> Case:
+    """Ours has clusters in rows and orders scores by class."""
+    count = int(case["cfg_n_class"])
+    metric = SegmentationScore(count, count)
+    metric.update(_tensor(case["in_preds"]), _tensor(case["in_labels"]))
+    found = metric.compute()
+    cluster_of = found.mapping.argsort()
+    counts = found.counts.T
+    recalls = np.diagonal(found.histogram) / np.maximum(found.histogram.sum(0), 1)
+    recalls = np.where(found.histogram.sum(0) > 0, recalls, np.nan)
+    return {
+        "out_histogram": counts.astype(float),
+        "out_match_gt": np.arange(count),
+        "out_match_cluster": cluster_of,
+        "out_histogram_reordered": counts[found.mapping].astype(float),
+        "out_iou_by_cluster": found.iou[found.mapping],
+        "out_mean_iou": np.array(found.miou),
+        "out_pixel_accuracy": np.array(found.acc),
+        "out_mean_class_accuracy": np.array(100 * np.nanmean(recalls)),
+    }

@@ -20,8 +20,8 @@ STEPS = {"hsg": 1}
 HARD = {"train/fine": 0.15, "train/coarse": 0.15}
 """Bands of values that follow hard labels of groups: a segment near the border of two changes sides. Measured: 7 %."""
 BANDS = {"segsort": 2.5e-2, "stego": 1e-2}
-"""Measured of the cluster probe, whose patches near the border of two clusters change sides: segsort 1.8 % (0.2 % of the
-rest; backbone and head are trained, and their codes are short), stego 0.6 % (codes of the small run are nearly one)."""
+"""Measured of the cluster probe, whose patches near the border of two clusters change sides: segsort 1.8 % (0.2 % of
+the rest; backbone and head are trained, and their codes are short), stego 0.6 % (its codes are nearly one here)."""
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,7 @@ NULLABLE = {
     "method.crops.max_per_image": int,
     "method.crops.pictures": int,
     "method.things": int,
+    "method.pool.size": int,
     "method.augment.size": (int, list),
     "method.slots": int,
 }

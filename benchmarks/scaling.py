@@ -94,8 +94,8 @@ def build(method: str, words: list[str]) -> tuple[UnsupervisedSegmenter, Any]:
     model.total_steps = 2 * STEP
     if hasattr(model, "pool"):
         draw = torch.Generator().manual_seed(0)
-        model.pool.fill_agnostic(torch.randn(cfg.method.pool.size, model.backbone.dim, generator=draw))
-        model.pool.fill_specific(torch.randn(cfg.method.pool.size, cfg.method.dim, generator=draw))
+        model.pool.fill_agnostic(torch.randn(model.pool_size, model.backbone.dim, generator=draw))
+        model.pool.fill_specific(torch.randn(model.pool_size, cfg.method.dim, generator=draw))
     return model.train(), cfg
 
 

@@ -8,6 +8,7 @@ codes mixed with their attentive neighbours sends gradient to neighbours (local 
 
 import itertools
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -45,13 +46,27 @@ class HiddenPositives(UnsupervisedSegmenter):
         self.head = SegmentationHead(self.backbone.dim, settings.dim)
         self.momentum_head = Momentum(self.head)
         self.projection = ProjectionHead(settings.dim)
-        self.pool = ReferencePool(settings.pool.size, self.backbone.dim, settings.dim, settings.pool.half)
+        size = settings.pool.size
+        self.pool_size = self._pool_for_the_batch() if size is None else size
+        self.pool = ReferencePool(self.pool_size, self.backbone.dim, settings.dim, settings.pool.half)
         attention = settings.lhp.attention
         self.wants_attention = settings.lhp.enabled and (
             attention == "backbone" or (attention == "auto" and self.backbone.has_attention)
         )
         if settings.lhp.enabled and not self.wants_attention:
             log.info("local positives take an affinity of the features in place of the backbone's attention")
+
+    def _pool_for_the_batch(self) -> int:
+        """Entries that leave an anchor about 16 positives: the patches of a step / 16, as a power of two from 128.
+
+        A patch is a positive where it is nearer than all of a pool, so among N patches of the batch N / M are. With 16
+        of them Hidden Positives gain most on the scenes (2,048 patches) and on CamVid (12,800); see README.
+        """
+        sides = self.cfg.data.train_size
+        height, width = (sides, sides) if isinstance(sides, int) else sides
+        stride = min(self.backbone.strides)
+        patches = self.cfg.data.batch_size * -(-height // stride) * -(-width // stride)
+        return 2 ** max(7, round(math.log2(patches / 16)))
 
     @property
     def views(self) -> dict[str, ViewSpec]:
@@ -207,9 +222,9 @@ class HiddenPositives(UnsupervisedSegmenter):
         agnostic rows carry the output dropout of the release; the others are kept as they are.
         """
         settings = self.cfg.method
-        batches = loader("train", "train", order="shuffled", limit=settings.pool.size, purpose=f"{purpose}.{step}")
-        pictures = min(settings.pool.size, len(batches.dataset))
-        patches = -(-settings.pool.size // pictures)
+        batches = loader("train", "train", order="shuffled", limit=self.pool_size, purpose=f"{purpose}.{step}")
+        pictures = min(self.pool_size, len(batches.dataset))
+        patches = -(-self.pool_size // pictures)
         # The position in the whole pass keys the draws of a picture; ranks read contiguous parts of it.
         place = pictures * distributed.rank() // distributed.world_size()
         rows: list[list[Tensor]] = [[] for _ in draws]
@@ -251,7 +266,7 @@ def check_settings(settings: Any, backbone: Any) -> None:
         raise ConfigError(f"method.temperature={settings.temperature}: must be at least {MIN_TEMPERATURE}")
     for name, value in (
         ("dim", settings.dim),
-        ("pool.size", settings.pool.size),
+        ("pool.size", 1 if settings.pool.size is None else settings.pool.size),
         ("pool.renew_every", settings.pool.renew_every),
     ):
         if value < 1:

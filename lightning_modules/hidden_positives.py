@@ -57,7 +57,7 @@ class HiddenPositives(UnsupervisedSegmenter):
             log.info("local positives take an affinity of the features in place of the backbone's attention")
 
     def _pool_for_the_batch(self) -> int:
-        """Entries that leave an anchor four to eight positives: the patches of a step / 8, up to a power of two from 128.
+        """Entries that leave an anchor four to eight positives: an eighth of a step's patches, up to a power of two.
 
         A patch is a positive where it is nearer than all of a pool, so among N patches of the batch about N / M are. On
         the scenes (2,048 patches) two are too few, on CamVid (6,272) 49 are too many; see README.

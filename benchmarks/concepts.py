@@ -32,7 +32,7 @@ SHARE = 0.8
 def inputs(backbone: str, size: int, pictures: int, concepts: int) -> tuple[Backbone, Tensor, Tensor]:
     """A frozen network of random weights, pictures, centroids."""
     cfg = OmegaConf.load(ROOT / "configs" / "backbone" / f"{backbone}.yaml")
-    cfg.weights, cfg.pretraining = "none", None
+    cfg.weights, cfg.pretraining, cfg.levels = "none", None, None
     network = Backbone(cfg).to(DEVICE)
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(pictures, 3, size, size, generator=generator)

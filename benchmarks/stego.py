@@ -40,6 +40,7 @@ class Step:
 
     def __init__(self, backbone: str, size: int, pictures: int, precision: str = "float32"):
         cfg = OmegaConf.load(ROOT / "configs" / "backbone" / f"{backbone}.yaml")
+        cfg.levels = None
         cfg.weights, cfg.precision = "none", precision
         self.backbone = Backbone(cfg, seed=0).to(DEVICE)
         torch.manual_seed(0)

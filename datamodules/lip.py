@@ -34,7 +34,7 @@ class LipDataModule(OfficialDataModule):
     folders = ("LIP", "lip")
     facts = Facts(
         title="Look Into Person (LIP), single persons",
-        home="the LIP page of Sun Yat-sen University's HCP lab",
+        home="http://sysu-hcp.net/lip/",
         terms="non-commercial research only",
         downloads=(
             "TrainVal_images.zip: train_images/ and val_images/, into TrainVal_images",

@@ -59,7 +59,7 @@ def test_own_pictures_become_named_segments(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for line in lines:
         words = shlex.split(line.replace("/my/", f"{tmp_path}/my/"))
-        make = ["make", "-n", "-f", str(ROOT / "Makefile"), "PY=python", *words[1:]]
+        make = ["make", "--no-print-directory", "-n", "-f", str(ROOT / "Makefile"), "PY=python", *words[1:]]
         shown = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         _, program, *asked = shlex.split(shown)
         assert program == "run.py"

@@ -140,12 +140,22 @@ def test_nothing_to_learn_is_refused(tmp_path):
     assert str(caught.value) == "method.terms: every weight is 0, so nothing would be learned; set one above 0"
 
 
-def test_the_oracle_learns_from_labels_and_says_so(plain, tmp_path):
-    words = ["method.terms.knn.weight=1", "optim.head.lr=1e-2", "trainer.max_steps=30", *TWO_STEPS[1:]]
-    oracle, blind = (run_small("stego", tmp_path, s, f"method.signal={s}", *words) for s in ("labels", "features"))
-    assert oracle.metrics["uses_labels"] is True
+def test_the_oracle_copies_labels_and_says_so(plain, tmp_path, monkeypatch):
+    """What codes copy is the one-hot label of the picture and of its near one."""
+    seen = []
+    real = stego.correspondence_loss
+    monkeypatch.setattr(stego, "correspondence_loss", lambda *args, **kw: seen.append(args) or real(*args, **kw))
+    run = run_small("stego", tmp_path, "x", "method.signal=labels", *TWO_STEPS)
+    assert run.metrics["uses_labels"] is True
     assert plain.metrics["uses_labels"] is False
-    assert oracle.metrics["val/linear/miou"] > blind.metrics["val/linear/miou"] + 2
+    for signal, _, near, pool, *_ in seen:
+        for maps in (signal, near[0], pool[0]):
+            assert maps.shape[1:] == (13, 48, 48)  # twelve classes, and pixels without one
+            assert set(maps.unique().tolist()) == {0, 1}
+            assert (maps.sum(1) == 1).all()
+    assert not torch.equal(seen[0][0], seen[0][2][0])
+    name = "head.linear.weight"
+    assert not torch.equal(run.weights[name], plain.weights[name])
 
 
 def test_an_oracle_without_labels_is_refused(tmp_path):

@@ -4,11 +4,11 @@ import pytest
 
 from tests.scores import score
 
-BAND = (23.8, 27.0)
+BAND = (24.5, 28.0)
 """val/cluster/miou of Hidden Positives with the bundled backbone, mean of seeds 0, 1, 2, as recorded; see README."""
 OF_KMEANS = (22.0, 23.6)
 """val/kmeans/miou of the baseline on the same backbone."""
-MARGIN_OF_CORE = 4.0
+MARGIN_OF_CORE = 7.0
 """Points of mIoU that it must lose without its contrastive term."""
 
 
@@ -21,5 +21,5 @@ def test_hidden_positives_on_scenes(tmp_path):
     off = ["method.positives.agnostic=false", "method.positives.specific=false"]
     assert BAND[0] <= ours <= BAND[1]
     assert OF_KMEANS[0] <= baseline <= OF_KMEANS[1]
-    assert ours > baseline + 1
+    assert ours > baseline + 2
     assert ours >= score(tmp_path, "hidden_positives", "val/cluster/miou", *off) + MARGIN_OF_CORE

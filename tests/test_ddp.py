@@ -79,7 +79,13 @@ UNSTEADY = {"hsg": 1}
 groups let rounding grow about thirtyfold a step. Their gradients have a test of their own (test_hsg_ddp.py)."""
 
 
-@pytest.mark.parametrize("method", METHODS)
+IN_TEST_SLOW = ("deep_spectral", "normalized_cut", "tokencut")
+"""Half a minute each; their stage has two-process tests of its own in `make test`."""
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=pytest.mark.slow) if name in IN_TEST_SLOW else name for name in METHODS]
+)
 def test_two_processes_equal_one(method, small_run, tmp_path):
     one = small_run(method)
     folder = run_two(method, tmp_path)

@@ -112,7 +112,7 @@ def test_four_processes_equal_one(small_run, tmp_path):
     expect_equal(run_two("hidden_positives", tmp_path, processes=4), small_run("hidden_positives"))
 
 
-@pytest.mark.parametrize("method", ["hidden_positives", "stego"])
+@pytest.mark.parametrize("method", ["hidden_positives", pytest.param("stego", marks=pytest.mark.slow)])
 def test_local_contrast_is_another_training_with_the_same_memory(method, small_run, tmp_path):
     """`trainer.contrast=local`: pictures of other processes are no negatives; memory is still that of all."""
     one = small_run(method)

@@ -58,6 +58,11 @@ def total(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def mean(tensor: Tensor) -> Tensor:
+    """The mean over ranks, without gradient."""
+    return total(tensor) / world_size()
+
+
 def local_rank() -> int:
     """Place of this process among those of its machine; in one process 0."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", rank())))

@@ -51,7 +51,7 @@ class CamvidDataModule(OfficialDataModule):
 
     def entries(self, split: str) -> list[Entry]:
         name = "train" if split == "train" else self.evaluated
-        return self.paired(f"{name}.images", f"{name}.labels")
+        return super().entries(name)
 
     def official_count(self, split: str) -> int:
         return COUNTS["train" if split == "train" else self.evaluated]

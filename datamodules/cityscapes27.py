@@ -6,7 +6,6 @@ belong to another protocol. evaluation_protocol.md section 5.2.
 
 from common.spec import ClassMeta
 from datamodules.label_map import LabelMap
-from datamodules.listed import Entry
 from datamodules.official import Facts, OfficialDataModule, Part
 
 FIRST = 7
@@ -54,9 +53,6 @@ class Cityscapes27DataModule(OfficialDataModule):
                 "gtFine_trainvaltest.zip", deep=True,
             )  # fmt: skip
         return found
-
-    def entries(self, split: str) -> list[Entry]:
-        return self.paired(f"{split}.images", f"{split}.labels")
 
     def official_count(self, split: str) -> int:
         return COUNTS[split]

@@ -6,7 +6,6 @@ Trained on train (30,462) and evaluated on val (10,000).
 from common.palette import default_palette
 from common.spec import ClassMeta
 from datamodules.label_map import LabelMap
-from datamodules.listed import Entry
 from datamodules.official import Facts, OfficialDataModule, Part
 
 PARTS = (
@@ -54,9 +53,6 @@ class LipDataModule(OfficialDataModule):
                 places = (f"{archive}/{inner}", f"{archive}/{archive}/{inner}", inner)
                 found[f"{split}.{name}"] = Part(f"{what} of {split}", places, ending, count, f"{archive}.zip")
         return found
-
-    def entries(self, split: str) -> list[Entry]:
-        return self.paired(f"{split}.images", f"{split}.labels")
 
     def official_count(self, split: str) -> int:
         return COUNTS[split]

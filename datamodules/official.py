@@ -122,8 +122,8 @@ class OfficialDataModule(SegmentationDataModule):
         raise NotImplementedError
 
     def entries(self, split: str) -> list[Entry]:
-        """The pictures of "train" or "val", each with its label where it has one."""
-        raise NotImplementedError
+        """The pictures of "train" or "val", each with its label where it has one; here: all of that split's parts."""
+        return self.paired(f"{split}.images", f"{split}.labels")
 
     def label_map(self) -> LabelMap:
         """From the values in the label files to class ids."""

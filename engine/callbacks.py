@@ -246,10 +246,16 @@ def clock(seconds: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
 
 
+def progress_mode(mode: str) -> str:
+    """`trainer.progress` with `auto` resolved: a bar in a terminal, else lines."""
+    if mode != "auto":
+        return mode
+    return "bar" if sys.stderr.isatty() and sys.stdout.isatty() else "lines"
+
+
 def progress(mode: str) -> list[Callback]:
     """The callbacks of `trainer.progress`."""
-    if mode == "auto":
-        mode = "bar" if sys.stderr.isatty() and sys.stdout.isatty() else "lines"
+    mode = progress_mode(mode)
     if mode == "bar":
         return [RichProgressBar(theme=RichProgressBarTheme(metrics_format=".3f"), leave=False)]
     return [ProgressLines()] if mode == "lines" else []

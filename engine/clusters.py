@@ -99,8 +99,7 @@ def kept_names(path: Path, checkpoint: dict[str, Any], cfg: DictConfig, probe: s
         aside = path.with_name(f"names.{content['centroids']}.yaml")
         path.replace(aside)
         log.warning("the names in %s were those of other clusters; they are kept as %s", path, aside.name)
-    mapping = checkpoint["labelfree"].get("clusters", {}).get(probe)
-    legend = naming.unnamed(cfg.method.num_clusters, mapping, setup.stored_meta(checkpoint))
+    legend = naming.of_labels(checkpoint, cfg, probe)
     naming.write(path, legend, probe, values)
     return naming.read(path, probe, values)
 

@@ -198,7 +198,7 @@ class PosthocFit(L.Callback):
                 loss = probe.loss(codes, label)
                 gradients = torch.autograd.grad(loss, list(probe.parameters()))
                 for parameter, gradient in zip(probe.parameters(), gradients, strict=True):
-                    parameter.grad = distributed.total(gradient) / distributed.world_size()
+                    parameter.grad = distributed.mean(gradient)
                 optimizer.step()
             kept.close()
             if learned:

@@ -16,6 +16,7 @@ from common.errors import CheckpointError, ConfigError
 from common.files import write_text
 from common.palette import default_palette
 from common.spec import ClassMeta
+from engine import setup
 from evaluation import panels
 from lightning_modules.base import UnsupervisedSegmenter
 
@@ -154,15 +155,21 @@ def parse_colour(path: Path, number: int, text: Any) -> Colour:
     return tuple(bytes.fromhex(text[1:]))
 
 
-def legend_for(checkpoint: Path, wanted: str | None, probe: str, values: Tensor, otherwise: Legend) -> Legend:
-    """The names to use: those of `names=<file>`, of the checkpoint's own file where there is one, or `otherwise`.
+def of_labels(checkpoint: dict[str, Any], cfg: DictConfig, probe: str) -> Legend:
+    """Names and colours of a checkpoint's clusters before anyone named them: of its matched classes, see `unnamed`."""
+    mapping = checkpoint["labelfree"].get("clusters", {}).get(probe)
+    return unnamed(cfg.method.num_clusters, mapping, setup.stored_meta(checkpoint))
+
+
+def legend_for(
+    path: Path, checkpoint: dict[str, Any], model: UnsupervisedSegmenter, probe: str, wanted: str | None
+) -> Legend:
+    """The names to use: those of `names=<file>`, of the file beside the checkpoint at `path`, or `of_labels`.
 
     `wanted`: the value of `names=`; None where it was not given, `none` for no file. Raises ConfigError, see `read`.
     """
-    if wanted == "none":
-        return otherwise
-    path = default_file(checkpoint) if wanted is None else Path(wanted)
-    if wanted is None and not path.is_file():
-        return otherwise
-    log.info("names of the clusters: %s", path)
-    return read(path, probe, values)
+    file = Path(wanted) if wanted is not None else default_file(path)
+    if wanted == "none" or (wanted is None and not file.is_file()):
+        return of_labels(checkpoint, model.cfg, probe)
+    log.info("names of the clusters: %s", file)
+    return read(file, probe, centroids(model, probe))

@@ -55,9 +55,7 @@ def predict(
         raise ConfigError(f"output={output}: lies in the input folder and would be read as pictures; name another")
     model = setup.restore_model(checkpoint, cfg)
     probe = naming.choose_probe(cfg, model)
-    mapping = checkpoint["labelfree"].get("clusters", {}).get(probe)
-    plain = naming.unnamed(cfg.method.num_clusters, mapping, setup.stored_meta(checkpoint))
-    legend = naming.legend_for(checkpoint_path, names, probe, naming.centroids(model, probe), plain)
+    legend = naming.legend_for(checkpoint_path, checkpoint, model, probe, names)
     model.to(setup.device(cfg))
     source_of = whole_pictures if cfg.predict.window is None else windowed_pictures
     areas, overview, done = Areas(legend), Overview(legend, len(pictures)), 0

@@ -60,9 +60,7 @@ def export(checkpoint_path: Path, output: Path, tokens: list[str], names: str | 
         raise ConfigError(f"evaluation.crf={cfg.evaluation.crf}: is no part of a program; set evaluation.crf=none")
     model = setup.restore_model(checkpoint, cfg)
     probe = naming.choose_probe(cfg, model)
-    mapping = checkpoint["labelfree"].get("clusters", {}).get(probe)
-    plain = naming.unnamed(cfg.method.num_clusters, mapping, setup.stored_meta(checkpoint))
-    legend = naming.legend_for(checkpoint_path, names, probe, naming.centroids(model, probe), plain)
+    legend = naming.legend_for(checkpoint_path, checkpoint, model, probe, names)
     facts = {
         **sizes(cfg, model),
         "probe": probe,

@@ -1,7 +1,6 @@
 """How far an offline stage is: pictures done, pictures per second, and what is left."""
 
 import logging
-import sys
 import time
 from typing import Any
 
@@ -10,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from common import distributed
-from engine.callbacks import clock
+from engine.callbacks import clock, progress_mode
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +24,7 @@ class StageProgress(Callback):
     """
 
     def __init__(self, mode: str, data: Any) -> None:
-        bar = sys.stderr.isatty() and sys.stdout.isatty()
-        self.mode = mode if mode != "auto" else "bar" if bar else "lines"
+        self.mode = progress_mode(mode)
         self.data = data
         self.bar: Progress | None = None
         self.started = self.said = 0.0
@@ -37,7 +35,7 @@ class StageProgress(Callback):
         """Pictures per second over all ranks, reading included."""
         return self.done / max(1e-9, time.perf_counter() - self.started)
 
-    def _begin(self, trainer: L.Trainer) -> None:
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.started = self.said = time.perf_counter()
         if self.mode == "bar" and trainer.is_global_zero:
             columns = (
@@ -50,8 +48,10 @@ class StageProgress(Callback):
             self.bar.add_task("pictures", total=self.data.todo, now="")
             self.bar.start()
 
-    def _advance(self, trainer: L.Trainer, pictures: int) -> None:
-        self.done = min(self.done + pictures * distributed.world_size(), self.data.todo)
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        self.done = min(self.done + len(batch["id"]) * distributed.world_size(), self.data.todo)
         if not trainer.is_global_zero or self.mode == "none":
             return
         left = clock((self.data.todo - self.done) / max(1e-9, self.speed))
@@ -61,33 +61,13 @@ class StageProgress(Callback):
             self.said = time.perf_counter()
             log.info("%d of %d pictures, %.1f pictures/s, about %s left", self.done, self.data.todo, self.speed, left)
 
-    def _end(self, trainer: L.Trainer) -> None:
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.bar is not None:
             self.bar.stop()
         if trainer.is_global_zero and self.mode != "none" and self.done:
             log.info("%d pictures, %.1f pictures/s", self.done, self.speed)
 
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._begin(trainer)
-
-    def on_predict_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
-        self._advance(trainer, len(batch["id"]))
-
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._end(trainer)
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._begin(trainer)
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
-        self._advance(trainer, len(batch["id"]))
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._end(trainer)
+    on_train_start, on_train_batch_end, on_train_end = on_predict_start, on_predict_batch_end, on_predict_end
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self.bar is not None:

@@ -1,5 +1,6 @@
 """Further evaluations beside the probes, as objects: a method names its own (`readouts`), the configuration others."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from evaluation.matching import Scores
 
 
-class Readout(nn.Module):
+class Readout(ABC, nn.Module):
     """One of them; what it finds is logged as `val/<name>/*`.
 
     Whatever it counts lies in torchmetrics that are its attributes, so it is on the device and summed over ranks.
@@ -21,20 +22,21 @@ class Readout(nn.Module):
     groups: tuple[str, ...] = ()
     """Maps that `see` gives whose ids are groups of one picture, without a meaning beyond it."""
 
+    @abstractmethod
     def see(self, model: Any, batch: Mapping[str, Any], codes: Tensor) -> dict[str, Tensor]:
         """Take a validation batch (`image`, `valid`, and `label` where there are any) with its codes [B,D,h,w].
 
         Returns id maps [B,H,W] by column of the panels.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def compute(self) -> Scores | dict[str, float]:
         """What was found since `reset`, over all ranks: Scores, or values in percent by name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reset(self) -> None:
-        raise NotImplementedError
+        """Forget what was counted."""
 
+    @abstractmethod
     def protocol(self) -> str:
         """How it reads, for metrics.json (`protocol/<name>`)."""
-        raise NotImplementedError

@@ -240,7 +240,7 @@ class UnsupervisedSegmenter(Evaluated):
         if not distributed.active():
             return values
         own = [torch.as_tensor(value, dtype=torch.float32, device=self.device).detach() for value in values.values()]
-        return dict(zip(values, distributed.total(torch.stack(own)) / distributed.world_size(), strict=True))
+        return dict(zip(values, distributed.mean(torch.stack(own)), strict=True))
 
     @torch.no_grad()
     def _codes(self, features: Features) -> Tensor:

@@ -127,7 +127,7 @@ class Stego(UnsupervisedSegmenter):
             pointwise=settings.pointwise,
             zero_clamp=settings.zero_clamp,
             stabilize=settings.stabilize,
-            average=_over_ranks,
+            average=distributed.mean,
             shift_of=self._shift,
         )
         parts |= result.losses
@@ -141,7 +141,7 @@ class Stego(UnsupervisedSegmenter):
     def _shift(self, kind: str, signals: list[Tensor]) -> Tensor:
         """The mean, over all steps so far, of the quantile of the signal that `method.terms.<kind>.quantile` names."""
         row = list(self.terms).index(kind)
-        found = _over_ranks(quantile(signals, self.cfg.method.terms[kind].quantile))
+        found = distributed.mean(quantile(signals, self.cfg.method.terms[kind].quantile))
         self.shift_sums[row] += found.to(self.shift_sums)
         self.shift_steps[row] += 1
         return (self.shift_sums[row] / self.shift_steps[row]).to(found)
@@ -149,16 +149,17 @@ class Stego(UnsupervisedSegmenter):
     def _points(self, views: dict[str, Any], view: str, count: int) -> Tensor:
         """Sample points [B,S,S,2] of this rank's pictures, of `count` of all ranks: of the picture itself, or of its
         near picture, which all its negatives share."""
-        settings, device = self.cfg.method, views["image"].device
-        key = "stego.points.1" if view == "image" else "stego.points.2"
-        points, draws = (
-            distributed.own_slice(random_points(self.cfg.seed, name, self.global_step, count, settings.samples))
-            for name in (key, f"{key}.salience")
-        )
-        maps = views.get("regions" if view == "image" else f"{view}.regions")
-        if maps is None:
-            return points.to(device)
-        return salient_points(points.to(device), maps > 0, (draws.to(device) + 1) / 2, settings.salience.share)
+        settings, prefix = self.cfg.method, "" if view == "image" else f"{view}."
+
+        def drawn(purpose: str) -> Tensor:
+            points = random_points(self.cfg.seed, purpose, self.global_step, count, settings.samples)
+            return distributed.own_slice(points).to(views["image"].device)
+
+        key = "stego.points.2" if prefix else "stego.points.1"
+        points, salient = drawn(key), views.get(f"{prefix}regions")
+        if salient is None:
+            return points
+        return salient_points(points, salient > 0, (drawn(f"{key}.salience") + 1) / 2, settings.salience.share)
 
     def _crf(self, images: Tensor, codes: Tensor) -> Tensor:
         """The auxiliary CRF loss on pictures [B,3,H,W] in 0..1, normalised as the backbone sees them, and codes."""
@@ -184,10 +185,6 @@ class Stego(UnsupervisedSegmenter):
     def _mask(self, purpose: str, maps: Tensor) -> Tensor | None:
         key = (self.cfg.seed, f"stego.dropout.{purpose}", self.global_step)
         return own_channel_masks(*key, maps, self.cfg.method.dropout.p)
-
-
-def _over_ranks(mean: Tensor) -> Tensor:
-    return distributed.total(mean) / distributed.world_size()
 
 
 def check_settings(settings: Any) -> None:

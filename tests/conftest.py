@@ -42,18 +42,13 @@ SMALL_OF = {
 """Method keys made small where a method has them. Drop path and dropout are off: a library draws them."""
 
 
-OF_METHOD = {"transfgu": ["evaluation.cluster_init=normal"]}
-"""Further words of a method. A centroid that starts as a code which it alone wins has no gradient but rounding, of
-which Adam makes whole steps: with few patches and codes far apart that happens at every start."""
-
-
 def small_words(method: str, *more: str) -> list[str]:
     """The words of a small run of a method; of scenes, unless `more` chooses a folder."""
     data = [word for word in SMALL if "data=folder" not in more or not word.startswith(OF_SCENES)]
     words = ["backbone=tiny", *data, f"method={method}"]
     known = config.flatten(config.compose([f"method={method}"]))
     words += [f"{key}={value}" for key, value in SMALL_OF.items() if key in known]
-    return [*words, *OF_METHOD.get(method, []), *more]
+    return [*words, *more]
 
 
 @dataclass(frozen=True)

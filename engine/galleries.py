@@ -66,7 +66,7 @@ def read_out(entry: Entry, count: int) -> tuple[list[np.ndarray], list[np.ndarra
     data.pad_multiple = model.backbone.patch_multiple
     source = data.source("val")
     places = np.unique(((np.arange(count) + 0.5) * len(source) / count).astype(int))
-    probe = "cluster" if model.trains else "kmeans"
+    probe = model.main_probe
     mapping = checkpoint["labelfree"].get("clusters", {}).get(probe)
     colours = panels.cluster_colours(data.meta, mapping, cfg.method.num_clusters)
     classes = panels.class_colours(data.meta)

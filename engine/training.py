@@ -195,22 +195,36 @@ def write_files(model: UnsupervisedSegmenter, pictures: PanelKeeper, folder: Pat
     """Panels, per-class table, clusters and the confusion figure of the closing evaluation."""
     results = model.validated
     if results:
-        report.write_scores(folder, results, model.meta, main="cluster" if model.trains else "kmeans")
+        report.write_scores(folder, results, model.meta, main=model.main_probe)
         log.info("%s", report.as_text(report.per_class_table(results, model.meta)))
     mappings = {probe: scores.mapping for probe, scores in results.items() if predicts_clusters(probe)}
-    rows = [panels.Row(kept["image"], kept["maps"], kept["label"], kept["id"]) for kept in pictures.kept.values()]
+    rows = [panel_row(model, kept) for kept in pictures.kept.values()]
+    marks = panels.CONFIDENCE_MARKS | ({"wrong": panels.WRONG} if any("errors" in row.maps for row in rows) else {})
     groups = [name for item in model.further.values() for name in item.groups]
     for row in rows:
         name = f"{row.title.replace('/', '_')}.png"
-        panels.save(folder / "panels" / name, [row], model.meta, mappings, groups=groups)
+        panels.save(folder / "panels" / name, [row], model.meta, mappings, groups=groups, marks=marks)
     if rows:
-        panels.save(folder / "panels" / "sheet.png", rows, model.meta, mappings, groups=groups)
+        panels.save(folder / "panels" / "sheet.png", rows, model.meta, mappings, groups=groups, marks=marks)
         for logger in loggers:
             logger.log_image("panels", [str(folder / "panels" / "sheet.png")])
-            known = [replace(row, maps={k: v for k, v in row.maps.items() if k not in groups}) for row in rows]
+            known = [
+                replace(row, maps={k: v for k, v in row.maps.items() if k not in groups and v.ndim == 2})
+                for row in rows
+            ]
             logger.log_metrics({"pictures": masked_pictures(known, model.meta, mappings)})
     for logger in loggers:
         if (folder / "confusion.png").is_file():
             logger.log_image("confusion", [str(folder / "confusion.png")])
         logger.finish()
     log.info("panels, tables and checkpoints are in %s", folder)
+
+
+def panel_row(model: UnsupervisedSegmenter, kept: dict[str, Any]) -> panels.Row:
+    """The row of a picture that a PanelKeeper kept: id maps, then confidence and, with labels, errors as pictures."""
+    maps = dict(kept["maps"])
+    maps["confidence"] = panels.confidence(maps.pop("confidence"))
+    scores = model.validated.get(model.main_probe)
+    if scores is not None and kept["label"] is not None:
+        maps["errors"] = panels.errors(kept["image"], maps[model.main_probe], kept["label"], scores.mapping)
+    return panels.Row(kept["image"], maps, kept["label"], kept["id"])

@@ -12,11 +12,13 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from common.palette import default_palette
-from common.spec import ClassMeta
+from common.spec import IGNORE, ClassMeta
 from evaluation.matching import UNMATCHED, Scores
 
 VOID = (24, 24, 28)
 """Colour of pixels without a label."""
+WRONG = (214, 39, 40)
+"""Colour of pixels whose cluster was matched to another class than theirs."""
 INK, FAINT, PAPER = (28, 30, 36), (110, 114, 122), (255, 255, 255)
 GAP = 10
 MAX_NAMED = 40
@@ -58,13 +60,14 @@ def save(
     title: str = "",
     cell: int = 320,
     groups: Collection[str] = (),
+    marks: Mapping[str, tuple[int, int, int]] | None = None,
 ) -> None:
     """Write one png: a row a picture, columns picture, truth (where there is one) and every map, a legend below.
 
     mappings: column -> [K] class of each cluster, -1 unmatched (`Scores.mapping`). Its clusters take the colour of
     their class, unmatched ones greyish hues. A column without a mapping shows class ids; where the data has no classes,
     every column shows cluster ids in fixed colours. Columns named in `groups` hold groups of one picture: fixed colours
-    that the legend leaves out. cell: width of a picture in pixels.
+    that the legend leaves out. cell: width of a picture in pixels. marks: text -> colour, more of the legend.
     """
     mappings = mappings or {}
     names = list(dict.fromkeys(name for row in rows for name in row.maps))
@@ -85,6 +88,8 @@ def save(
                 continue
             cells.append(None if ids is None else _paint(as_ids(ids), meta, mappings.get(name), legend, cell))
         grid.append((cells, row.title))
+    for place, (text, colour) in enumerate((marks or {}).items()):
+        legend.add((3, place), colour, text)
     columns = ["picture", *(["truth"] if with_truth else []), *names]
     _compose(grid, columns, legend, title, cell).save(path)
 
@@ -112,6 +117,35 @@ def greyish(n: int) -> np.ndarray:
     """uint8 [n,3]: pale mixtures of grey and the default palette, for clusters without a class."""
     light = 120 + 100 * (np.arange(n) * 0.618 % 1)[:, None]
     return np.clip(0.88 * light + 0.12 * np.array(default_palette(n)).reshape(-1, 3), 0, 255).astype(np.uint8)
+
+
+def confidence(cosines) -> np.ndarray:
+    """Cosines [H,W] of codes to their centroids as colours, uint8 [H,W,3]; negative ones as 0. See CONFIDENCE_MARKS."""
+    return _shades(_numpy(cosines))
+
+
+def _shades(values) -> np.ndarray:
+    return (matplotlib.colormaps["viridis"](np.clip(values, 0.0, 1.0))[..., :3] * 255).round().astype(np.uint8)
+
+
+CONFIDENCE_MARKS = {
+    f"confidence {value:g}": tuple(colour)
+    for value, colour in zip((0, 0.5, 1), _shades(np.array([0, 0.5, 1])).tolist(), strict=True)
+}
+"""Legend of `confidence`, for `save`."""
+
+
+def errors(image, ids, truth, mapping) -> np.ndarray:
+    """A grey picture with the labelled pixels that are wrong in red, unlabelled ones dark: uint8 [H,W,3].
+
+    image: as in `Row`; ids [H,W] clusters, truth [H,W]; mapping [K]: class of each cluster, -1 (always wrong) without.
+    """
+    truth, grey = as_ids(truth), as_picture(image).astype(np.float32).mean(-1, keepdims=True)
+    wrong = (truth != IGNORE) & (np.asarray(mapping)[as_ids(ids)] != truth)
+    drawn = np.repeat(115 + 0.55 * grey, 3, axis=2)
+    drawn[wrong] = 0.2 * drawn[wrong] + 0.8 * np.array(WRONG)
+    drawn[truth == IGNORE] = 0.2 * drawn[truth == IGNORE] + 0.8 * np.array(VOID)
+    return drawn.clip(0, 255).round().astype(np.uint8)
 
 
 def as_picture(image) -> np.ndarray:

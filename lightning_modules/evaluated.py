@@ -23,6 +23,7 @@ class Evaluated(L.LightningModule):
     cfg: DictConfig
     meta: ClassMeta
     has_own_scores: bool
+    trains: bool
 
     def build_evaluation(self, linear_probe: bool) -> None:
         """Probes, read-outs and metrics; once, after the method's `build`."""
@@ -46,6 +47,11 @@ class Evaluated(L.LightningModule):
         self.crf = DenseCRF(constants) if rules.crf == "dense" else None
         self.refining = False
         self.validated: dict[str, Scores] = {}
+
+    @property
+    def main_probe(self) -> str:
+        """The clusters that figures and panels speak of: those of k-means where the method itself trains nothing."""
+        return "cluster" if self.trains else "kmeans"
 
     def probe_names(self) -> list[str]:
         """Read-outs that exist, in the order of tables."""
@@ -82,7 +88,8 @@ class Evaluated(L.LightningModule):
         return codes, scores
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Update the metrics; returns the id maps [B,H,W] of every read-out."""
+        """Update the metrics; returns the id maps [B,H,W] of every read-out, and as `confidence` the cosines
+        [B,H,W] of the codes to their centroids (of `main_probe`, before it is fitted of the cluster probe)."""
         codes, scores = self.read(batch["image"], self.features_of(batch))
         maps = {probe: readout.predict(values, batch["image"].shape[-2:]) for probe, values in scores.items()}
         self.usage.update(scores["cluster"], codes, batch["valid"])
@@ -92,7 +99,8 @@ class Evaluated(L.LightningModule):
         if "label" in batch:
             for probe in maps:
                 self.confusion[probe].update(maps[probe], batch["label"])
-        return maps | further
+        _, cosine = readout.winners(scores.get(self.main_probe, scores["cluster"]), codes)
+        return maps | further | {"confidence": readout.upsample(cosine[:, None], batch["image"].shape[-2:])[:, 0]}
 
     def _further(self, batch: dict[str, Any], codes: Tensor) -> dict[str, Tensor]:
         """The id maps of the further read-outs that are ready, after they have looked at the batch."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 import config
 from common.errors import TrainingError
@@ -14,6 +15,7 @@ from engine.callbacks import RunKeeper, clock, numbers
 from engine.checkpoints import WholeCheckpointIO
 from engine.run_folder import RunFolder
 from engine.selection import Selection
+from evaluation import panels
 from lightning_modules.hidden_positives import HiddenPositives
 from tests.conftest import run_small
 
@@ -90,6 +92,15 @@ def test_weights_that_are_not_finite_stop_the_run_and_leave_its_checkpoint(tmp_p
     saved = setup.read_checkpoint(tmp_path / "nan" / "checkpoints" / "last.ckpt")
     assert saved["global_step"] == 4
     assert all(value.isfinite().all() for value in saved["state_dict"].values())
+
+
+@pytest.mark.train
+@pytest.mark.parametrize("method", ["kmeans_baseline", "hidden_positives"])
+def test_panels_end_with_confidence_and_errors(small_run, method):
+    sheet = Image.open(small_run(method).folder / "panels" / "sheet.png")
+    assert sheet.width == 7 * (320 + panels.GAP) + panels.GAP  # picture, truth, cluster, kmeans, linear, and these two
+    colours = {colour for _, colour in sheet.getcolors(1 << 24)}
+    assert {panels.WRONG, *panels.CONFIDENCE_MARKS.values()} <= colours
 
 
 @pytest.mark.train

@@ -38,6 +38,28 @@ def test_clusters_take_the_colour_of_their_class(tmp_path):
     assert picture[top, columns[3] + 5].tolist() == list(META.palette[0])  # class ids as they are
 
 
+def test_errors_are_red_confidence_has_a_scale_and_both_are_in_the_legend(tmp_path):
+    truth, ids = halves(1, 255), halves(3, 3)
+    truth[3:, :4], ids[:, 0] = 2, 1  # cluster 3 is a tree: wrong on the road above; cluster 1 is no class
+    image = np.full((6, 8, 3), 100, dtype=np.uint8)
+    drawn = panels.errors(image, ids, truth, np.array([0, -1, 1, 2]))
+    assert drawn.shape == (6, 8, 3)
+    assert drawn[3, 1].tolist() == [170] * 3  # right: the picture in light grey
+    red = (0.2 * 170 + 0.8 * np.array(panels.WRONG)).round().tolist()
+    assert drawn[0, 1].tolist() == drawn[3, 0].tolist() == red
+    assert (drawn[:, 4:] < 60).all()  # not labelled
+    shades = panels.confidence(torch.linspace(-0.5, 1, 48).reshape(6, 8))
+    low, _, high = panels.CONFIDENCE_MARKS.values()
+    assert shades[0, 0].tolist() == list(low)
+    assert shades[5, 7].tolist() == list(high)
+    row = panels.Row(image, {"confidence": shades, "errors": drawn}, truth)
+    marks = panels.CONFIDENCE_MARKS | {"wrong": panels.WRONG}
+    panels.save(tmp_path / "panel.png", [row], META, cell=80, marks=marks)
+    assert Image.open(tmp_path / "panel.png").width == 4 * (80 + panels.GAP) + panels.GAP
+    found = colours_of(tmp_path / "panel.png")
+    assert {*marks.values(), tuple(int(part) for part in red), *META.palette} <= found
+
+
 def test_panel_without_labels_shows_clusters_in_fixed_colours(tmp_path):
     image = np.full((6, 8, 3), 7, dtype=np.uint8)
     rows = [panels.Row(image, {"cluster": halves(0, 4)}, None, f"{i}") for i in range(2)]

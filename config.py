@@ -84,6 +84,7 @@ CHOICES = {
     "evaluation.posthoc.optimizer": ("adam", "adamw", "sgd"),
     "evaluation.posthoc.schedule": ("constant", "cosine", "linear"),
     "predict.probe": ("auto", "cluster", "kmeans"),
+    "explain.embedding": ("auto", "pca", "umap"),
     "search.backend": ("auto", "faiss_gpu", "faiss_cpu", "torch"),
     "data.train_crop": ("center", "random", "five", "none", "keep"),
     "data.eval_crop": ("center", "none", "keep"),
@@ -106,13 +107,13 @@ POSITIVE = (
     "trainer.num_nodes", "trainer.threads", "data.batch_size", "data.eval_batch_size", "method.num_clusters",
     "evaluation.kmeans.restarts", "evaluation.kmeans.iterations", "evaluation.kmeans.points",
     "evaluation.kmeans.pictures", "evaluation.retrieval.pictures",
-    "predict.size", "predict.window",
+    "predict.size", "predict.window", "explain.clusters", "explain.points",
 )  # fmt: skip
 
 NOT_NEGATIVE = (
     "seed", "evaluation.posthoc.epochs", "evaluation.posthoc.lr", "evaluation.posthoc.weight_decay",
     "evaluation.posthoc.keep_mb", "evaluation.retrieval.k", "evaluation.retrieval.iterations",
-    "evaluation.retrieval.location_scale",
+    "evaluation.retrieval.location_scale", "explain.pictures",
 )  # fmt: skip
 
 

@@ -87,6 +87,17 @@ def retrieve(words: list[str]) -> None:
     run(Path(named["ckpt"]), Path(named["image"]), int(k or 8), None if output is None else Path(output), rest)
 
 
+def explain(words: list[str]) -> None:
+    """explain ckpt=… image=… point=x,y [output=folder] [names=file|none] [key=value …]: why a patch is what it is"""
+    from engine.explaining import explain as run
+
+    named, rest = take(words, "ckpt", "image", "point")
+    output, rest = option(rest, "output")
+    names, rest = option(rest, "names")
+    folder = None if output is None else Path(output)
+    run(Path(named["ckpt"]), Path(named["image"]), named["point"], folder, rest, names)
+
+
 def clusters(words: list[str]) -> None:
     """clusters ckpt=… [sweep=6..40] [key=value …]: what each cluster is, a file to name them; how many to take"""
     named, rest = take(words, "ckpt")
@@ -191,6 +202,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "predict": predict,
     "retrieve": retrieve,
     "clusters": clusters,
+    "explain": explain,
     "compare": compare,
     "export": export,
     "import-checkpoint": import_checkpoint,

@@ -11,6 +11,7 @@ NO_MATTER = (
     "backbone.cache_features", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
     "trainer.threads", "trainer.progress", "trainer.log_every", "trainer.val_every", "trainer.checkpoint_every",
     "evaluation.panels", "evaluation.kmeans.", "evaluation.posthoc.", "evaluation.retrieval.", "evaluation.resolutions",
+    "explain.",
 )  # fmt: skip
 """Keys that may differ from the recipe: where it ran, what was computed beside it."""
 

@@ -5,7 +5,7 @@ prediction, and the rule that labels never reach a method.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from lightning_modules.kept import check_kept, keep_features
 from lightning_modules.near import near_pictures
 from lightning_modules.optim import CompositeOptimizer, clip_gradients, scheduled
 from lightning_modules.regions import region_files
+from lightning_modules.relations import Place, Relation, Seen
 from models.backbone import Backbone, Features, synchronise_norms
 from models.feature_store import FeatureStore
 
@@ -146,6 +147,11 @@ class UnsupervisedSegmenter(Evaluated):
     @property
     def readouts(self) -> list[Readout]:
         """Further evaluations, beside those that the configuration names; see evaluation/readouts.py."""
+        return []
+
+    def relations(self, pictures: Sequence[Seen], place: Place) -> list[Relation]:
+        """For `explain`: the patches of these pictures that the method holds together with the one at `place` of the
+        first. Called without gradient, in evaluation mode and without a Trainer."""
         return []
 
     def prepare(self, loader: Callable[..., Any]) -> None:

@@ -9,7 +9,7 @@ codes mixed with their attentive neighbours sends gradient to neighbours (local 
 import itertools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,17 @@ from common import distributed
 from common.errors import ConfigError, one_of
 from common.spec import Photometric, ViewSpec
 from lightning_modules.base import Loss, UnsupervisedSegmenter
+from lightning_modules.relations import Place, Relation, Seen, cell, stacked
 from losses.consistency import consistency
-from losses.contrastive import MIN_TEMPERATURE, ghp_contrastive, lambda_schedule, random_candidates, thresholds
-from losses.local_positives import affinity_weights, attention_weights, neighbour_mix
+from losses.contrastive import (
+    MIN_TEMPERATURE,
+    ghp_contrastive,
+    lambda_schedule,
+    positive_mask,
+    random_candidates,
+    thresholds,
+)
+from losses.local_positives import affinity_weights, attention_weights, neighbour_mix, neighbourhood
 from models.backbone import Features
 from models.heads import ProjectionHead, SegmentationHead, channel_masks, drop_channels, own_channel_masks, patch_rows
 from models.momentum import Momentum
@@ -31,6 +39,13 @@ from retrieval.memory import ReferencePool, collect, random_positions
 VERSIONS = {"1": 1, "2": 2, "2-fixed": "2-fixed"}
 """Values of method.loss_version and what the loss calls them."""
 
+OF = {"agnostic": "features of the frozen backbone", "specific": "codes of the momentum head"}
+"""What each kind of positives compares."""
+NO_POOL = "The pools of this checkpoint are empty (it was imported, or saved before the first step): no thresholds."
+DRAWN = (
+    "In training the other patches are those of the batch, with channel dropout as here. The pool sets the thresholds "
+    "and cannot be shown: it holds vectors, no pictures."
+)
 
 log = logging.getLogger(__name__)
 
@@ -110,27 +125,24 @@ class HiddenPositives(UnsupervisedSegmenter):
         self, features: Features, frozen: Tensor, codes: Tensor, momentum_codes: Tensor, z: Tensor, lam: float
     ) -> Tensor:
         settings = self.cfg.method
-        unit_features = unit_rows(self._dropped("features", frozen))
-        unit_momentum = unit_rows(self._dropped("momentum_out", momentum_codes))
         z_mix = None
         if settings.lhp.enabled:
             mixed = neighbour_mix(codes, self._neighbour_weights(features, frozen))
             z_mix = self.reach.gather(self.projection(self._dropped("mixed_out", mixed)), grad=True)
-        limits = {"threshold_ag": None, "threshold_sp": None}
-        if settings.positives.agnostic:
-            limits["threshold_ag"] = self.reach.gather(thresholds(unit_features, self.pool.agnostic_rows()))
-        if settings.positives.specific:
-            limits["threshold_sp"] = self.reach.gather(thresholds(unit_momentum, self.pool.specific_rows()))
-        if not settings.positives.agnostic and not settings.positives.specific:
+        kinds = self._selection(frozen, momentum_codes)
+        if not kinds:
             return z.sum() * 0  # both kinds off: nothing is a positive, only the consistency term trains
+        kinds = {kind: tuple(self.reach.gather(part) for part in pair) for kind, pair in kinds.items()}
+        agnostic, specific = (kinds.get(kind, (None, None)) for kind in ("agnostic", "specific"))
         pictures, cells = frozen.shape[0], frozen.shape[2] * frozen.shape[3]
         z = self.reach.gather(z, grad=True)
         return ghp_contrastive(
             z,
             z_mix,
-            self.reach.gather(unit_features) if settings.positives.agnostic else None,
-            self.reach.gather(unit_momentum) if settings.positives.specific else None,
-            **limits,
+            agnostic[0],
+            specific[0],
+            threshold_ag=agnostic[1],
+            threshold_sp=specific[1],
             cells=cells,
             temperature=settings.temperature,
             lam=lam,
@@ -144,11 +156,71 @@ class HiddenPositives(UnsupervisedSegmenter):
             guarded=settings.guarded,
         )
 
+    def _selection(self, frozen: Tensor, momentum_codes: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """What positives are chosen by: kind -> unit rows of these pictures [N,C] and their thresholds [N]."""
+        kinds = {}
+        if self.cfg.method.positives.agnostic:
+            rows = unit_rows(self._dropped("features", frozen))
+            kinds["agnostic"] = rows, thresholds(rows, self.pool.agnostic_rows())
+        if self.cfg.method.positives.specific:
+            rows = unit_rows(self._dropped("momentum_out", momentum_codes))
+            kinds["specific"] = rows, thresholds(rows, self.pool.specific_rows())
+        return kinds
+
     def _neighbour_weights(self, features: Features, frozen: Tensor) -> Tensor:
         sigma = self.cfg.method.lhp.sigma
         if self.wants_attention:
             return attention_weights(features.attention, features.prefix, tuple(frozen.shape[-2:]), sigma)
         return affinity_weights(frozen, sigma)
+
+    # ------------------------------------------------------------------ for `explain`
+
+    @torch.no_grad()
+    def relations(self, pictures: Sequence[Seen], place: Place) -> list[Relation]:
+        """Both kinds of positives of a patch among the patches of all pictures, as if they were a batch (with one draw
+        of the dropout), and the weights of its neighbourhood."""
+        return [*self._positives(pictures, place), *self._neighbours(pictures[0], place)]
+
+    def _positives(self, pictures: Sequence[Seen], place: Place) -> list[Relation]:
+        if not self.pool.agnostic_filled:
+            return [Relation("positives", "Hidden positives", NO_POOL)]
+        frozen, inside, grids = stacked(pictures)
+        row, column = cell(place, grids[0])
+        anchor = int(inside.flatten()[: row * frozen.shape[3] + column].sum())
+        symmetric, found = self.cfg.method.positives.symmetric, []
+        momentum_codes = self.momentum_head(frozen, self._head_masks("momentum", frozen))
+        for kind, (rows, limits) in self._selection(frozen, momentum_codes).items():
+            rows, limits = rows[inside.flatten()], limits[inside.flatten()]
+            mask = torch.zeros_like(inside)
+            mask[inside] = positive_mask(rows, limits, slice(anchor, anchor + 1), symmetric=symmetric)[0]
+            maps = [own[:height, :width] for own, (height, width) in zip(mask, grids, strict=True)]
+            of, pool = OF[kind], len(getattr(self.pool, f"{kind}_rows")())
+            either = ", or above the highest of the other patch" if symmetric else ""
+            counts = f" They count in the loss from step {self.cfg.method.lambda_warmup} on." * (kind == "specific")
+            rule = (
+                f"Patches of these pictures whose cosine to the patch, in {of}, is above its highest cosine to the "
+                f"{pool} entries of the {kind} pool, {float(limits[anchor]):.3f}{either}: {int(mask.sum())} of "
+                f"{len(rows)} patches.{counts} {DRAWN}"
+            )
+            found.append(Relation(f"positives_{kind}", f"Task-{kind} hidden positives", rule, maps))
+        return found
+
+    def _neighbours(self, seen: Seen, place: Place) -> list[Relation]:
+        if not self.cfg.method.lhp.enabled:
+            return []
+        frozen = seen.features.concat()
+        grid = tuple(frozen.shape[-2:])
+        row, column = cell(place, grid)
+        index, valid = neighbourhood(*grid, frozen.device)
+        own = row * grid[1] + column
+        weights = frozen.new_full((grid[0] * grid[1],), math.nan)
+        weights[index[own][valid[own]]] = self._neighbour_weights(seen.features, frozen)[0, own][valid[own]]
+        source = "attention of the backbone's last block" if self.wants_attention else "affinity of the features"
+        rule = (
+            f"Weights, from the {source}, by which the codes of the patch and its neighbours are mixed (their sum is "
+            f"divided by {int(valid[own].sum())}, the number of patches here). 0: below the mean of all patches."
+        )
+        return [Relation("neighbourhood", "Local hidden positives", rule, [weights.view(grid)])]
 
     # ------------------------------------------------------------------ channel dropout
 

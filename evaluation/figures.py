@@ -132,7 +132,7 @@ def neighbourhood(path: Path, picture: np.ndarray, spot: Spot, weights: np.ndarr
         share = value / highest
         place.add_patch(Rectangle(corner, width, height, facecolor=(1, 0.18, 0.18, 0.6 * share), edgecolor="white"))
         middle = corner[0] + width / 2, corner[1] + height / 2
-        text = place.text(*middle, f"{value:.3g}", ha="center", va="center", fontsize=11, color="white", weight="bold")
+        text = place.text(*middle, f"{value:.3g}", ha="center", va="center", fontsize=9, color="white", weight="bold")
         text.set_bbox({"facecolor": "#1c1e24", "alpha": 0.55, "pad": 1.5, "linewidth": 0})
     _frame(place, (left, top, width, height))
     place.set_xlim(left - AROUND * width - 0.5, left + (AROUND + 1) * width - 0.5)
@@ -155,6 +155,7 @@ def scatter(
     FigureCanvasAgg(figure)
     place = figure.add_subplot()
     palette = np.asarray(colours, dtype=np.float64) / 255
+    place.set_facecolor("#e6e8ec")  # pale colours must be seen too
     place.scatter(*points.T, c=palette[ids], s=9, linewidths=0)
     place.scatter(*points[anchor], s=190, facecolors="none", edgecolors="white", linewidths=4)
     place.scatter(*points[anchor], s=190, facecolors="none", edgecolors="#1c1e24", linewidths=1.8)
@@ -178,7 +179,7 @@ def _axes(count: int, columns: int, picture: np.ndarray) -> tuple[Figure, list[A
     columns = min(columns, count)
     rows = -(-count // columns)
     width = 9.6 / columns if columns > 1 else 5.2
-    height = max(1.2, width * picture.shape[0] / picture.shape[1] + 0.35)
+    height = max(1.2, 0.9 * width * picture.shape[0] / picture.shape[1] + 0.3)
     figure = Figure(figsize=(width * columns, height * rows), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, [figure.add_subplot(rows, columns, place + 1) for place in range(count)]

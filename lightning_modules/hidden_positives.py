@@ -218,7 +218,8 @@ class HiddenPositives(UnsupervisedSegmenter):
         source = "attention of the backbone's last block" if self.wants_attention else "affinity of the features"
         rule = (
             f"Weights, from the {source}, by which the codes of the patch and its neighbours are mixed (their sum is "
-            f"divided by {int(valid[own].sum())}, the number of patches here). 0: below the mean of all patches."
+            f"divided by {int(valid[own].sum())}, the number of patches here). Scores are clamped to their middle 80 % "
+            "before the softmax, so near patches often weigh alike; 0: below the mean of all patches."
         )
         return [Relation("neighbourhood", "Local hidden positives", rule, [weights.view(grid)])]
 

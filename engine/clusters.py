@@ -67,7 +67,7 @@ def restore(
     stored = config.changed(config.restore(checkpoint["labelfree"]["config"]), alone)
     cfg, data = setup.build_data(config.restore(config.plain(stored), tokens))
     model = setup.restore_model(checkpoint, cfg)
-    data.pad_multiple = model.backbone.patch_multiple
+    data.pad_multiple = model.pad_multiple
     return cfg, data, model.to(setup.device(cfg)), checkpoint
 
 

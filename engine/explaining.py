@@ -123,7 +123,7 @@ def read(model: UnsupervisedSegmenter, batch: dict[str, Any], probe: str) -> Vie
     dtype = precision.AUTOCAST[precision.usable(model.cfg.trainer.precision, model.device.type)]
     with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
         features = model.features(image)
-        codes, scores = model.read(image, features)
+        codes, scores = model.read(image, None if model.window else features)
     size = int(valid.any(1).sum()), int(valid.any(0).sum())
     return View(Seen(batch["id"][0], image[0], size, features, codes.float()), scores[probe].float())
 

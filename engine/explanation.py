@@ -177,6 +177,11 @@ def page_of(folder: Path, content: dict[str, Any], cfg: DictConfig, others: int,
     ]
     if others:
         parts.append(f'<p class="note">Compared with {others} training pictures, a choice keyed by the seed.</p>')
+    if cfg.evaluation.window.size is not None:
+        parts.append(
+            '<p class="note">Codes are averaged over windows (evaluation.window); features, attention and what the '
+            "method adds are of whole pictures.</p>"
+        )
     for section in sections:
         parts.append(f"<h2>{page.escape(section.title)}</h2><p>{page.escape(section.text)}</p>")
         if section.figure is not None:

@@ -63,7 +63,7 @@ def read_out(entry: Entry, count: int) -> tuple[list[np.ndarray], list[np.ndarra
     alone = {"trainer.accelerator": "auto", "trainer.devices": 1, "trainer.num_nodes": 1, "trainer.strategy": "auto"}
     cfg, data = setup.build_data(config.changed(config.restore(checkpoint["labelfree"]["config"]), alone))
     model = setup.restore_model(checkpoint, cfg).to(setup.device(cfg))
-    data.pad_multiple = model.backbone.patch_multiple
+    data.pad_multiple = model.pad_multiple
     source = data.source("val")
     places = np.unique(((np.arange(count) + 0.5) * len(source) / count).astype(int))
     probe = model.main_probe

@@ -76,7 +76,7 @@ def retrieve(checkpoint_path: Path, image: Path, k: int, output: Path | None, to
     model = setup.restore_model(checkpoint, cfg)
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
     model.to(device)
-    data.pad_multiple = model.backbone.patch_multiple
+    data.pad_multiple = model.pad_multiple
     sorter = SegmentRetrieval(cfg.evaluation.retrieval, 1)
     limit = cfg.evaluation.retrieval.pictures
     bank = collect(model, sorter, data.loader("train", geometry="eval", order="shuffled", limit=limit), device)

@@ -25,7 +25,9 @@ def embed(codes: Tensor, how: str, seed: int) -> tuple[np.ndarray, tuple[str, st
     if how == "umap":
         import umap
 
-        reducer = umap.UMAP(n_components=2, metric="cosine", random_state=chance.key(seed, "explain.umap") % 2**32)
+        reducer = umap.UMAP(
+            n_components=2, metric="cosine", n_jobs=1, random_state=chance.key(seed, "explain.umap") % 2**32
+        )
         return np.asarray(reducer.fit_transform(codes.cpu().numpy()), dtype=np.float64), ("UMAP 1", "UMAP 2")
     points, shares = principal(codes)
     return points.cpu().numpy(), tuple(

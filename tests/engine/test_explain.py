@@ -208,6 +208,19 @@ def test_the_picture_itself_is_not_among_the_others(small_run, tmp_path):
 
 
 @pytest.mark.train
+def test_windows_of_the_evaluation_are_kept(small_run, picture):
+    checkpoint = small_run("kmeans_baseline").folder / "checkpoints" / "last.ckpt"
+    words = ["evaluation.window.size=32", "explain.pictures=0"]
+    cfg, data, model, _ = clusters.restore(checkpoint, words)
+    (view,) = explaining.look(cfg, data, model, explaining.one_picture(picture), "kmeans")
+    with torch.inference_mode():
+        codes, scores = model.read(view.seen.image[None])
+    assert torch.equal(view.scores, scores["kmeans"])
+    assert torch.equal(view.seen.codes, codes)
+    assert not torch.allclose(codes, model.embed(view.seen.features), atol=1e-3)
+
+
+@pytest.mark.train
 @pytest.mark.parametrize(
     ("point", "line"),
     [

@@ -26,6 +26,7 @@ DRY ?=
 SWEEP ?= $(METHOD)
 TRIALS ?=
 OFFLINE ?=
+JOBS ?= 2
 VENV ?= .venv
 ifeq ($(origin PY), undefined)
 PY := $(VENV)/bin/python
@@ -36,6 +37,9 @@ endif
 PYTHON3 ?= python3
 WORDS = $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(if $(or $(filter-out file undefined,$(origin METHOD)),$(if $(EXPERIMENT),,1)),method=$(METHOD)) \
 	$(if $(DATA),data=$(DATA)) $(if $(BACKBONE),backbone=$(BACKBONE)) $(if $(TRAINER),trainer=$(TRAINER)) $(ARGS)
+
+# A file of tests is one job: its tests share their trainings. A job is one thread.
+PARALLEL = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train pseudo eval predict retrieve clusters compare export import-checkpoint data list show-config doctor sweep slurm test test-fast test-ddp test-slurm \
@@ -110,8 +114,8 @@ show-config: $(READY) ## the merged configuration of METHOD=… DATA=… …
 doctor: $(READY) ## versions, CUDA, faiss, disk, W&B: ok, or what to do
 	@$(PY) run.py doctor
 
-test: $(READY) ## all tests but slow, gpu, realdata and slurm ones (each has a target of its own)
-	$(PY) -m pytest -q -m "not slow and not gpu and not realdata and not slurm"
+test: $(READY) ## all tests but slow, gpu, realdata and slurm ones (each has a target of its own); JOBS=2 at a time
+	$(PARALLEL) -m "not slow and not gpu and not realdata and not slurm"
 
 test-fast: $(READY) ## unit tests only: no training runs, no second process
 	$(PY) -m pytest -q -m "not slow and not gpu and not realdata and not slurm and not ddp and not train"

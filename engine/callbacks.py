@@ -36,7 +36,7 @@ class RunKeeper(Callback):
         self.best: dict[str, float] = {}
         self.best_step = 0
         self.seconds = 0.0
-        self.timed_steps = 0
+        self.timed_pictures = 0
         self._mark: float | None = None
 
     # -------------------------------------------------- state that a checkpoint carries
@@ -46,7 +46,7 @@ class RunKeeper(Callback):
             "best": self.best,
             "best_step": self.best_step,
             "seconds": self.seconds,
-            "timed_steps": self.timed_steps,
+            "timed_pictures": self.timed_pictures,
         }
         state["torch_rng"] = torch.get_rng_state()
         if torch.cuda.is_available():
@@ -55,7 +55,7 @@ class RunKeeper(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self.best_step = state["best"], state["best_step"]
-        self.seconds, self.timed_steps = state["seconds"], state["timed_steps"]
+        self.seconds, self.timed_pictures = state["seconds"], state["timed_pictures"]
         self._rng = state
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -102,7 +102,7 @@ class RunKeeper(Callback):
         now = time.perf_counter()
         if self._mark is not None:
             self.seconds += now - self._mark
-            self.timed_steps += 1
+            self.timed_pictures += pl_module.cfg.data.batch_size
         logged, validated = step % self.settings.log_every == 0, self.validates(step, last)
         saved = not validated and (step % self.settings.checkpoint_every == 0 or last)
         if logged or validated or saved:
@@ -159,9 +159,9 @@ class RunKeeper(Callback):
         chosen = {"selection/rule": self.select.rule, "selection/uses_labels": self.select.uses_labels}
         return {**best, "best/step": self.best_step, **chosen}
 
-    def images_per_second(self, batch_size: int) -> float | None:
+    def images_per_second(self) -> float | None:
         """Training pictures per second over all devices, waiting for data included, evaluation and writing excluded."""
-        return batch_size * self.timed_steps / self.seconds if self.seconds else None
+        return self.timed_pictures / self.seconds if self.seconds else None
 
 
 def numbers(metrics: dict[str, Any], prefix: str) -> dict[str, float]:

@@ -79,7 +79,7 @@ class KMeansFit(L.Callback):
         for batch in loader:
             images = batch["image"].to(pl_module.device)
             with trainer.precision_plugin.forward_context():
-                codes = pl_module.embed(pl_module.features(images)).float()
+                codes = pl_module.seen(images)["codes"].float()
             patches = F.normalize(codes.flatten(2), dim=1).transpose(1, 2)
             inside = readout.valid_patches(batch["valid"], codes.shape[-2:]).flatten(1)
             share = max(1, points // total)
@@ -120,7 +120,7 @@ class RetrievalFit(L.Callback):
                 continue
             image, label, valid = (batch[key].to(pl_module.device) for key in ("image", "label", "valid"))
             with trainer.precision_plugin.forward_context():
-                codes = pl_module.embed(pl_module.features(image))
+                codes = pl_module.seen(image)["codes"]
             found = item.labelled(codes, label, valid)
             vectors.append(found.vectors.cpu())
             labels.append(found.labels.cpu())

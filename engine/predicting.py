@@ -101,7 +101,7 @@ def whole_pictures(
     size = size if isinstance(size, int) else min(size)
     geometry = Geometry(size=size, crop="keep", interpolation=cfg.data.interpolation)
     reader = SegmentationDataModule(cfg)
-    reader.pad_multiple = model.backbone.patch_multiple
+    reader.pad_multiple = model.pad_multiple
     loader = reader.loader(pictures, geometry=geometry, batch_size=1)
     unreadable |= loader.account.files
     for batch in loader:

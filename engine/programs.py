@@ -58,6 +58,9 @@ def export(checkpoint_path: Path, output: Path, tokens: list[str], names: str | 
     cfg = config.restore(checkpoint["labelfree"]["config"], tokens)
     if cfg.evaluation.crf != "none":
         raise ConfigError(f"evaluation.crf={cfg.evaluation.crf}: is no part of a program; set evaluation.crf=none")
+    side = cfg.evaluation.window.size
+    if side is not None:
+        raise ConfigError(f"evaluation.window.size={side}: is no part of a program; set evaluation.window.size=null")
     model = setup.restore_model(checkpoint, cfg)
     probe = naming.choose_probe(cfg, model)
     legend = naming.legend_for(checkpoint_path, checkpoint, model, probe, names)
@@ -88,7 +91,7 @@ def export(checkpoint_path: Path, output: Path, tokens: list[str], names: str | 
 def sizes(cfg: DictConfig, model: UnsupervisedSegmenter) -> dict[str, int | str]:
     """The shorter side that `predict` gives the network, how it is resized to it, and the range of the program."""
     size = cfg.predict.size or cfg.data.eval_size
-    unit = max(model.backbone.patch_multiple, *model.backbone.strides)
+    unit = model.backbone.unit
     return {
         "size": size if isinstance(size, int) else min(size),
         "interpolation": "bilinear" if cfg.data.interpolation == "bilinear" else "nearest",

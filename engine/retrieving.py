@@ -125,7 +125,7 @@ def collect(model: UnsupervisedSegmenter, sorter: SegmentRetrieval, loader: Any,
     for batch in loader:
         image, valid = batch["image"].to(device), batch["valid"].to(device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            codes = model.embed(model.features(image))
+            codes = model.seen(image)["codes"]
         unit, ids, count, size = sorter.segments(codes, valid)
         vectors.append(prototypes(unit, ids, count).cpu())
         maps = upsample_ids(ids.view(len(codes), *size), tuple(valid.shape[-2:])).where(valid, -1).cpu()

@@ -99,7 +99,7 @@ def build_model(cfg: DictConfig, meta: ClassMeta, linear_probe: bool = True) -> 
 def connect(model: UnsupervisedSegmenter, data: SegmentationDataModule) -> None:
     """Tell the data what the method wants to see, and the method how long the run is."""
     data.views = model.views
-    data.pad_multiple = model.backbone.patch_multiple
+    data.pad_multiple = model.pad_multiple
     cfg = model.cfg
     for key in ("train_size", "eval_size"):
         model.backbone.check_size(cfg.data[key], f"data.{key}")

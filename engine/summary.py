@@ -32,6 +32,8 @@ def protocol(cfg: DictConfig, data: SegmentationDataModule, model: UnsupervisedS
     }
     if model.meta.groups and rules.partition != "none":
         found["protocol/partition"] = rules.partition
+    if model.window is not None:
+        found["protocol/window"] = f"{model.window[0]} px, at most {model.window[1]} px apart"
     if model.posthoc_probe is not None:
         posthoc = rules.posthoc
         found["protocol/linear_posthoc"] = (

@@ -188,7 +188,7 @@ def close(
     trainer.strategy.barrier()
     metrics = summary.scores(model, final) | keeper.summary() | summary.protocol(cfg, data, model)
     metrics |= summary.facts(cfg, model, model.total_steps)
-    return {**metrics, "train_images_per_second": keeper.images_per_second(cfg.data.batch_size)}
+    return {**metrics, "train_images_per_second": keeper.images_per_second()}
 
 
 def write_files(model: UnsupervisedSegmenter, pictures: PanelKeeper, folder: Path, loggers: list[Any]) -> None:

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from common.spec import ClassMeta
-from evaluation import readout, report
+from evaluation import readout, report, sliding
 from evaluation.crf import Constants, DenseCRF
 from evaluation.matching import Scores
 from evaluation.metrics import ClusterUsage, SegmentationScore
@@ -39,6 +39,7 @@ class Evaluated(L.LightningModule):
         self.confusion = nn.ModuleDict(
             {probe: self._confusion(probe) for probe in self.probe_names()} if meta.has_labels else {}
         )
+        sliding.check(rules.window.size, rules.window.stride, self.backbone.unit, cfg.backbone.cache_features)
         self.further = nn.ModuleDict({item.name: item for item in (*configured(rules, meta), *self.readouts)})
         self.usage = ClusterUsage(clusters)
         constants = Constants(**rules.crf_constants)
@@ -61,20 +62,45 @@ class Evaluated(L.LightningModule):
             rows, self.meta.num_classes, matching, rules.extra, rules.absent, background=rules.background
         )
 
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """Side and stride of `evaluation.window`, px; None: pictures are seen as a whole."""
+        own = self.cfg.evaluation.window
+        return None if own.size is None else (own.size, own.stride or max(1, own.size // 2))
+
+    @property
+    def pad_multiple(self) -> int:
+        """Pixels of which H and W of pictures must be multiples."""
+        return self.backbone.patch_multiple if self.window is None else self.backbone.unit
+
+    def seen(self, images: Tensor, features: Features | None = None, own: bool = False) -> dict[str, Tensor]:
+        """`codes` [B,D,h,w] of pictures [B,3,H,W] in 0..1; with `own` the method's score maps [B,K,h,w] as well.
+
+        By windows where `evaluation.window` asks for them. `features` are those of the pictures, where they are known.
+        """
+
+        def whole(part: Tensor) -> dict[str, Tensor]:
+            known = self.features(part) if features is None else features
+            return {"codes": self.embed(known), **({"own": self.scores(known)} if own else {})}
+
+        if self.window is None:
+            return whole(images)
+        return sliding.averaged(images, whole, *self.window, self.backbone.unit)
+
     def read(self, images: Tensor, features: Features | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Codes [B,D,h,w], and score maps [B,K,h,w] of every read-out that is ready, for pictures [B,3,H,W] in 0..1.
 
         `features` are those of the pictures, where they are known.
         """
-        features = self.features(images) if features is None else features
-        codes = self.embed(features)
+        found = self.seen(images, features, self.has_own_scores)
+        codes = found["codes"]
         if self.cfg.evaluation.flip:
-            codes = readout.flip_average(codes, self.embed(self.features(images.flip(-1))))
+            codes = readout.flip_average(codes, self.seen(images.flip(-1))["codes"])
         scores = {"cluster": self.cluster_probe.scores(codes)}
         if self.kmeans_probe.fitted:
             scores["kmeans"] = self.kmeans_probe.scores(codes)
         if self.has_own_scores:
-            scores["own"] = self.scores(features)
+            scores["own"] = found["own"]
         if self.linear_probe is not None:
             scores["linear"] = self.linear_probe(codes)
         if self.posthoc_probe is not None:
@@ -83,7 +109,7 @@ class Evaluated(L.LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Update the metrics; returns the id maps [B,H,W] of every read-out."""
-        codes, scores = self.read(batch["image"], self.features_of(batch))
+        codes, scores = self.read(batch["image"], None if self.window else self.features_of(batch))
         maps = {probe: readout.predict(values, batch["image"].shape[-2:]) for probe, values in scores.items()}
         self.usage.update(scores["cluster"], codes, batch["valid"])
         further = self._further(batch, codes)

@@ -341,6 +341,11 @@ class Backbone(nn.Module):
 
     # ---- picture sizes --------------------------------------------------------------------------------------------
 
+    @property
+    def unit(self) -> int:
+        """Side of the coarsest cell, px: pictures whose sides are multiples of it have whole cells alone."""
+        return max(self.patch_multiple, *self.strides)
+
     def fit_size(self, height: int, width: int) -> tuple[int, int]:
         """The next size upwards that the backbone takes, in pixels."""
         step = self.patch_multiple

@@ -11,6 +11,7 @@ from engine import evaluating, phases, training
 from engine.callbacks import RunKeeper
 from lightning_modules.segsort import SegSort
 from tests.conftest import Run, run_small, small_words
+from tests.test_ddp import expect_equal, expect_equal_losses, run_two
 
 TWO = (
     "phases=[{share: 5, method.kappa: 5, data.batch_size: 4}, "
@@ -126,9 +127,21 @@ def test_every_phase_has_its_settings_and_schedules(plain):
     assert rates[:5] == sorted(rates[:5], reverse=True)
     assert rates[7] == pytest.approx(1e-2 * (1 / 3) ** 0.9)
     assert found.metrics["steps"] == 8
+    (timed,) = (
+        state["timed_pictures"] for state in found.checkpoint["callbacks"].values() if "timed_pictures" in state
+    )
+    assert timed == 4 * 4 + 2 * 2  # the first step of a phase waits for its preparation
     assert found.checkpoint["labelfree"]["config"]["method"]["views"] == 1
     metrics = evaluating.evaluate(found.folder / "checkpoints" / "last.ckpt", [])
     assert metrics["val/kmeans/miou"] == found.metrics["val/kmeans/miou"]
     again = [f"run.resume={found.folder}/checkpoints/last.ckpt", "trainer.max_steps=10", "method.kappa=12"]
     with pytest.raises(CheckpointError, match=r"first difference method\.kappa \(10\.0 -> 12\.0\)"):
         run(found.folder.parent, "other", *again)
+
+
+@pytest.mark.ddp
+def test_two_processes_go_through_the_phases_of_one(tmp_path):
+    words = "phases=[{share: 5, method.kappa: 5}, {share: 3, method.views: 1, optim.head.lr: 0.01}]"
+    one, folder = run_small("segsort", tmp_path, "one", words), run_two("segsort", tmp_path, words)
+    expect_equal(folder, one)
+    expect_equal_losses(folder, one)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evaluation import sliding
 from evaluation.metrics import SegmentationScore
 from grouping import segments
 from losses.vmf import vmf, vmf_nca
@@ -248,3 +249,8 @@ def iou(case: Case) -> Case:
         "out_pixel_acc": np.array(found.acc / 100),
     }
     return results
+
+
+def window_ends(case: Case) -> Case:
+    settings = (int(case[f"cfg_{name}"]) for name in ("padded", "crop", "stride"))
+    return {"out_ends": np.array(sliding.window_ends(*settings))}

@@ -3,6 +3,11 @@
 A window sees only itself, so what the network says near its edge lacks context. Windows overlap, and each counts by a
 raised cosine: fully in its middle, hardly at its edge. All windows start at whole patches of one grid, so that shifting
 them changes the context of a patch and never its place. What is held is the picture in 8 bit and K maps of patches.
+
+A transformer's answer also depends on where in the window a patch lies, and not smoothly: a position embedding that was
+trained on another grid may hold patterns of two or three patches. Windows at an even step see a patch at even places
+only, or at odd ones only, whatever their number. So windows lie on an inclined lattice, as the samples of a rotated
+grid in antialiasing: the windows over a patch have it at as many different rows and columns as there are windows.
 """
 
 import logging
@@ -19,19 +24,53 @@ BATCH = 8
 """Windows that the network sees at once."""
 FLOOR = 1e-3
 """Weight of a window at its very edge: what no other window sees must count too."""
+SLOPE = (math.sqrt(5) - 1) / 2
+"""Of the lattice, the golden ratio: its points, projected onto either axis, lie as evenly as can be."""
 
 
-def starts(length: int, window: int, step: int, offset: int = 0) -> list[int]:
-    """Where windows begin along an axis: every `step` px, the whole grid shifted by `offset`, kept inside 0..length.
+def inclined(window: int, overlap: float) -> tuple[int, int]:
+    """(a, b) of the lattice with the basis (a, b), (-b, a), in patches, for windows of `window` x `window` patches.
 
-    All of the axis is covered. The first and the last window touch its ends.
+    A lattice point stands for a^2 + b^2 patches, near (window (1 - overlap))^2. a and b have no common divisor and one
+    of them is even, so that rows and columns of all residues occur; a + b <= window, so that windows leave no gap.
     """
-    last = length - window
-    if last <= 0:
-        return [0]
-    shift = offset % step
-    inner = range(shift - step if shift else 0, last + step, step)
-    return sorted({min(max(place, 0), last) for place in inner})
+    wanted = math.log(max(window * (1 - overlap), 1.0) ** 2)
+    found = [
+        (abs(math.log(a * a + b * b) - wanted) + 2 * abs(math.atan2(b, a) - math.atan(SLOPE)), a, b)
+        for a in range(1, window + 1)
+        for b in range(min(a, window - a + 1))
+        if math.gcd(a, b) == 1 and (a + b) % 2 and (b or a == 1)
+    ]
+    return min(found)[1:]
+
+
+def places(
+    size: tuple[int, int], sides: tuple[int, int], overlap: float, offset: tuple[int, int] = (0, 0)
+) -> list[tuple[int, int]]:
+    """Upper left corners of windows of `sides` that cover a picture of `size`, all in patches, in reading order.
+
+    Inside, a patch is seen by about 1 / (1 - overlap)^2 windows. The lattice is shifted by `offset`; windows that reach
+    beyond the picture are moved to its border. Where a window spans the picture along one axis, sides may differ.
+    """
+    last = [whole - side for whole, side in zip(size, sides, strict=True)]
+    if not all(last):  # it spans the picture along an axis, and all passes come from sliding along the other
+        steps = [min(side, int(side * (1 - overlap) ** 2 / 2) * 2 + 1) for side in sides]  # odd
+        rows, columns = (_slide(end, step, shift) for end, step, shift in zip(last, steps, offset, strict=True))
+        return [(top, left) for top in rows for left in columns]
+    a, b = inclined(min(sides), overlap)
+    period, margin = a * a + b * b, a + b
+    turn = b * pow(a, -1, period)  # the lattice has the points (y, x) with x = turn * y modulo a^2 + b^2
+    found = set()
+    for top in range(1 - margin, last[0] + margin):
+        first = (offset[1] + turn * (top - offset[0]) + margin - 1) % period + 1 - margin
+        for left in range(first, last[1] + margin, period):
+            found.add((min(max(top, 0), last[0]), min(max(left, 0), last[1])))
+    return sorted(found)
+
+
+def _slide(last: int, step: int, offset: int) -> list[int]:
+    """0..last every `step`, shifted by `offset`, with both ends."""
+    return sorted({0, last, *range(offset % step, last, step)})
 
 
 def bell(count: int) -> Tensor:
@@ -46,7 +85,7 @@ def blended(
     scores_of: Callable[[Tensor], Tensor],
     window: int,
     unit: int,
-    overlap: float = 0.5,
+    overlap: float = 0.75,
     offset: tuple[int, int] = (0, 0),
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, tuple[int, int]]:
@@ -56,18 +95,14 @@ def blended(
         scores_of: pictures float [B,3,h,w] in 0..1 -> scores [B,K,h/s,w/s], linear in the codes.
         window: side of a window, px; rounded up to a multiple of `unit`, and no larger than the picture needs.
         unit: windows begin at multiples of it: the patch, or the coarsest stride.
-        overlap: share of a window that the next one sees again, 0 to below 1.
-        offset: rows and columns by which the grid of windows is shifted, px; rounded down to multiples of `unit`.
+        overlap: share of a side that neighbours have in common, 0 to below 1: about 1 / (1 - overlap)^2 windows see a
+            patch, and at least two (a lattice without gaps is not sparser).
+        offset: rows and columns by which the lattice of windows is shifted, px; rounded down to multiples of `unit`.
     """
     height, width = (-(-side // unit) * unit for side in picture.shape[:2])
     sides = [min(-(-window // unit) * unit, side) for side in (height, width)]
-    steps = [max(unit, round(side * (1 - overlap) / unit) * unit) for side in sides]
-    shifts = [part // unit * unit for part in offset]
-    grid = [
-        (top, left)
-        for top in starts(height, sides[0], steps[0], shifts[0])
-        for left in starts(width, sides[1], steps[1], shifts[1])
-    ]
+    patches = [(height // unit, width // unit), tuple(side // unit for side in sides), tuple(o // unit for o in offset)]
+    grid = [(top * unit, left * unit) for top, left in places(*patches[:2], overlap, patches[2])]
     total = weights = None
     for first in range(0, len(grid), BATCH):
         part = grid[first : first + BATCH]

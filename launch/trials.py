@@ -89,7 +89,7 @@ class Queue:
         with log.open("a") as output:
             command = [sys.executable, str(ROOT / "run.py"), "train", *trial.words]
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
             )
             if self.asked:  # the signal came while the process was being made
                 self.process.send_signal(self.asked)

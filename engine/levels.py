@@ -42,7 +42,7 @@ def predict_levels(checkpoint_path: Path, source: Path, output: Path, tokens: li
         size=size if isinstance(size, int) else min(size), crop="keep", interpolation=cfg.data.interpolation
     )
     reader = SegmentationDataModule(cfg)
-    reader.pad_multiple = model.backbone.patch_multiple
+    reader.pad_multiple = model.pad_multiple
     dtype = precision.AUTOCAST[precision.usable(cfg.trainer.precision, device.type)]
     for batch in reader.loader(pictures, geometry=geometry, batch_size=1):
         image, valid = batch["image"].to(device), batch["valid"].to(device)

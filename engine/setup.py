@@ -47,6 +47,7 @@ NOISE = (
     ".*``compute`` method of metric.*was called before.*",
     ".*Sparse CSR tensor support is in beta.*",
     ".*Couldn't infer the batch indices.*",
+    ".*Total length of `AsItIs` across ranks is zero.*",
     ".*It is recommended to use `self.log.*sync_dist=True.*",
 )
 """Library warnings about things that are so on purpose here."""

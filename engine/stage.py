@@ -122,6 +122,8 @@ class Stage:
         trainer = self._trainer(1, writer)
         with self._listening(trainer), interrupted():
             trainer.predict(runner, datamodule=data, return_predictions=False)
+        if isinstance(step, MapStep):
+            self.data.sync_broken()  # each rank has counted its own
         share(runner.error or data.error, trainer.strategy.root_device)
         if isinstance(step, MapStep) and trainer.is_global_zero:
             found = cache.summary(place, data.pictures, self.settings.shard, step.counted)

@@ -59,6 +59,7 @@ class MapData(L.LightningDataModule):
 
     def __init__(self, stage: "Stage", step: MapStep, place: Place) -> None:
         super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards may be missing than ranks
         self.stage, self.step, self.place = stage, step, place
         self.pictures = len(stage.data.source(step.split))
         self.shard = int(stage.settings.shard)
@@ -70,7 +71,12 @@ class MapData(L.LightningDataModule):
     def predict_dataloader(self) -> Any:
         """Made when the processes know each other. Raises ConfigError, on all of them, where it cannot start."""
         missing = agreed(self._begin)
-        self.own = missing[distributed.rank() :: distributed.world_size()]
+        self.own = []
+        for number in missing[distributed.rank() :: distributed.world_size()]:
+            if self.chosen.isdisjoint(self.indices(number)):
+                self.write(number, {})  # no batch will come for it
+            else:
+                self.own.append(number)
         size = self.stage.batch(self.step)
         self.todo = len([index for number in missing for index in self.indices(number) if index in self.chosen])
         batches = []
@@ -78,10 +84,24 @@ class MapData(L.LightningDataModule):
             keys = [(0, index) for index in self.indices(number) if index in self.chosen]
             batches += [keys[first : first + size] for first in range(0, len(keys), size)]
         split, geometry = self.step.split, self.step.geometry()
-        return AsItIs(self.stage.data.batches(split, geometry, batches, f"stage.{self.step.name}"))
+        return AsItIs(self.stage.data.batches(split, geometry, batches, f"stage.{self.step.name}"), self)
 
     def indices(self, shard: int) -> range:
         return range(shard * self.shard, min((shard + 1) * self.shard, self.pictures))
+
+    def write(self, number: int, found: dict[int, Record]) -> None:
+        """Write a shard, and take its records out of `found`, by index; those that are not there were not seen."""
+        records = [found.pop(index, None) or self._absent(index) for index in self.indices(number)]
+        try:
+            cache.write_shard(self.place.shard(number), records)
+        except (OSError, LabelfreeError) as error:
+            if not distributed.active():
+                raise
+            self.error = error
+
+    def _absent(self, index: int) -> Record:
+        reason = cache.UNREADABLE if index in self.chosen else "not_chosen"
+        return Record(index, self.stage.data.source(self.step.split).id(index), (0, 0), (0, 0), drop=reason)
 
     def _begin(self) -> list[int]:
         """Numbers of the missing shards, after everything that can be wrong was looked at; on rank 0."""
@@ -114,13 +134,21 @@ class MapData(L.LightningDataModule):
 
 
 class AsItIs:
-    """A loader that Lightning takes as any iterable: it would make a DataLoader anew to watch its sampler."""
+    """A loader that Lightning takes as any iterable: it would make a DataLoader anew to watch its sampler.
 
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
+    An error ends it early and waits in `data.error` for the other ranks.
+    """
+
+    def __init__(self, loader: Any, data: MapData) -> None:
+        self.loader, self.data = loader, data
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self.loader)
+        try:
+            yield from self.loader
+        except Exception as error:
+            if not distributed.active():
+                raise
+            self.data.error = error
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -145,25 +173,11 @@ class ShardWriter(BasePredictionWriter):
             self.waiting[record.index] = record
         current = max((record.index // self.data.shard for record in prediction), default=-1)
         while self.left and self.left[0] < current:
-            self._write(self.left.pop(0))
+            self.data.write(self.left.pop(0), self.waiting)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: MapRunner) -> None:
         while self.left and self.data.error is None and pl_module.error is None:
-            self._write(self.left.pop(0))
-
-    def _write(self, number: int) -> None:
-        records = [self.waiting.pop(index, None) or self._absent(index) for index in self.data.indices(number)]
-        try:
-            cache.write_shard(self.data.place.shard(number), records)
-        except (OSError, LabelfreeError) as error:
-            if not distributed.active():
-                raise
-            self.data.error = error
-
-    def _absent(self, index: int) -> Record:
-        source = self.data.stage.data.source(self.data.step.split)
-        reason = cache.UNREADABLE if index in self.data.chosen else "not_chosen"
-        return Record(index, source.id(index), (0, 0), (0, 0), drop=reason)
+            self.data.write(self.left.pop(0), self.waiting)
 
 
 class OneBatch(L.LightningDataModule):

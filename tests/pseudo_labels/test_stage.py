@@ -13,7 +13,7 @@ from datamodules.reading import UnreadableError
 from datamodules.scenes import ScenesDataModule
 from datamodules.transforms import Geometry
 from engine.stage import pseudo
-from engine.stage_maps import ShardWriter
+from engine.stage_maps import MapData
 from pseudo_labels.steps import MapStep, new_record, whole_patches
 from tests.conftest import small_words
 from tests.pseudo_labels.stages import Classes, Dark, files, first, stage
@@ -76,15 +76,15 @@ def test_the_version_of_a_step_is_part_of_its_name(tmp_path, monkeypatch):
 
 def test_a_killed_stage_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     stage(tmp_path / "whole", [Dark(), Classes()]).run()
-    write, seen = ShardWriter._write, []
+    write, seen = MapData.write, []
 
-    def dies(self, number):
+    def dies(self, number, found):
         if number == 3:
             raise KillError
-        write(self, number)
+        write(self, number, found)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ShardWriter, "_write", dies)
+        patch.setattr(MapData, "write", dies)
         with pytest.raises(KillError):
             stage(tmp_path / "killed", [Dark(), Classes()]).run()
     work = stage(tmp_path / "killed", [Dark(), Classes()])
@@ -153,6 +153,17 @@ def test_a_step_may_choose_its_pictures(tmp_path, caplog):
     records = stage(tmp_path, [Chosen()]).run()["chosen"]
     assert [i for i in range(22) if records.read(i).drop != "not_chosen"] == [1, 2, 9]
     assert "pseudo-labels: chosen: 3 pictures to look at" in caplog.messages
+
+
+def test_missing_shards_without_a_chosen_picture_are_written(tmp_path):
+    work = stage(tmp_path, [Chosen()])
+    work.run()
+    before = files(tmp_path)
+    place = work.places["chosen"]
+    for path in (place.shard(1), place.shard(4), place.path / "manifest.json"):
+        path.unlink()
+    stage(tmp_path, [Chosen()]).run()
+    assert files(tmp_path) == before
 
 
 class Slopes(MapStep):

@@ -1,6 +1,7 @@
 """Methods whose classes are clusters of regions of a graph cut: their stage, and how they see new pictures."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +27,10 @@ from pseudo_labels.views import Segments, View
 
 @dataclass
 class WithPictures(Features):
-    """Features, and the pictures that they are of."""
+    """Features, the pictures that they are of, and where these are not padding (None: everywhere)."""
 
     pictures: Tensor | None = None
+    valid: Tensor | None = None
 
 
 class RegionSegmenter(StagedSegmenter):
@@ -103,10 +105,16 @@ class RegionSegmenter(StagedSegmenter):
             return found
         return WithPictures(**{part.name: getattr(found, part.name) for part in fields(found)}, pictures=images)
 
+    def features_of(self, batch: dict[str, Any], view: str = "image") -> Features:
+        found = super().features_of(batch, view)
+        return replace(found, valid=batch["valid"]) if isinstance(found, WithPictures) and view == "image" else found
+
     def scores(self, features: Features) -> Tensor:
         """1 for the class of a patch and 0 for the others, [B,K,h,w]."""
         axes = self.region_mean.new_zeros(len(self.region_mean), 0) if self.region_axes is None else self.region_axes
         space = RegionSpace(self.region_mean, axes, self.region_centroids)
-        settings, seed = self.cfg.method, int(self.cfg.seed)
-        ids = region_maps(self.backbone, features.pictures, settings, seed, space, bool(settings.background), self.kind)
+        settings, seed, background = self.cfg.method, int(self.cfg.seed), bool(self.cfg.method.background)
+        ids = region_maps(
+            self.backbone, features.pictures, settings, seed, space, background, self.kind, features.valid
+        )
         return F.one_hot(ids, settings.num_clusters).permute(0, 3, 1, 2).float()

@@ -22,7 +22,7 @@ from datamodules.base import SegmentationDataModule
 from grouping import spectral
 from lightning_modules.base import Loss
 from lightning_modules.cut_regions import RegionSegmenter
-from lightning_modules.graph_cuts import graph_vectors, patch_of
+from lightning_modules.graph_cuts import graph_vectors
 from lightning_modules.objects import ObjectFinder
 from losses.pseudo_labels import pseudo_label_loss
 from models.backbone import Features
@@ -116,6 +116,7 @@ class DeepSpectral(RegionSegmenter, ObjectFinder):
         settings = self.cfg.method
         found, size = graph_vectors(self.backbone, images, self.kind, settings.graph, settings.eigs)
         maps = found.vectors[:, 1].unflatten(1, size)
-        patch = patch_of(self.backbone) // settings.graph.scale
-        boxes = [spectral.localise(vector, max(patch, 1), tuple(images.shape[-2:]))[1] for vector in maps]
-        return torch.stack([spectral.foreground(vector) for vector in maps]), torch.stack(boxes)
+        cells = torch.stack([spectral.localise(vector, 1, size)[1] for vector in maps])
+        height, width = (side / count for side, count in zip(images.shape[-2:], size, strict=True))
+        boxes = (cells * cells.new_tensor([width, height, width, height], dtype=torch.float64)).round().long()
+        return torch.stack([spectral.foreground(vector) for vector in maps]), boxes

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from common.errors import ConfigError, one_of
 from datamodules.transforms import NATIVE, Geometry
 from grouping import eigen, masks, spectral
+from lightning_modules.extents import own_extents, padded_maps
 from models.backbone import Backbone
 from pseudo_labels.cache import Record
 from pseudo_labels.steps import MapStep, ReduceStep, Results, new_record, whole_patches
@@ -215,7 +216,7 @@ class Regions(MapStep):
     """Segments of every picture by its eigenvectors, and the features of its regions.
 
     Fields `segments` int16 [h,w], `names` int16 [R], `boxes` int32 [R,4] in px of what the network saw, `features`
-    float32 [R,D]; dropped as `no_object` where nothing but background is there.
+    float32 [R,D]; dropped as `no_object` where nothing but background is there, and as the eigenvectors were.
     """
 
     counted = "names"
@@ -246,9 +247,13 @@ class Regions(MapStep):
         images, found = whole_patches(batch, patch_of(self.backbone)), []
         for row, image in enumerate(images):
             index = int(batch["index"][row])
-            read = self.eigenvectors.read(index).fields
+            read = self.eigenvectors.read(index)
+            if not read.keep:
+                found.append(new_record(batch, row, images, read.grid))
+                found[-1].drop = read.drop
+                continue
             values, vectors = (
-                torch.from_numpy(read[name]).to(image.device).float() for name in ("eigenvalues", "eigenvectors")
+                torch.from_numpy(read.fields[name]).to(image.device).float() for name in ("eigenvalues", "eigenvectors")
             )
             segments = segment(values, vectors, self.method.segments, self.seed, index)
             names, boxes, features = region_vectors(
@@ -285,10 +290,19 @@ class Clusters(ReduceStep):
 
 def region_maps(
     backbone: Backbone, images: Tensor, method: Any, seed: int, space: spectral.RegionSpace, background: bool,
-    kind: str = "deep",
+    kind: str = "deep", valid: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Class maps int64 [B,h,w] of pictures that no stage has seen: regions by their eigenvectors, each with its nearest
-    cluster (+ 1 beside a background). Starts of k-means are those of picture 0."""
+    cluster (+ 1 beside a background). Starts of k-means are those of picture 0.
+
+    valid: bool [B,H,W], false on padding; a picture is cut as it is without it, and padding takes the classes beside.
+    """
+    if valid is not None:
+        extents, own = own_extents(valid, backbone.patch_multiple), {}
+        for extent in extents:
+            maps = region_maps(backbone, extent.cut(images), method, seed, space, background, kind)
+            own |= dict(zip(extent.rows, maps, strict=True))
+        return padded_maps(own, extents, tuple(images.shape[-2:]))
     found, size = graph_vectors(backbone, images, kind, method.graph, method.eigs)
     maps = []
     for image, values, vectors in zip(images, found.values.float(), found.vectors.float(), strict=True):

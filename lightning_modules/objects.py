@@ -11,6 +11,7 @@ from common.errors import ConfigError
 from datamodules.transforms import Geometry
 from evaluation import report
 from evaluation.foreground import ForegroundScore, object_classes
+from lightning_modules.extents import own_extents
 from lightning_modules.graph_cuts import patch_of, stage_geometry
 from lightning_modules.staged import StagedSegmenter
 from pseudo_labels.cache import Record
@@ -34,6 +35,21 @@ class ObjectFinder(StagedSegmenter):
         """Masks bool [B,h,w] over the pictures [B,3,H,W], and boxes int64 [B,4] in px of them."""
         raise TypeError(f"{type(self).__name__} has to define objects()")
 
+    def objects_inside(self, images: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Masks bool [B,H,W] and boxes int64 [B,4] of pictures that are padded where `valid` bool [B,H,W] is false.
+
+        Each is cut without the padding of the batch; those of one size together.
+        """
+        masks, found = torch.zeros_like(valid), {}
+        for extent in own_extents(valid, self.backbone.patch_multiple):
+            (height, width), rows = extent.valid, list(extent.rows)
+            own, boxes = self.objects(extent.cut(images))
+            own = F.interpolate(own[:, None].float(), size=extent.seen, mode="nearest")[:, 0] > 0.5
+            masks[rows, :height, :width] = own[:, :height, :width]
+            boxes = torch.minimum(boxes, boxes.new_tensor([width, height, width, height]))
+            found |= dict(zip(rows, boxes, strict=True))
+        return masks, torch.stack([found[row] for row in range(len(images))])
+
     def build_foreground(self) -> None:
         """For `build`: the score, where labels say what an object is. Raises ConfigError for a class that is none."""
         chosen = list(self.cfg.method.foreground)
@@ -52,10 +68,7 @@ class ObjectFinder(StagedSegmenter):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         maps = super().validation_step(batch, batch_idx)
         if self.foreground is not None and "label" in batch:
-            masks, boxes = self.objects(batch["image"])
-            size = batch["label"].shape[-2:]
-            masks = F.interpolate(masks[:, None].float(), size=size, mode="nearest")[:, 0] > 0.5
-            self.foreground.update(masks, boxes, batch["label"])
+            self.foreground.update(*self.objects_inside(batch["image"], batch["valid"]), batch["label"])
         return maps
 
     def on_validation_epoch_start(self) -> None:
@@ -85,9 +98,7 @@ class ObjectMasks(MapStep):
         self.find = method.objects
 
     def settings(self) -> dict[str, Any]:
-        own = {
-            key: value for key, value in self.cfg.method.items() if key not in ("stage", "foreground", "num_clusters")
-        }
+        own = {key: value for key, value in self.cfg.method.items() if key not in OF_NO_MASK}
         return {key: dict(value) if hasattr(value, "items") else value for key, value in own.items()}
 
     def geometry(self) -> Geometry:

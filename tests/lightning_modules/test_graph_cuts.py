@@ -15,6 +15,7 @@ from engine.stage import Stage
 from evaluation.foreground import ForegroundScore
 from grouping import spectral
 from lightning_modules import graph_cuts
+from pseudo_labels.cache import Record
 from pseudo_labels.steps import MapStep
 from tests.conftest import read_json, run_small, small_words
 
@@ -168,6 +169,18 @@ def test_every_option_reaches_its_step(step, words, plain):
 def test_the_same_words_give_the_same_records(plain):
     again = digest([])
     assert all(np.array_equal(again[name], plain[name]) for name in plain)
+
+
+def test_a_picture_without_eigenvectors_has_no_regions_either():
+    cfg, data = setup.build_data(config.compose(small_words("deep_spectral", "method.num_clusters=4")))
+    steps = setup.build_model(cfg, META).eval().steps(data)
+    batch = next(iter(data.batches("train", steps[0].geometry(), [[(0, 0), (0, 1)]], "x")))
+    lost = Record(0, batch["id"][0], (0, 0), (0, 0), drop="unreadable")
+    with torch.no_grad():
+        steps[1].begin({"eigenvectors": Given([lost, steps[0].records(batch)[1]])})
+        found = steps[1].records(batch)
+    assert [record.drop for record in found] == ["unreadable", ""]
+    assert found[0].fields == {}
 
 
 REFUSED = {

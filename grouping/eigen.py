@@ -152,11 +152,12 @@ def _solve(
         )
     graph = _Graph(weights, degree, normalized)
     signed = bool(weights.amin() < 0)
-    if solver == "dense" or degree.shape[1] <= _DENSE_NODES or (signed and nearest == "modulus"):
+    whole = not signed and bool((degree > _EMPTY).any(1).all())
+    many = k - int(whole) > degree.shape[1] // 4  # more than a block may have
+    if solver == "dense" or degree.shape[1] <= _DENSE_NODES or many or (signed and nearest == "modulus"):
         tops, rows = graph.dense(k, nearest)
         residuals, dense = graph.residuals(tops, rows), torch.ones_like(broken, dtype=torch.bool)
     else:
-        whole = not signed and bool((degree > _EMPTY).any(1).all())
         tops, rows, residuals = _krylov(graph, k, whole, tolerance, seed)
         dense = ~(residuals <= tolerance).all(1)
         if bool(dense.any()):

@@ -197,3 +197,15 @@ def test_refused_settings():
         with pytest.raises(ConfigError) as caught:
             eigen.smallest(torch.ones(1, 5, 5), **settings)
         assert str(caught.value) == line
+
+
+@pytest.mark.parametrize("k", [50, 51, 60])
+def test_many_vectors_of_a_graph_above_the_dense_size(k):
+    """More than a block of a quarter of the nodes may have, next to just as many."""
+    points = torch.rand(1, 196, 3, generator=torch.Generator().manual_seed(0))
+    affinity = (-torch.cdist(points, points).square() / 0.2).exp()
+    found = eigen.smallest(affinity, k, nearest="modulus")
+    expected = eigen.smallest(affinity, k, nearest="modulus", solver="dense")
+    assert found.vectors.shape == (1, k, 196)
+    assert torch.allclose(found.values, expected.values, atol=1e-4)
+    assert bool(found.dense.all()) or k == 50

@@ -210,7 +210,7 @@ def region_space(vectors: Tensor, count: int, *, seed: int, components: int = 0)
     if components:
         if components > min(points.shape):
             raise ConfigError(
-                f"spectral.pca={components}: {points.shape[0]} regions of {points.shape[1]} channels have "
+                f"method.regions.pca={components}: {points.shape[0]} regions of {points.shape[1]} channels have "
                 f"{min(points.shape)} components; lower it"
             )
         mean = points.mean(0)

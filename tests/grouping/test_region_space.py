@@ -32,4 +32,4 @@ def test_new_regions_come_to_the_cluster_of_their_likes(components):
 def test_more_components_than_there_can_be_are_refused():
     with pytest.raises(ConfigError) as caught:
         spectral.region_space(torch.randn(5, 12), 2, seed=0, components=6)
-    assert str(caught.value) == "spectral.pca=6: 5 regions of 12 channels have 5 components; lower it"
+    assert str(caught.value) == "method.regions.pca=6: 5 regions of 12 channels have 5 components; lower it"

@@ -211,4 +211,4 @@ def test_classes_of_regions_leave_zero_to_the_background(components):
 def test_more_components_than_there_are():
     with pytest.raises(ConfigError) as caught:
         spectral.region_classes(torch.randn(5, 10), 2, seed=0, components=6)
-    assert str(caught.value) == "spectral.pca=6: 5 regions of 10 channels have 5 components; lower it"
+    assert str(caught.value) == "method.regions.pca=6: 5 regions of 10 channels have 5 components; lower it"

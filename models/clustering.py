@@ -134,9 +134,9 @@ class ClusteringTransformer(nn.Module):
         self.encoder = nn.ModuleList(Layer(dim, heads, hidden, dropout, cross=False) for _ in range(layers))
         self.decoder = nn.ModuleList(Layer(dim, heads, hidden, dropout, cross=True) for _ in range(layers))
         self.decoder_norm = NodeNorm(dim)
-        self.summary = nn.Linear(2 * dim, hidden, bias=False)
-        self.summary_norm = NodeNorm(hidden)
-        self.target = nn.Linear(hidden, dim)
+        self.summary = nn.Linear(2 * dim, 2 * dim, bias=False)
+        self.summary_norm = NodeNorm(2 * dim)
+        self.target = nn.Linear(2 * dim, dim)
         for name, weight in self.named_parameters():  # the projections below keep torch's default
             if weight.dim() > 1:
                 nn.init.xavier_uniform_(weight)

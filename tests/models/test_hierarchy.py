@@ -22,6 +22,13 @@ def transformer(**settings):
     return ClusteringTransformer(8, heads=2, layers=2, hidden=16, dropout=0.0, **settings)
 
 
+def test_the_summary_of_the_nodes_keeps_its_width():
+    """2d -> 2d -> d (hsg.md 4.3), whatever the feed-forward parts have."""
+    model = ClusteringTransformer(8, heads=2, hidden=24)
+    assert model.summary.weight.shape == (16, 16)
+    assert model.target.weight.shape == (8, 16)
+
+
 @pytest.mark.parametrize("shape", [(5, 3, 4), (6, 4)])
 def test_node_norm_is_torchs_batch_norm(shape):
     ours, theirs = NodeNorm(4), nn.BatchNorm1d(4)

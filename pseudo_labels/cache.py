@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,11 +80,17 @@ class Place:
 
     @property
     def complete(self) -> bool:
-        """Whether all of it is there."""
+        """Whether all of it is there: the manifest, and every file that it speaks of."""
         try:
-            return json.loads((self.path / MANIFEST).read_text())["fingerprint"] == self.fingerprint
+            found = json.loads((self.path / MANIFEST).read_text())
+            if found["fingerprint"] != self.fingerprint:
+                return False
+            if "shard" in found and self.missing(found["pictures"], found["shard"]):
+                return False
         except (OSError, ValueError, KeyError, TypeError):
             return False
+        files = {"arrays": TABLE, "steps": WEIGHTS}
+        return all((self.path / name).is_file() for fact, name in files.items() if fact in found)
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Write the manifest, after everything else."""
@@ -149,7 +155,7 @@ class Shard:
             self.notes = json.loads(self.file.metadata()[NOTES])
             self.heads = {name: self.file.get_tensor(name) for name in ("index", "size", "grid", "extent")}
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read ({error}); delete it, so that it is made again") from None
+            raise damaged(path, error) from None
         self.fields = sorted(name.removesuffix("/shape") for name in self.file.keys() if name.endswith("/shape"))  # noqa: SIM118 - no mapping
         self.shapes = {name: self.file.get_tensor(f"{name}/shape") for name in self.fields}
         self.ends = {name: self.file.get_tensor(f"{name}/length").cumsum() for name in self.fields}
@@ -169,6 +175,13 @@ class Shard:
         if name in self.notes["packed"]:
             flat = np.unpackbits(flat, count=int(shape.prod())).astype(bool)
         return flat.reshape(tuple(shape))
+
+    def counts(self, name: str) -> np.ndarray:
+        """Rows of a field [R,…] of every record, int64; 0 where it is dropped or has none."""
+        kept = np.array([not reason for reason in self.notes["drop"]], bool)
+        if name not in self.shapes:
+            return np.zeros(len(kept), np.int64)
+        return np.where(kept, self.shapes[name][:, 0].clip(min=0), 0)
 
     def record(self, row: int, names: Iterable[str] | None = None) -> Record:
         """The record of a row, with these fields (all where None)."""
@@ -219,6 +232,12 @@ class Records:
         owner = np.repeat([record.index for record in kept], [len(record.fields[name]) for record in kept])
         return np.concatenate([record.fields[name] for record in kept]), owner.astype(np.int64)
 
+    def counts(self, name: str) -> np.ndarray:
+        """Rows of a field [R,…] of every picture, int64 [pictures], without reading it; 0 for a dropped picture."""
+        shards = (self._shard(number) for number in range(-(-self.pictures // self.size)))
+        parts = [shard.counts(name) for shard in shards]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
     def _shard(self, number: int) -> Shard:
         if self._process != os.getpid():  # a forked worker: file positions are not shared with its parent
             self._open, self._process = {}, os.getpid()
@@ -241,7 +260,7 @@ def summary(place: Place, pictures: int, shard: int, counted: str | None) -> dic
         dropped.update(filter(None, found.notes["drop"]))
         if counted in found.shapes:
             kept = np.array([not reason for reason in found.notes["drop"]])
-            regions += found.shapes[counted][kept, 0].clip(min=0).tolist()
+            regions += found.counts(counted)[kept].tolist()
     size = sum(path.stat().st_size for path in (place.path / "shards").iterdir())
     facts = {"pictures": pictures, "shard": shard, "kept": pictures - dropped.total(), "dropped": dict(dropped)}
     if regions:
@@ -250,11 +269,11 @@ def summary(place: Place, pictures: int, shard: int, counted: str | None) -> dic
 
 
 class Arrays(Mapping[str, np.ndarray]):
-    """The named arrays of a finished reduce step."""
+    """The named arrays of a finished reduce step. Raises DataError for a damaged file."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
-        self._arrays = safetensors.numpy.load_file(place.path / TABLE)
+        self._arrays = loaded(place.path / TABLE, safetensors.numpy.load_file)
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._arrays[name]
@@ -273,10 +292,22 @@ class Weights:
         self.place = place
 
     def state(self) -> dict[str, Any]:
-        """Tensors by name, on the CPU."""
+        """Tensors by name, on the CPU. Raises DataError for a damaged file."""
         from safetensors.torch import load_file
 
-        return load_file(self.place.path / WEIGHTS)
+        return loaded(self.place.path / WEIGHTS, load_file)
+
+
+def loaded(path: Path, load: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """What `load` reads; DataError where it cannot."""
+    try:
+        return load(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise damaged(path, error) from None
+
+
+def damaged(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path}: cannot be read ({error}); delete it, so that it is made again")
 
 
 def clear(place: Place) -> None:

@@ -47,15 +47,14 @@ class Segments(View):
     def __init__(self, records: Records, assignment: np.ndarray | None, background: bool = True) -> None:
         super().__init__(records, ("segments", "names"))
         self.assignment, self.shift = None if assignment is None else np.asarray(assignment, np.int64), int(background)
-        owner = records.rows("names")[1] if assignment is not None else np.zeros(0, np.int64)
-        self.first = {int(index): int(row) for index, row in zip(*np.unique(owner, return_index=True), strict=True)}
+        self.first = None if assignment is None else first_rows(records, "names")
 
     def labels(self, record: Record) -> np.ndarray:
         segments, names = record.fields["segments"].astype(np.int64), record.fields["names"].astype(np.int64)
         if self.assignment is None:
             return segments
         table = np.full(int(max(segments.max(), names.max(initial=0))) + 1, 0 if self.shift else IGNORE)
-        start = self.first.get(record.index, 0)
+        start = self.first[record.index]
         clusters = self.assignment[start : start + len(names)]
         table[names] = np.where(clusters < 0, IGNORE, clusters + self.shift)
         return table[segments]
@@ -85,14 +84,15 @@ class Painted(View):
         one_of("overlap", overlap, OVERLAPS)
         super().__init__(records, ("masks", "scores", "classes"))
         self.classes, self.overlap = classes, overlap
-        owner = records.rows("masks")[1] if classes is not None else np.zeros(0, np.int64)
-        self.first = {int(index): int(row) for index, row in zip(*np.unique(owner, return_index=True), strict=True)}
+        self.first = None if classes is None else first_rows(records, "masks")
 
     def labels(self, record: Record) -> np.ndarray:
         masks = record.fields["masks"]
         scores = record.fields.get("scores", np.zeros(len(masks), np.float32))
-        start = self.first.get(record.index, 0)
-        classes = record.fields["classes"] if self.classes is None else self.classes[start : start + len(masks)]
+        if self.classes is None:
+            classes = record.fields["classes"]
+        else:
+            classes = self.classes[self.first[record.index] :][: len(masks)]
         painted = np.zeros(masks.shape[1:], np.int64)
         for place in np.argsort(-scores, kind="stable"):
             free = masks[place] & (painted == 0)
@@ -133,6 +133,12 @@ class Soft(View):
         maps = record.fields["class_map"]
         best = maps.argmax(0)
         return best if self.background is None else np.where(maps.max(0) <= self.background, 0, best + 1)
+
+
+def first_rows(records: Records, name: str) -> np.ndarray:
+    """Where the rows of every picture begin among those of all kept ones (`Records.rows(name)`): int64 [pictures]."""
+    counts = records.counts(name)
+    return counts.cumsum() - counts
 
 
 def enlarged(ids: np.ndarray, size: tuple[int, int], extent: tuple[float, float] = (1.0, 1.0)) -> np.ndarray:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common.errors import DataError
-from pseudo_labels.cache import Place, Record, Records, Shard, put, summary, write_shard
+from pseudo_labels.cache import Arrays, Place, Record, Records, Shard, Weights, put, summary, write_shard
 
 
 def record(index: int, regions: int, drop: str = "") -> Record:
@@ -105,6 +105,40 @@ def test_a_damaged_shard_is_named(written):
         Shard(path)
     assert str(caught.value).startswith(f"{path}: cannot be read (")
     assert str(caught.value).endswith("); delete it, so that it is made again")
+
+
+def test_a_place_is_complete_with_all_its_files_alone(written, tmp_path):
+    place = written[1].place
+    assert place.complete
+    place.shard(1).unlink()
+    assert not place.complete
+    for name, fact, file in (("table", "arrays", "table.safetensors"), ("net", "steps", "weights.safetensors")):
+        place = Place(tmp_path, name, {})
+        place.finish({fact: 0})
+        assert not place.complete
+        put(place.path / file, b"")
+        assert place.complete
+
+
+@pytest.mark.parametrize(
+    ("file", "read"),
+    [("table.safetensors", Arrays), ("weights.safetensors", lambda place: Weights(place).state())],
+)
+def test_a_damaged_table_or_network_is_named(tmp_path, file, read):
+    place = Place(tmp_path, "x", {})
+    put(place.path / file, b"half of a file")
+    with pytest.raises(DataError) as caught:
+        read(place)
+    assert str(caught.value).startswith(f"{place.path / file}: cannot be read (")
+    assert str(caught.value).endswith("); delete it, so that it is made again")
+
+
+def test_rows_are_counted_without_reading_them(written, monkeypatch):
+    found = written[1]
+    monkeypatch.setattr(Shard, "value", lambda *_: pytest.fail("read"))
+    assert found.counts("features").tolist() == [2, 0, 3, 0, 1, 0]  # the fourth is dropped
+    assert found.counts("masks").tolist() == [2, 0, 3, 0, 0, 0]
+    assert found.counts("nothing").tolist() == [0] * 6
 
 
 def test_a_field_has_one_type(tmp_path):

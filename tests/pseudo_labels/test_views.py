@@ -59,6 +59,13 @@ def test_masks_are_painted_by_falling_score(tmp_path, overlap, expected):
     assert Painted(records(tmp_path, fields), overlap=overlap).read(0, (2, 2)).tolist() == expected
 
 
+def test_masks_of_several_sizes_and_a_dropped_picture(tmp_path):
+    wide = np.ones((1, 2, 3), bool)
+    found = records(tmp_path, {"masks": MASKS[:2]}, {"masks": wide}, {"masks": wide}, {"masks": wide}, drop="failed")
+    view = Painted(found, np.array([0, 1, 4, 2]), overlap="free_pixels")
+    assert [view.read(i, (2, 3)).max() for i in range(4)] == [2, 5, 3, 255]
+
+
 def test_free_pixels_and_classes_of_a_table(tmp_path):
     fields = {"masks": MASKS[:2], "scores": np.array([0.1, 0.2], np.float32)}
     found = records(tmp_path, fields, fields)

@@ -45,7 +45,7 @@ class RegionSegmenter(StagedSegmenter):
     def build_regions(self) -> None:
         """For `build`: checks the keys and makes the buffers of the centroids."""
         settings = self.cfg.method
-        check_stage(settings.stage)
+        check_stage(settings.stage, self.backbone)
         check_graph(settings)
         check_segments(settings)
         if settings.background and settings.num_clusters < 2:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import ConfigError
 from lightning_modules.base import UnsupervisedSegmenter
+from models.backbone import Backbone
 from pseudo_labels.steps import Results, Step
 from pseudo_labels.views import View
 
@@ -54,8 +55,11 @@ class StagedSegmenter(UnsupervisedSegmenter):
             )
 
 
-def check_stage(settings: Any) -> None:
-    """Raises ConfigError for values of `method.stage` that no stage can run with."""
+def check_stage(settings: Any, backbone: Backbone | None = None) -> None:
+    """Raises ConfigError for values of `method.stage` that no stage can run with.
+
+    backbone: where pictures of `size` px go through it as a whole, so that they have to be whole patches.
+    """
     for name in ("batch_size", "shard"):
         if settings[name] < 1:
             raise ConfigError(f"method.stage.{name}={settings[name]}: must be at least 1")
@@ -67,3 +71,5 @@ def check_stage(settings: Any) -> None:
     sides = [] if settings.size is None else [settings.size] if isinstance(settings.size, int) else settings.size
     if sides and (min(sides) < 1 or len(sides) > 2):
         raise ConfigError(f"method.stage.size={settings.size}: must be at least 1 px, or null for the files' own size")
+    if backbone is not None:
+        backbone.check_size(settings.size, "method.stage.size")

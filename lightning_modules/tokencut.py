@@ -29,7 +29,7 @@ class TokenCut(ObjectFinder):
 
     def build(self) -> None:
         settings = self.cfg.method
-        check_stage(settings.stage)
+        check_stage(settings.stage, self.backbone)
         one_of("method.solver", settings.solver, eigen.SOLVERS)
         if not -1 < settings.tau < 1:
             raise ConfigError(f"method.tau={settings.tau:g}: a cosine, expected a number between -1 and 1")

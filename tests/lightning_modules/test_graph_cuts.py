@@ -204,6 +204,14 @@ REFUSED = {
     ("tokencut", "method.stage.size=0"): (
         "method.stage.size=0: must be at least 1 px, or null for the files' own size"
     ),
+    ("tokencut", "method.stage.size=225"): (
+        "method.stage.size: pictures of 225 x 225 px do not fit vit_tiny_patch16_224, whose patches are 8 px: "
+        "height and width must be multiples of 8; set method.stage.size to 224 x 224 or 232 x 232"
+    ),
+    ("normalized_cut", "method.stage.size=50"): (
+        "method.stage.size: pictures of 50 x 50 px do not fit vit_tiny_patch16_224, whose patches are 8 px: "
+        "height and width must be multiples of 8; set method.stage.size to 48 x 48 or 56 x 56"
+    ),
 }  # fmt: skip
 
 

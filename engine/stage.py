@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-from common import chance
+from common import chance, distributed
 from common.errors import ConfigError, DataError
 from common.files import cache_folder, size_text
 from common.precision import usable
@@ -24,7 +24,18 @@ from datamodules.transforms import NATIVE
 from engine import setup
 from engine.preemption import Preemption
 from engine.stage_fits import FitBatches, FitKeeper
-from engine.stage_maps import MapData, MapRunner, OneBatch, ReduceRunner, ShardWriter, safetensors_bytes, share
+from engine.stage_maps import (
+    MapData,
+    MapRunner,
+    Meeting,
+    OneBatch,
+    ReduceRunner,
+    ShardWriter,
+    agreed,
+    everywhere,
+    safetensors_bytes,
+    share,
+)
 from engine.stage_panels import write_maps, write_panel
 from engine.stage_progress import StageProgress
 from lightning_modules.staged import StagedSegmenter, check_stage
@@ -94,22 +105,32 @@ class Stage:
         Raises ConfigError, before a step starts, where the disk cannot take it; DiskFullError where it fills up later.
         """
         results: dict[str, Records | Arrays | Weights] = {}
+        self._meet()
         for name, step in self.steps.items():
             place = self.places[name]
-            if place.complete:
+            if agreed(lambda place=place: place.complete):  # a shared disk may show a file to some of them only
                 if rank_zero_only.rank == 0:
                     log.info("pseudo-labels: %s is there (%s)", name, place.path)
             else:
                 needed = {need: results[need] for need in step.needs}
                 self._compute(step, place, needed)
-                if not place.complete:
-                    raise DataError(
-                        f"cache.dir={self.root}: {place.path} is not seen by every process; name a folder that all "
-                        "machines share"
-                    )
+            if not all(everywhere(place.complete)):
+                raise DataError(
+                    f"cache.dir={self.root}: {place.path} is not seen by every process; name a folder that all "
+                    "machines share"
+                )
             kind = Records if isinstance(step, MapStep) else Arrays if isinstance(step, ReduceStep) else Weights
             results[name] = kind(place)
         return results
+
+    def _meet(self) -> None:
+        """Start the processes of the run, where it has several and they do not know each other yet."""
+        if distributed.active():
+            return
+        trainer = self._trainer(1, [])
+        if trainer.world_size > 1:
+            with self._listening(trainer), interrupted():
+                trainer.predict(Meeting(), datamodule=OneBatch(), return_predictions=False)
 
     def _compute(self, step: Step, place: Place, needed: Results) -> None:
         if isinstance(step, FitStep):

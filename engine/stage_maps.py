@@ -1,5 +1,6 @@
 """Map and reduce steps of an offline stage inside a Trainer: who does which shard, who writes, what ranks agree on."""
 
+import contextlib
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from torch import Tensor
 from common import distributed
 from common.errors import ConfigError, DataError, LabelfreeError
 from common.files import size_text
+from datamodules.transforms import NATIVE
 from pseudo_labels import cache
 from pseudo_labels.cache import Place, Record
 from pseudo_labels.steps import MapStep, ReduceStep, Results
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from engine.stage import Stage
 
 log = logging.getLogger(__name__)
+
+SAMPLED = 64
+"""Pictures whose sizes are looked at, about, before a step of pictures of their own size."""
 
 
 class MapRunner(L.LightningModule):
@@ -116,6 +121,8 @@ class MapData(L.LightningDataModule):
             ) from None
         missing = place.missing(self.pictures, self.shard)
         count = len([index for number in missing for index in self.indices(number) if index in self.chosen])
+        if step.geometry().crop == NATIVE:
+            step.sides = mean_sides(self.stage.data.source(step.split)) or step.sides
         needed = count * step.record_bytes()
         if needed > free:
             raise ConfigError(
@@ -131,6 +138,21 @@ class MapData(L.LightningDataModule):
         if line:
             log.info("pseudo-labels: %s: %s", step.name, line)
         return missing
+
+
+def mean_sides(source: Any) -> tuple[float, float] | None:
+    """Mean height and width, px, of some pictures of a source, the product being their mean area; None where it does
+    not know sizes."""
+    if not hasattr(source, "size"):
+        return None
+    sizes = []
+    for index in range(0, len(source), max(1, len(source) // SAMPLED)):
+        with contextlib.suppress(DataError):  # the step itself says what cannot be read
+            sizes.append(source.size(index))
+    if not sizes:
+        return None
+    height = sum(size[0] for size in sizes) / len(sizes)
+    return height, sum(size[0] * size[1] for size in sizes) / len(sizes) / height
 
 
 class AsItIs:
@@ -219,6 +241,13 @@ class ReduceRunner(L.LightningModule):
             self.error = error
 
 
+class Meeting(L.LightningModule):
+    """Predicts nothing: it is run so that Trainer brings the processes of a run together."""
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return batch
+
+
 def agreed(work: Callable[[], Any]) -> Any:
     """What `work` gives on rank 0, on every rank; its LabelfreeError is raised on all of them."""
     found: list[Any] = [None]
@@ -227,13 +256,19 @@ def agreed(work: Callable[[], Any]) -> Any:
             found = [work()]
         except LabelfreeError as error:
             found = [error]
-    if distributed.active():
-        parts = [None] * distributed.world_size()
-        dist.all_gather_object(parts, found[0])
-        found = parts
+    found = everywhere(found[0])
     if isinstance(found[0], Exception):
         raise found[0]
     return found[0]
+
+
+def everywhere(value: Any) -> list[Any]:
+    """The value of every rank, on every rank."""
+    if not distributed.active():
+        return [value]
+    parts = [None] * distributed.world_size()
+    dist.all_gather_object(parts, value)
+    return parts
 
 
 def share(error: Exception | None, device: torch.device) -> None:

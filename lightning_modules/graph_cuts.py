@@ -5,6 +5,7 @@ to 5. Shapes: B pictures, h x w patches, k eigenvectors, R regions of a picture,
 """
 
 import logging
+import math
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,14 @@ def stage_geometry(settings: Any, interpolation: str) -> Geometry:
     """How a stage reads pictures: squeezed to `size` px a side, or as large as their files where it is null."""
     if settings.size is None:
         return Geometry(1, NATIVE, interpolation)
-    return Geometry(int(settings.size), "none", interpolation)
+    return Geometry(settings.size if isinstance(settings.size, int) else tuple(settings.size), "none", interpolation)
+
+
+def stage_cells(settings: Any, step: MapStep) -> int:
+    """Patches of a picture in a stage; of one that keeps its own size the mean."""
+    size, patch = settings.size, patch_of(step.backbone)
+    sides = step.sides if size is None else (size, size) if isinstance(size, int) else size
+    return math.prod(math.ceil(side / patch) for side in sides)
 
 
 # Graphs and eigenvectors.
@@ -129,9 +137,8 @@ class Eigenvectors(MapStep):
         return stage_geometry(self.method.stage, self.interpolation)
 
     def record_bytes(self) -> int:
-        side = self.method.stage.size or 640
-        cells = -(-side // patch_of(self.backbone)) * self.method.graph.scale
-        return self.method.eigs.k * (4 + 2 * cells * cells) + 1000
+        cells = stage_cells(self.method.stage, self) * self.method.graph.scale**2
+        return self.method.eigs.k * (4 + 2 * cells) + 1000
 
     def records(self, batch: dict[str, Any]) -> list[Record]:
         images = whole_patches(batch, patch_of(self.backbone))
@@ -236,9 +243,8 @@ class Regions(MapStep):
         return stage_geometry(self.method.stage, self.interpolation)
 
     def record_bytes(self) -> int:
-        side = self.method.stage.size or 640
-        cells = -(-side // patch_of(self.backbone)) * self.method.graph.scale
-        return 2 * cells * cells + self.method.segments.count * (18 + 4 * self.backbone.dim) + 1500
+        cells = stage_cells(self.method.stage, self) * self.method.graph.scale**2
+        return 2 * cells + self.method.segments.count * (18 + 4 * self.backbone.dim) + 1500
 
     def begin(self, results: Results) -> None:
         self.eigenvectors = results[self.needs[0]]

@@ -12,7 +12,7 @@ from datamodules.transforms import Geometry
 from evaluation import report
 from evaluation.foreground import ForegroundScore, object_classes
 from lightning_modules.extents import own_extents
-from lightning_modules.graph_cuts import patch_of, stage_geometry
+from lightning_modules.graph_cuts import patch_of, stage_cells, stage_geometry
 from lightning_modules.staged import StagedSegmenter
 from pseudo_labels.cache import Record
 from pseudo_labels.steps import MapStep, new_record, whole_patches
@@ -105,8 +105,7 @@ class ObjectMasks(MapStep):
         return stage_geometry(self.cfg.method.stage, self.cfg.data.interpolation)
 
     def record_bytes(self) -> int:
-        side = -(-(self.cfg.method.stage.size or 640) // patch_of(self.backbone))
-        return side * side // 8 + 1000
+        return stage_cells(self.cfg.method.stage, self) // 8 + 1000
 
     def records(self, batch: dict[str, Any]) -> list[Record]:
         images = whole_patches(batch, patch_of(self.backbone))

@@ -56,6 +56,9 @@ class MapStep(Step, nn.Module):
     split: str = "train"
     gradients: bool = False
     counted: str | None = None
+    sides: tuple[float, float] = (640.0, 640.0)
+    """Mean height and width, px, of pictures that keep their own size (crop `native`), for `record_bytes`; set before
+    it is asked where the data know the sizes of their files."""
 
     def __init__(self, backbone: Backbone | None = None) -> None:
         super().__init__()

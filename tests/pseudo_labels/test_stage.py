@@ -13,7 +13,7 @@ from datamodules.reading import UnreadableError
 from datamodules.scenes import ScenesDataModule
 from datamodules.transforms import Geometry
 from engine.stage import pseudo
-from engine.stage_maps import MapData
+from engine.stage_maps import MapData, mean_sides
 from pseudo_labels.steps import MapStep, new_record, whole_patches
 from tests.conftest import small_words
 from tests.pseudo_labels.stages import Classes, Dark, files, first, stage
@@ -112,6 +112,32 @@ def test_a_disk_too_small_is_said_before_the_work(tmp_path, monkeypatch):
         f"cache.dir={work.root}: the records of 22 pictures (step dark) need about 90.1 kB, but it has 60.0 kB free; "
         "set cache.dir to a larger disk"
     )
+
+
+class Own(Dark):
+    def geometry(self):
+        return Geometry(1, "native")
+
+    def record_bytes(self):
+        return round(self.sides[0] * self.sides[1])
+
+
+def test_the_disk_is_asked_for_the_sizes_of_the_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=20_000))
+    with pytest.raises(ConfigError, match=r"22 pictures \(step dark\) need about 50\.7 kB"):  # of 48 x 48 px
+        stage(tmp_path, [Own()]).run()
+
+
+def test_sides_have_the_mean_area_of_pictures_that_can_be_read():
+    class Few(list):
+        def size(self, index):
+            if self[index] is None:
+                raise UnreadableError("x.png", "cut")
+            return self[index]
+
+    assert mean_sides(Few([(10, 40), None, (30, 20)])) == (20, 25)
+    assert mean_sides(Few([None])) is None
+    assert mean_sides([1, 2]) is None
 
 
 def test_a_picture_that_cannot_be_read_is_a_record_too(tmp_path, monkeypatch):
@@ -293,6 +319,7 @@ def test_missing_shards_of_a_finished_folder_are_named(tmp_path):
     work.places["dark"].shard(0).unlink()
     with pytest.raises(DataError, match="delete it, so that it is made again"):
         records.read(0)
+    assert stage(tmp_path, [Dark()]).run()["dark"].read(0).index == 0  # made again
 
 
 def test_a_killed_fit_goes_on_to_the_same_weights(tmp_path, monkeypatch):

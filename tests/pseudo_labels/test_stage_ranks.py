@@ -8,6 +8,8 @@ import pytest
 from common.errors import LabelfreeError
 from datamodules.reading import UnreadableError
 from datamodules.scenes import ScenesDataModule
+from engine.stage import Stage
+from pseudo_labels.cache import Place
 from tests.pseudo_labels.stages import Dark, files, stage
 from tests.ranks import on_two_ranks
 
@@ -87,3 +89,32 @@ def test_broken_pictures_of_all_processes_count_together(tmp_path, monkeypatch):
     found = on_two_ranks(outcome, tmp_path, Dark(), ("data.max_broken=0.15",), start="fork")
     assert found[0] == found[1]
     assert found[0].startswith("4 of the 22 pictures of 'train' cannot be read, more than data.max_broken=0.15 allows")
+
+
+def blind(rank: int, folder: Path, blinded: int) -> list[str]:
+    """The steps that a rank computes, where one of them does not see the folder at its first look."""
+    complete, computed, looks = Place.complete.fget, [], []
+
+    def seen(place):
+        looks.append(place)
+        return complete(place) and not (rank == blinded and len(looks) == 1)
+
+    Place.complete = property(seen)
+    work = Stage._compute
+    Stage._compute = lambda self, step, *rest: (computed.append(step.name), work(self, step, *rest))[1]
+    return [*computed, outcome(rank, folder, Dark()), *computed]
+
+
+@pytest.mark.parametrize("blinded", [0, 1])
+def test_all_do_what_the_first_process_sees(tmp_path, blinded):
+    stage(tmp_path, [Dark()]).run()
+    before = files(tmp_path)
+    lost = f"cache.dir={stage(tmp_path, [Dark()]).root}: "
+    found = on_two_ranks(blind, tmp_path, blinded, start="fork")
+    if blinded == 0:  # both look again, and find it whole
+        assert found == [["", "dark"], ["", "dark"]]
+    else:
+        assert found[0] == found[1]
+        assert found[0][0].startswith(lost)
+        assert found[0][0].endswith("is not seen by every process; name a folder that all machines share")
+    assert files(tmp_path) == before

@@ -56,6 +56,14 @@ NULLABLE = {
     "method.pool.size": int,
     "method.augment.size": (int, list),
     "method.slots": int,
+    "method.salience.root": str,
+    "method.terms.self.shift": float,
+    "method.terms.knn.shift": float,
+    "method.terms.random.shift": float,
+    "evaluation.window.size": int,
+    "evaluation.window.stride": int,
+    "backbone.published_file": str,
+    "backbone.pretraining": str,
 }
 """Types of keys whose default does not tell them: null, or one of several types."""
 
@@ -221,6 +229,8 @@ def compose(tokens: Iterable[str] = (), defaults: dict[str, str] | None = None) 
     except OmegaConfBaseException as error:
         raise ConfigError(f"the configuration cannot be resolved: {str(error).splitlines()[0]}") from None
     check(cfg)
+    for overlay in plain(cfg)["phases"]:
+        check(changed(cfg, {key: value for key, value in overlay.items() if key != "share"}))
     return freeze(cfg)
 
 

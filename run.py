@@ -62,6 +62,7 @@ def evaluate(words: list[str]) -> None:
 def predict(words: list[str]) -> None:
     """predict ckpt=… input=folder output=folder [names=file|none] [levels=all] [key=value …]: maps, overlays, areas"""
     from engine.levels import predict_levels
+    from engine.predicting import expect_apart
     from engine.predicting import predict as run
 
     named, rest = take(words, "ckpt", "input", "output")
@@ -70,6 +71,7 @@ def predict(words: list[str]) -> None:
     paths = [Path(named[name]) for name in ("ckpt", "input", "output")]
     if levels not in (None, "all"):
         raise ConfigError(f"levels={levels}: expected all, or no such word")
+    expect_apart(*paths[1:])
     if levels:
         predict_levels(*paths, rest)
     run(*paths, rest, names)
@@ -238,6 +240,16 @@ def show(metrics: dict) -> None:
         )
 
 
+REFUSED = (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError)
+"""What the system says of a path that a user named and that cannot be written or read there."""
+
+
+def refused(error: OSError) -> str:
+    """One line for it."""
+    said = (error.strerror or "refused").lower()
+    return f"{error.filename or 'a file'}: {said}; name another place, or change its rights"
+
+
 def usage() -> str:
     lines = [f"  run.py {function.__doc__.strip()}" for function in COMMANDS.values()]
     return "Commands (always key=value, never --flags):\n" + "\n".join(lines)
@@ -274,9 +286,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in FULL and not isinstance(error, REFUSED):
             raise
-        print(f"error: {DiskFullError(error.filename or 'a file', error)}", file=sys.stderr)
+        problem = DiskFullError(error.filename or "a file", error) if error.errno in FULL else refused(error)
+        print(f"error: {problem}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         print(f"error: the package {error.name} is missing; run `make setup`, or use .venv/bin/python", file=sys.stderr)

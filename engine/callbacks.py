@@ -37,6 +37,7 @@ class RunKeeper(Callback):
         self.best_step = 0
         self.seconds = 0.0
         self.timed_pictures = 0
+        self._started, self._before = time.perf_counter(), 0.0
         self._mark: float | None = None
 
     # -------------------------------------------------- state that a checkpoint carries
@@ -47,6 +48,7 @@ class RunKeeper(Callback):
             "best_step": self.best_step,
             "seconds": self.seconds,
             "timed_pictures": self.timed_pictures,
+            "elapsed": self.elapsed(),
         }
         state["torch_rng"] = torch.get_rng_state()
         if torch.cuda.is_available():
@@ -56,6 +58,7 @@ class RunKeeper(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self.best_step = state["best"], state["best_step"]
         self.seconds, self.timed_pictures = state["seconds"], state["timed_pictures"]
+        self._before = state["elapsed"]
         self._rng = state
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -158,6 +161,10 @@ class RunKeeper(Callback):
         best = {f"best/{key.removeprefix('val/')}": value for key, value in self.best.items()}
         chosen = {"selection/rule": self.select.rule, "selection/uses_labels": self.select.uses_labels}
         return {**best, "best/step": self.best_step, **chosen}
+
+    def elapsed(self) -> float:
+        """Seconds of the run, with those of the processes before that were stopped, up to what they saved."""
+        return self._before + time.perf_counter() - self._started
 
     def images_per_second(self) -> float | None:
         """Training pictures per second over all devices, waiting for data included, evaluation and writing excluded."""

@@ -94,7 +94,7 @@ def kept_names(path: Path, checkpoint: dict[str, Any], cfg: DictConfig, probe: s
     """The names in the file of this checkpoint; where there is none for these centroids, a new file is written."""
     if path.is_file():
         content = naming.load(path)
-        if (content["probe"], content["centroids"]) == (probe, naming.mark(values)):
+        if (content["probe"], str(content["centroids"])) == (probe, naming.mark(values)):
             return naming.read(path, probe, values)
         aside = path.with_name(f"names.{content['centroids']}.yaml")
         path.replace(aside)

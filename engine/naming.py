@@ -98,7 +98,7 @@ def write(path: Path, legend: Legend, probe: str, values: Tensor) -> None:
         f'  {number}: {{name: {json.dumps(name, ensure_ascii=False)}, colour: "#{bytes(colour).hex()}"}}'
         for number, (name, colour) in enumerate(zip(legend.names, legend.colours, strict=True))
     ]
-    write_text(path, f"{HEAD}probe: {probe}\ncentroids: {mark(values)}\nclusters:\n" + "\n".join(lines) + "\n")
+    write_text(path, f'{HEAD}probe: {probe}\ncentroids: "{mark(values)}"\nclusters:\n' + "\n".join(lines) + "\n")
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def read(path: Path, probe: str, values: Tensor) -> Legend:
     Raises ConfigError where it is missing, spoilt, or of other clusters.
     """
     content, own = load(path), mark(values)
-    if (content["probe"], content["centroids"]) != (probe, own):
+    if (content["probe"], str(content["centroids"])) != (probe, own):
         raise ConfigError(
             f"names={path}: names the clusters {content['centroids']} of probe {content['probe']}, this checkpoint has "
             f"{own} of probe {probe}; let `run.py clusters` write a new file, or set names=none"

@@ -51,12 +51,15 @@ def left(phases: list[Phase], step: int) -> list[Phase]:
 
 
 def check(phases: list[Phase], model: UnsupervisedSegmenter, meta: ClassMeta) -> None:
-    """Raises ConfigError where a later phase cannot take over the state of the first one, which `model` is of."""
+    """Raises ConfigError or DataError where a later phase cannot begin: its settings do not fit the data, or it cannot
+    take over the state of the first one, which `model` is of."""
     before = {name: value.shape for name, value in model.state_dict().items()}
     for number, phase in enumerate(phases[1:], start=1):
         with torch.random.fork_rng(devices=[]):
-            own = setup.build_model(phase.cfg, meta).state_dict()
-        after = {name: value.shape for name, value in own.items()}
+            cfg, data = setup.build_data(phase.cfg)
+            own = setup.build_model(cfg, meta)
+            setup.connect(own, data)
+        after = {name: value.shape for name, value in own.state_dict().items()}
         other = [name for name in {**before, **after} if before.get(name) != after.get(name)]
         if other:
             raise ConfigError(

@@ -51,8 +51,7 @@ def predict(
     checkpoint = setup.read_checkpoint(checkpoint_path)
     cfg = config.restore(checkpoint["labelfree"]["config"], tokens)
     pictures = pictures_below(source)
-    if source.resolve() in (output.resolve(), *output.resolve().parents):
-        raise ConfigError(f"output={output}: lies in the input folder and would be read as pictures; name another")
+    expect_apart(source, output)
     model = setup.restore_model(checkpoint, cfg)
     probe = naming.choose_probe(cfg, model)
     legend = naming.legend_for(checkpoint_path, checkpoint, model, probe, names)
@@ -91,6 +90,12 @@ def predict(
     report.write_json(output / "clusters.json", content)
     log.info("%d pictures in %s%s", done, output, f", {missed} could not be read" if missed else "")
     return content
+
+
+def expect_apart(source: Path, output: Path) -> None:
+    """Raises ConfigError where the output would be read as pictures with the next call."""
+    if source.resolve() in (output.resolve(), *output.resolve().parents):
+        raise ConfigError(f"output={output}: lies in the input folder and would be read as pictures; name another")
 
 
 def whole_pictures(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 import config
@@ -74,11 +75,15 @@ def export(checkpoint_path: Path, output: Path, tokens: list[str], names: str | 
         "licence": model.backbone.licence,
     }
     module = Segmenter(model, probe).eval().requires_grad_(False)
+    fix_padding(module)
     program = traced(module, facts)
     check(program, module, facts)
     output.parent.mkdir(parents=True, exist_ok=True)
     content = BytesIO()
-    torch.export.save(program, content, extra_files={FACTS: json.dumps(facts, ensure_ascii=False)})
+    try:
+        torch.export.save(program, content, extra_files={FACTS: json.dumps(facts, ensure_ascii=False)})
+    except Exception as error:  # what can be traced cannot always be written
+        raise refused(error) from error
     with whole(output) as temporary:
         temporary.write_bytes(content.getbuffer())
     log.info(
@@ -112,8 +117,31 @@ def traced(module: nn.Module, facts: dict[str, Any]) -> torch.export.ExportedPro
                 module, (example,), dynamic_shapes={"images": {2: unit * rows, 3: unit * columns}}, strict=False
             )
     except Exception as error:  # torch raises many kinds for what it cannot trace
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConfigError(f"export: this network cannot be exported by torch.export ({reason[:200]})") from error
+        raise refused(error) from error
+
+
+def refused(error: Exception) -> ConfigError:
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return ConfigError(f"export: this network cannot be exported by torch.export ({reason[:200]})")
+
+
+def fix_padding(module: nn.Module) -> None:
+    """TensorFlow's "same" padding follows from the size of a picture by arithmetic that torch.export cannot write. On
+    whole cells it is a constant, which takes its place."""
+    for parent in list(module.modules()):
+        for name, conv in parent.named_children():
+            if isinstance(conv, Conv2dSame):
+                totals = [
+                    max(0, (kernel - 1) * dilation + 1 - stride)
+                    for kernel, stride, dilation in zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)
+                ]
+                sides = [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+                plain = nn.Conv2d(
+                    conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, 0, conv.dilation, conv.groups,
+                    conv.bias is not None,
+                )  # fmt: skip
+                plain.weight, plain.bias = conv.weight, conv.bias
+                setattr(parent, name, nn.Sequential(nn.ZeroPad2d(sides), plain))
 
 
 @torch.no_grad()

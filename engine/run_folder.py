@@ -1,9 +1,12 @@
 """The folder of one run: its name, whether it goes on, and the history in metrics.csv."""
 
 import csv
+import errno
+import fcntl
 import hashlib
 import logging
 import os
+import secrets
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -16,7 +19,7 @@ from omegaconf import DictConfig
 
 import config
 from common.errors import CheckpointError, ConfigError
-from common.files import clear_when_full, copy_whole, remove_unfinished, whole
+from common.files import clear_when_full, copy_whole, remove_unfinished, whole, write_text
 from engine import checkpoints
 
 log = logging.getLogger(__name__)
@@ -39,6 +42,8 @@ class RunFolder:
     """Where training goes on from."""
     damaged: dict[Path, str] = field(default_factory=dict)
     """Checkpoints of it that cannot be read, and why."""
+    emptied: bool = False
+    """What is there is deleted before the run begins (`run.overwrite`)."""
 
     @property
     def last(self) -> Path:
@@ -70,10 +75,22 @@ class RunFolder:
 
     @rank_zero_only
     def create(self, cfg: DictConfig) -> None:
-        """Make the folder (with `run.overwrite` an empty one), store the configuration, and point `latest` at it."""
-        if cfg.run.overwrite and self.path.is_dir():
-            shutil.rmtree(self.path)
-        (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        """Make the folder, store the configuration, and point `latest` at it.
+
+        A kill at any moment leaves a folder that the same command goes on with. Raises ConfigError where another
+        process trains in it.
+        """
+        hold(self.path)
+        if self.emptied and self.path.is_dir():
+            aside = self.path.with_name(f".{self.path.name}-{os.getpid()}")
+            self.path.replace(aside)
+            shutil.rmtree(aside)
+            hold(self.path)
+        if not (self.path / "config.yaml").is_file():
+            config.save(cfg, self.path / "config.yaml")  # first of all: it says that this is a run folder
+        if JOB_VARIABLE in os.environ:
+            write_text(self.path / JOB_FILE, os.environ[JOB_VARIABLE])
+        (self.path / "checkpoints").mkdir(exist_ok=True)
         (self.path / "panels").mkdir(exist_ok=True)
         for folder in (self.path, self.path / "checkpoints"):
             remove_unfinished(folder)
@@ -86,17 +103,54 @@ class RunFolder:
             temporary.replace(latest)
 
 
+JOB_VARIABLE, JOB_FILE = "SLURM_JOB_ID", ".job"
+LOCK_FILE = ".lock"
+held: dict[Path, Any] = {}
+"""Lock files that this process holds, open until it ends."""
+
+
+def hold(path: Path) -> None:
+    """Take the run folder for this process, until it ends. Raises ConfigError where another one has it."""
+    path.mkdir(parents=True, exist_ok=True)
+    former = held.pop(path.resolve(), None)
+    if former is not None:
+        former.close()
+    handle = (path / LOCK_FILE).open("w")
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            handle.close()
+            raise ConfigError(
+                f"run.name={path.name}: another process trains in {path}; wait for it, stop it, or choose another name"
+            ) from None
+        log.warning("%s cannot be locked here (%s): start no second process with this run.name", path, error.strerror)
+    held[path.resolve()] = handle
+
+
+def requeued(path: Path) -> bool:
+    """True where SLURM starts the job again that began this run."""
+    job = path / JOB_FILE
+    again = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+    return again and job.is_file() and job.read_text() == os.environ.get(JOB_VARIABLE)
+
+
+def mark(cfg: DictConfig) -> str:
+    """What tells this configuration from others, but for its seed and what may differ between the parts of a run."""
+    different = {key: value for key, value in config.flatten(cfg).items() if not key.startswith((*SAME_RUN, "seed"))}
+    return hashlib.sha256(repr(different).encode()).hexdigest()[:6]
+
+
 def run_name(cfg: DictConfig) -> str:
     """`run.name`, or one made from method, data, backbone and time (W&B's run id in a sweep, else a SLURM job's id)."""
     if cfg.run.name is not None:
         return cfg.run.name
     if NAME_VARIABLE not in os.environ:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        if os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID"):  # agents may start within one second
+        stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"  # two may start within one second
+        if os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID"):
             stamp = os.environ["WANDB_RUN_ID"]
         elif "SLURM_JOB_ID" in os.environ:  # a requeued job finds its folder again, a second run in it gets its own
-            different = {key: value for key, value in config.flatten(cfg).items() if not key.startswith(SAME_RUN)}
-            stamp = f"{os.environ['SLURM_JOB_ID']}-{hashlib.sha256(repr(different).encode()).hexdigest()[:6]}"
+            stamp = f"{os.environ['SLURM_JOB_ID']}-{mark(cfg)}-{cfg.seed}"
         os.environ[NAME_VARIABLE] = f"{cfg.method.name}-{cfg.data.name}-{cfg.backbone.name}-{stamp}"
     return os.environ[NAME_VARIABLE]
 
@@ -118,15 +172,23 @@ def open_run(cfg: DictConfig) -> RunFolder:
                 f"run.resume={cfg.run.resume}: no such file; expected auto, never or a checkpoint file"
             )
     stored = path / "config.yaml"
+    again = requeued(path)
+    emptied = cfg.run.overwrite and not again
     if explicit is not None and cfg.run.overwrite and path.resolve() in explicit.resolve().parents:
         raise ConfigError(f"run.overwrite=true: would delete {explicit}, which run.resume names; use another run.name")
-    if path.is_dir() and any(path.iterdir()) and not stored.is_file():
+    content = [entry for entry in path.iterdir() if not entry.name.startswith(".")] if path.is_dir() else []
+    if content and not stored.is_file():
         raise ConfigError(f"run.name={name}: {path} exists and is no run folder; choose another name or run.dir")
     state, checkpoint = "new", explicit
     names = (f"checkpoints/{name}" for name in (checkpoints.LAST, checkpoints.PREVIOUS, checkpoints.BEST))
     begun = any((path / name).is_file() for name in ("metrics.json", *names))
     damaged: dict[Path, str] = {}
-    if stored.is_file() and begun and explicit is None and not cfg.run.overwrite:
+    if explicit is not None and begun and not (emptied or again) and path.resolve() not in explicit.resolve().parents:
+        raise ConfigError(
+            f"run.name={name}: {path} holds a run already, and run.resume names a checkpoint of another one; choose "
+            "another name, or run.overwrite=true to empty it"
+        )
+    if stored.is_file() and begun and not emptied and (explicit is None or again):
         if cfg.run.resume == "never" and rank_zero_only.rank == 0:
             raise ConfigError(
                 f"run.name={name}: {path} already holds a run; choose another name, run.resume=auto to go on, "
@@ -143,11 +205,11 @@ def open_run(cfg: DictConfig) -> RunFolder:
             state = "finished"
         else:
             found = checkpoints.newest(path / "checkpoints")
-            checkpoint, damaged = found.path, found.damaged
-            state = "new" if checkpoint is None else "resume"
+            checkpoint, damaged = found.path or explicit, found.damaged
+            state = "new" if found.path is None else "resume"
             if rank_zero_only.rank == 0:
                 report_damage(found)
-    return RunFolder(path, state, checkpoint, damaged)
+    return RunFolder(path, state, checkpoint, damaged, emptied)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

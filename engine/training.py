@@ -2,7 +2,6 @@
 
 import json
 import logging
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     A finished run of the same name and configuration is not trained again: its metrics are returned. Raises
     LabelfreeError with one line for whatever a user has to mend, `Stopped` where a signal asked the run to stop.
     """
-    started, commit = time.perf_counter(), environment.git_commit()
+    commit = environment.git_commit()
     setup.begin()
     if cfg.evaluation.resolutions:
         raise ConfigError(
@@ -64,8 +63,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     loggers = [setup.wandb_logger(cfg, folder.path)] if cfg.logger == "wandb" else []
     preemption = Preemption(keeper)
     callbacks = [keeper, preemption, pictures, *progress(cfg.trainer.progress)]
-    if isinstance(model, StagedSegmenter) and model.stage_in_training:
-        prepare(Stage(cfg, data, model, preemption), cfg.evaluation.panels, folder.path)
+    run_stage(cfg, data, model, preemption, folder)
     trainer = setup.build_trainer(cfg, total, callbacks, loggers, folder.path)
     introduce(cfg, data, model, folder, trainer)
     try:
@@ -74,6 +72,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             for phase in phases.left(steps, begun):
                 if phase is not steps[0]:
                     cfg, data, model = prepared(phase)
+                    run_stage(cfg, data, model, preemption, folder)
                     log.info("phase %d of %d: steps %d to %d", steps.index(phase) + 1, len(steps), *spanned(phase))
                 trainer.fit_loop.epoch_loop.max_steps = phase.last
                 trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)
@@ -89,13 +88,25 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         write_files(model, pictures, folder.path, loggers)
         if model.trains_backbone:
             exporting.export_backbone(folder.path, cfg, data, model, metrics)
-        seconds, speed = time.perf_counter() - started, metrics["train_images_per_second"]
+        seconds, speed = keeper.elapsed(), metrics["train_images_per_second"]
         device, processes = trainer.strategy.root_device, trainer.world_size
         facts = environment.describe(cfg.seed, device, commit, seconds, speed, processes)
         report.write_json(folder.path / "environment.json", facts)
         report.write_json(folder.metrics, metrics)
         folder.previous.unlink(missing_ok=True)  # nothing goes on from here
     return metrics
+
+
+def run_stage(
+    cfg: DictConfig,
+    data: SegmentationDataModule,
+    model: UnsupervisedSegmenter,
+    preemption: Preemption,
+    folder: RunFolder,
+) -> None:
+    """What is missing of a method's offline stage; its results go to the method and its data."""
+    if isinstance(model, StagedSegmenter) and model.stage_in_training:
+        prepare(Stage(cfg, data, model, preemption), cfg.evaluation.panels, folder.path)
 
 
 def prepared(

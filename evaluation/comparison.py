@@ -114,8 +114,9 @@ class Entry:
         return [run.metrics[key] for run in self.runs if run.metrics.get(key) is not None]
 
     def score(self, key: str) -> "Score | None":
-        """Mean and spread of a metric; None where no run has it."""
-        return Score.of(self.values(key))
+        """Mean and spread of a metric; None unless all runs have it (some have no best/* of offline probes)."""
+        values = self.values(key)
+        return Score.of(values) if len(values) == len(self.runs) else None
 
     def class_scores(self, probe: str) -> dict[str, float]:
         """Class -> mean IoU over the runs, percent."""

@@ -5,6 +5,7 @@
 are trained one after the other. The same command goes on where it was stopped. `part=i/n`: one share of a job array.
 """
 
+import csv
 import hashlib
 import logging
 import re
@@ -16,6 +17,7 @@ import config
 from common.errors import ConfigError, LabelfreeError
 from common.files import write_text
 from engine import galleries, recipes, run_folder
+from engine.setup import UNLABELLED_CLUSTERS
 from evaluation import comparison, comparison_page, comparison_tables
 from evaluation.comparison import Finished, Section
 from launch.submit import count
@@ -56,8 +58,9 @@ class Comparison(Queue):
             read_run(folder)  # what cannot be compared ends before the first training
         finished = Stored(parent)
         for method in methods:
-            shared = {key.removeprefix(f"{method}:"): value for key, value in words.items()}
-            shared = {key: value for key, value in shared.items() if ":" not in key}
+            shared = {key: value for key, value in words.items() if ":" not in key}
+            own = f"{method}:"
+            shared |= {key.removeprefix(own): value for key, value in words.items() if key.startswith(own)}
             for seed in dict.fromkeys(seeds):
                 self.trials.append(trial(len(self.trials), method, seed, shared, parent, finished))
 
@@ -81,8 +84,7 @@ def trial(index: int, method: str, seed: int, words: dict[str, str], parent: Pat
     """One training; its folder is that of a finished run of the same configuration, where there is one."""
     own = [f"{key}={value}" for key, value in words.items() if key != "run.dir"]
     cfg = config.compose([f"method={method}", f"seed={seed}", *own])  # a wrong word ends before the first training
-    mark = hashlib.sha256(repr(sorted(own)).encode()).hexdigest()[:6]
-    name = f"{method}-{cfg.data.name}-{cfg.backbone.name}-{mark}-seed{seed}"
+    name = f"{method}-{cfg.data.name}-{cfg.backbone.name}-{run_folder.mark(cfg)}-seed{seed}"
     run_words = [f"method={method}", f"seed={seed}", *own, f"run.dir={parent}", f"run.name={name}"]
     found = finished.equal(config.plain(cfg))
     if found is not None:
@@ -99,17 +101,32 @@ class Stored:
         self.read: dict[Path, dict[str, Any]] = {}
 
     def equal(self, wanted: dict[str, Any]) -> Path | None:
-        """The folder of a run that this configuration would train again; None without."""
-        ignore = (*run_folder.SAME_RUN, *(["method.num_clusters"] if wanted["method"]["num_clusters"] is None else []))
+        """The folder of a run that this configuration would train again; None without.
+
+        A run stores the number of clusters that it had, also where it followed from the classes.
+        """
+        natural = wanted["method"]["num_clusters"] is None
+        ignore = (*run_folder.SAME_RUN, *(["method.num_clusters"] if natural else []))
         for folder in self.folders:
             stored = self.read.setdefault(folder, run_folder.read_yaml(folder / "config.yaml"))
             if any(stored.get(group, {}).get("name") != wanted[group]["name"] for group in config.GROUPS):
                 continue
-            if stored.get("seed") == wanted["seed"] and not config.first_difference(
-                config.with_defaults(stored), wanted, ignore
-            ):
+            if stored.get("seed") != wanted["seed"]:
+                continue
+            if natural and stored["method"]["num_clusters"] != classes_of(folder):
+                continue
+            if config.first_difference(config.with_defaults(stored), wanted, ignore) is None:
                 return folder
         return None
+
+
+def classes_of(folder: Path) -> int:
+    """How many classes the data of a finished run has, or the clusters that are taken where there are no labels."""
+    table = folder / "classes.csv"
+    if not table.is_file():
+        return UNLABELLED_CLUSTERS
+    with table.open(newline="") as handle:
+        return sum(1 for _ in csv.DictReader(handle))
 
 
 def read_run(folder: Path) -> Finished:

@@ -22,6 +22,7 @@ from rich.table import Table
 import config
 from common.errors import ConfigError, LabelfreeError
 from common.files import whole
+from engine.run_folder import mark
 from launch import space
 from launch.space import Sweep
 from launch.submit import ROOT, count
@@ -44,14 +45,14 @@ class LocalSweep(Queue):
             )
         same = [f"{key}={value}" for key, value in shared.items()]
         ranges = {**sweep.tree, "run_cap": None, "command": None}  # more trials, or another command, are the same sweep
-        mark = hashlib.sha256(repr((ranges, same)).encode()).hexdigest()[:6]
-        folder = (parent / "sweeps" / f"{sweep.path.stem}-{mark}").resolve()
+        of_ranges = hashlib.sha256(repr((ranges, same)).encode()).hexdigest()[:6]
+        folder = (parent / "sweeps" / f"{sweep.path.stem}-{of_ranges}").resolve()
         super().__init__("sweep", folder, [], sweep.target)
         for index, values in enumerate(sweep.trials(trials)):
             own = [space.word(key, value) for key, value in values.items()]
-            name = f"{index:03d}-{hashlib.sha256(repr(own).encode()).hexdigest()[:6]}"
+            cfg = config.compose([*same, *own])  # a wrong key or value ends before the first trial
+            name = f"{index:03d}-{mark(cfg)}"
             run_words = [*same, *own, f"run.dir={self.folder}", f"run.name={name}"]
-            config.compose(run_words)  # a wrong key or value ends before the first trial
             self.trials.append(Trial(index, values, run_words, self.folder / name))
 
     def ranked(self) -> list[Trial]:

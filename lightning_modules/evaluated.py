@@ -76,8 +76,8 @@ class Evaluated(L.LightningModule):
 
     @property
     def pad_multiple(self) -> int:
-        """Pixels of which H and W of pictures must be multiples."""
-        return self.backbone.patch_multiple if self.window is None else self.backbone.unit
+        """Pixels to multiples of which pictures are padded: whole cells at every level of the backbone."""
+        return self.backbone.unit
 
     def seen(self, images: Tensor, features: Features | None = None, own: bool = False) -> dict[str, Tensor]:
         """`codes` [B,D,h,w] of pictures [B,3,H,W] in 0..1; with `own` the method's score maps [B,K,h,w] as well.

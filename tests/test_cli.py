@@ -409,3 +409,17 @@ def test_eval_at_several_resolutions_prints_one_table(capsys, small_run):
     assert [row[:2] for row in rows] == [
         [size, probe] for size in ("48", "64") for probe in ("cluster", "kmeans", "linear")
     ]
+
+
+def test_a_path_that_the_system_refuses_is_named(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    assert error_line(capsys, "train", f"run.dir={tmp_path}/file", "run.name=x") == (
+        f"error: {tmp_path}/file/x: not a directory; name another place, or change its rights"
+    )
+
+
+def test_levels_are_not_written_into_the_pictures(capsys, tmp_path):
+    words = ("predict", f"ckpt={tmp_path}/x.ckpt", f"input={tmp_path}", f"output={tmp_path}/out", "levels=all")
+    assert error_line(capsys, *words) == (
+        f"error: output={tmp_path}/out: lies in the input folder and would be read as pictures; name another"
+    )

@@ -199,3 +199,25 @@ def test_every_method_yaml_holds_only_what_it_may():
         tree = OmegaConf.to_container(OmegaConf.load(config.CONFIGS / "method" / f"{name}.yaml"))
         assert tree["method"]["name"] == name
         assert "num_clusters" in tree["method"]
+
+
+def test_every_key_that_may_be_null_has_a_type():
+    """So that a wrong value ends in one line."""
+    for group in ("method", "backbone", "data"):
+        for name in config.names(group):
+            known = config.flatten(config.compose([f"{group}={name}", *(["data.root=x"] if group == "data" else [])]))
+            free = [key for key, value in known.items() if value is None and not config.expected_type(key, known)]
+            assert not free, name
+
+
+@pytest.mark.parametrize(
+    ("phase", "message"),
+    [
+        ("optim.head.schedule: cosin", "optim.head.schedule=cosin: not one of constant, cosine, linear, poly, step"),
+        ("method.kappa: 5, data.interpolation: blurry", "data.interpolation=blurry: not one of "),
+    ],
+)
+def test_settings_of_a_phase_keep_the_rules_of_all_settings(phase, message):
+    with pytest.raises(ConfigError) as caught:
+        config.compose(["method=segsort", f"phases=[{{share: 1}}, {{share: 1, {phase}}}]"])
+    assert str(caught.value).startswith(message)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import run
@@ -103,7 +104,7 @@ def test_names_that_do_not_fit_end_in_one_line(capsys, named, folder, pictures, 
     assert error(capsys, *words, f"names={path}") == (
         f"names={path}: no such file; `run.py clusters ckpt=…` writes one to edit, names=none: without"
     )
-    own = re.search("centroids: (.*)", text).group(1)
+    own = re.search('centroids: "(.*)"', text).group(1)
     path.write_text(text.replace(own, "abc"))
     assert error(capsys, *words, f"names={path}") == (
         f"names={path}: names the clusters abc of probe kmeans, this checkpoint has {own} of probe kmeans; let "
@@ -163,9 +164,15 @@ def test_a_long_range_is_tried_at_even_steps():
     assert cluster_count.numbers("6..40") == list(range(6, 41))
 
 
-def test_names_hold_whatever_people_write(tmp_path):
-    import torch
+@pytest.mark.parametrize("mark", ["123456789012", "012345670123", "1234567890e1"])
+def test_a_mark_that_looks_like_a_number_stays_a_text(tmp_path, mark, monkeypatch):
+    monkeypatch.setattr(naming, "mark", lambda values: mark)
+    legend = naming.Legend(["a", "b"], [(1, 1, 1), (2, 2, 2)])
+    naming.write(tmp_path / "names.yaml", legend, "cluster", torch.zeros(2, 3))
+    assert naming.read(tmp_path / "names.yaml", "cluster", torch.zeros(2, 3)).names == ["a", "b"]
 
+
+def test_names_hold_whatever_people_write(tmp_path):
     names = ['a "quoted" name', "sky: blue", "# not a comment", "grün", "no"]
     legend = naming.Legend(names, [(i, i, i) for i in range(5)])
     values = torch.randn(5, 3)

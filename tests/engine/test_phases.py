@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import config
-from common.errors import CheckpointError, ConfigError
+from common.errors import CheckpointError, ConfigError, DataError
 from engine import evaluating, phases, training
 from engine.callbacks import RunKeeper
 from lightning_modules.segsort import SegSort
@@ -22,7 +22,11 @@ SHORT = ["evaluation.panels=0", "trainer.val_every=100", "evaluation.kmeans.pict
 
 def run(parent: Path, name: str, *more: str) -> Run:
     """A small run that leaves the size of batches to its phases."""
-    words = small_words("segsort", f"run.dir={parent}", f"run.name={name}", *SHORT, TWO, *more)
+    return train_with(parent, name, TWO, *more)
+
+
+def train_with(parent: Path, name: str, phases: str, *more: str) -> Run:
+    words = small_words("segsort", f"run.dir={parent}", f"run.name={name}", *SHORT, phases, *more)
     metrics = training.train(config.compose([word for word in words if not word.startswith("data.batch_size")]))
     return Run(parent / name, metrics)
 
@@ -145,3 +149,19 @@ def test_two_processes_go_through_the_phases_of_one(tmp_path):
     one, folder = run_small("segsort", tmp_path, "one", words), run_two("segsort", tmp_path, words)
     expect_equal(folder, one)
     expect_equal_losses(folder, one)
+
+
+@pytest.mark.train
+def test_a_phase_that_does_not_fit_the_data_ends_before_the_first_step(tmp_path):
+    with pytest.raises(DataError) as caught:
+        train_with(tmp_path, "x", "phases=[{share: 1, data.batch_size: 4}, {share: 1, data.batch_size: 64}]")
+    assert "data.batch_size=64" in str(caught.value)
+    assert not (tmp_path / "x" / "checkpoints" / "last.ckpt").exists()
+
+
+@pytest.mark.train
+def test_every_phase_of_a_staged_method_has_its_pseudo_labels(tmp_path):
+    phases = "phases=[{share: 5}, {share: 3, optim.head.lr: 1.0e-4}]"
+    found = run_small("deep_spectral", tmp_path, "x", "trainer.val_every=100", phases)
+    assert found.metrics["steps"] == 8
+    assert found.checkpoint["labelfree"]["stage"] is not None

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import run
+from tests.conftest import run_small
 
 pytestmark = pytest.mark.train
 README = Path(run.__file__).parent / "README.md"
@@ -21,7 +22,17 @@ def checkpoint(small_run) -> Path:
     return small_run("hidden_positives").folder / "checkpoints" / "last.ckpt"
 
 
-def test_the_script_of_the_readme_gives_the_labels_of_predict(checkpoint, tmp_path):
+@pytest.fixture(scope="module")
+def convolutional(tmp_path_factory) -> Path:
+    """Of a network whose coarsest cells are 32 px."""
+    words = ["backbone=mobilenetv2", "backbone.weights=none", "data.train_size=64", "data.eval_size=64"]
+    found = run_small("kmeans_baseline", tmp_path_factory.mktemp("cnn"), "c", *words, "trainer.max_steps=1")
+    return found.folder / "checkpoints" / "last.ckpt"
+
+
+@pytest.mark.parametrize("which", ["checkpoint", "convolutional"])
+def test_the_script_of_the_readme_gives_the_labels_of_predict(which, request, tmp_path):
+    checkpoint = request.getfixturevalue(which)
     script = next(
         code for code in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "torch.export" in code
     )

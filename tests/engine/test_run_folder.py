@@ -1,6 +1,8 @@
 """Names, resume rules and the history of a run."""
 
 import csv
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -104,3 +106,90 @@ def test_history_grows_columns_and_drops_rows_after_a_resume(tmp_path):
     resumed.add(3, {"b": 4})
     assert [row["b"] for row in rows(path)] == ["", "2", "4"]
     assert not list(tmp_path.glob(".*"))
+
+
+def begun(parent, name, *words):
+    """A run with a checkpoint."""
+    folder = open_run(cfg(f"run.dir={parent}", f"run.name={name}", *words))
+    folder.create(cfg(f"run.dir={parent}", f"run.name={name}", *words))
+    torch.save({"global_step": 3}, folder.last)
+    return folder
+
+
+def test_a_checkpoint_of_another_run_does_not_take_the_place_of_a_run(tmp_path):
+    other, mine = begun(tmp_path, "other"), begun(tmp_path, "mine", "seed=1")
+    with pytest.raises(ConfigError) as caught:
+        open_run(cfg(f"run.dir={tmp_path}", "run.name=mine", f"run.resume={other.last}"))
+    assert str(caught.value) == (
+        f"run.name=mine: {mine.path} holds a run already, and run.resume names a checkpoint of another one; choose "
+        "another name, or run.overwrite=true to empty it"
+    )
+    assert open_run(cfg(f"run.dir={tmp_path}", "run.name=mine", f"run.resume={mine.last}")).checkpoint == mine.last
+
+
+@pytest.mark.parametrize("word", ["run.overwrite=true", "run.resume={other}"])
+def test_a_requeued_job_goes_on_whatever_it_began_with(word, tmp_path, monkeypatch):
+    """SLURM starts the same words again: they were meant for the first start."""
+    word = word.format(other=begun(tmp_path, "other").last)
+    words = [f"run.dir={tmp_path}", "run.name=x", word]
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    first = open_run(cfg(*words))
+    first.create(cfg(*words))
+    torch.save({"global_step": 5}, first.last)
+    if "overwrite" in word:
+        assert open_run(cfg(*words)).emptied  # a second start by hand means what it says
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    again = open_run(cfg(*words))
+    assert (again.state, again.checkpoint, again.emptied) == ("resume", first.last, False)
+    monkeypatch.setenv("SLURM_JOB_ID", "78")  # another job, as a restarted one finds a folder that is not its own
+    if "overwrite" in word:
+        assert open_run(cfg(*words)).emptied
+
+
+def test_one_process_trains_in_a_folder(tmp_path):
+    words = [f"run.dir={tmp_path}", "run.name=x"]
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(tmp_path / "x")], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "held\n"
+    folder = open_run(cfg(*words))
+    with pytest.raises(ConfigError) as caught:
+        folder.create(cfg(*words))
+    assert str(caught.value) == (
+        f"run.name=x: another process trains in {tmp_path / 'x'}; wait for it, stop it, or choose another name"
+    )
+    other.communicate("")
+    folder.create(cfg(*words))
+    folder.create(cfg(*words))  # this process may go on in it
+    assert (folder.path / "config.yaml").is_file()
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+from engine.run_folder import hold
+hold(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_folder_that_was_only_just_made_blocks_no_name(tmp_path):
+    words = [f"run.dir={tmp_path}", "run.name=x"]
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / ".lock").touch()
+    open_run(cfg(*words)).create(cfg(*words))
+    emptied = open_run(cfg(*words, "run.overwrite=true"))
+    (tmp_path / "x" / "panels" / "old.png").touch()
+    emptied.create(cfg(*words, "run.overwrite=true"))
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == [".lock", "checkpoints", "config.yaml", "panels"]
+    assert not list((tmp_path / "x" / "panels").iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "x"]
+
+
+def test_runs_of_one_second_have_names_of_their_own(monkeypatch):
+    names = set()
+    for _ in range(3):
+        monkeypatch.delenv("LABELFREE_RUN_NAME", raising=False)
+        names.add(run_name(cfg()))
+    assert len(names) == 3

@@ -39,6 +39,8 @@ def test_seeds_are_one_row_with_mean_and_sample_deviation():
     assert score.spread == pytest.approx(statistics.stdev([20, 23, 26]))
     assert score.text() == "23.0 ± 3.0"
     assert entry.score("val/linear/miou") is None
+    entry.runs[1].metrics["best/kmeans/miou"] = 40.0
+    assert entry.score("best/kmeans/miou") is None  # that of one seed is no score of three
     assert Score.of([5.0]).text() == "5.0"
     assert section.columns() == [("cluster", "acc"), ("cluster", "miou")]
     assert comparison_tables.memory_text(entry) == "102 host"

@@ -203,3 +203,40 @@ def test_a_recipe_is_recognised_by_all_that_matters():
     assert recipes.figures(name)[0]["cluster_crf/miou"] == 28.2
     assert recipes.published_recipe(flat | {"optim.head.lr": 1.0}) is None
     assert recipes.published_recipe(config.flatten(config.compose(["method=stego"]))) is None
+
+
+def test_the_word_for_one_method_wins_wherever_it_stands(tmp_path):
+    words = ["methods=hidden_positives kmeans_baseline", "hidden_positives:data.batch_size=4", "data.batch_size=16"]
+    found = compare.Comparison(config.parse_words([*words, f"run.dir={tmp_path}"])).trials
+    assert ["data.batch_size=4" in found[0].words, "data.batch_size=16" in found[1].words] == [True, True]
+
+
+def test_folders_are_named_after_the_whole_configuration(tmp_path, monkeypatch):
+    """A default that changes in a yaml is another training."""
+
+    def names() -> list[str]:
+        words = config.parse_words(["methods=kmeans_baseline", "seeds=0 1", f"run.dir={tmp_path}"])
+        return [trial.folder.name for trial in compare.Comparison(words).trials]
+
+    before, compose = names(), config.compose
+    assert before == names()
+    assert before[0].removesuffix("-seed0") == before[1].removesuffix("-seed1")
+    monkeypatch.setattr(config, "compose", lambda words: config.changed(compose(words), {"data.flip_p": 0.25}))
+    assert not set(before) & set(names())
+
+
+@pytest.mark.train
+def test_a_run_with_other_clusters_than_asked_for_is_not_taken(small_run, tmp_path):
+    shutil.copytree(small_run("kmeans_baseline").folder, tmp_path / "a")
+    words = [*words_of("kmeans_baseline", tmp_path), "methods=kmeans_baseline"]
+
+    def folder(*more: str) -> str:
+        return compare.Comparison(config.parse_words([*words, *more])).trials[0].folder.name
+
+    assert folder() == "a"
+    assert folder("method.num_clusters=12") == "a"
+    stored = (tmp_path / "a" / "config.yaml").read_text()
+    assert "num_clusters: 12" in stored
+    (tmp_path / "a" / "config.yaml").write_text(stored.replace("num_clusters: 12", "num_clusters: 40"))
+    assert folder() != "a"
+    assert folder("method.num_clusters=40") == "a"

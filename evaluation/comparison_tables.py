@@ -120,8 +120,14 @@ def _number(score: Score | None, bold: bool) -> str:
     return f"${mean}$" if score.spread is None else f"${mean} \\pm {score.spread:.1f}$"
 
 
+RANKED = ("/acc", "/miou", "/corloc")
+"""What is compared with labels. Entropy guards against collapse, and a confidence belongs to its own space of codes."""
+
+
 def best_of(section: Section, key: str) -> float | None:
-    """The highest mean of a metric over the entries of a section."""
+    """The highest mean of a metric over the entries of a section; None of one that ranks nothing (see RANKED)."""
+    if not key.endswith(RANKED):
+        return None
     found = [entry.score(key) for entry in section.entries]
     return max((score.mean for score in found if score is not None), default=None)
 

@@ -86,6 +86,6 @@ def test_hidden_positives_on_coco200(pictures, weights, tmp_path):
         f"backbone.weights={weights}",
     ]
     common += ["backbone.levels=[4]", "evaluation.kmeans.pictures=200"]
-    ours = score(tmp_path, "hidden_positives", "val/cluster/miou", *common, "method.pool.size=1024")
+    ours = score(tmp_path, "hidden_positives", "val/cluster/miou", *common)
     assert COCO_BAND[0] <= ours <= COCO_BAND[1]
     assert ours >= score(tmp_path, "kmeans_baseline", "val/kmeans/miou", *common, "trainer.max_steps=1")

@@ -41,6 +41,9 @@ SMALL_OF = {
 }  # fmt: skip
 """Method keys made small where a method has them. Drop path and dropout are off: a library draws them."""
 
+TRAINED = ("segsort", "hsg")
+"""Methods whose small runs train the network, which their defaults leave alone."""
+
 
 def small_words(method: str, *more: str) -> list[str]:
     """The words of a small run of a method; of scenes, unless `more` chooses a folder."""
@@ -48,6 +51,7 @@ def small_words(method: str, *more: str) -> list[str]:
     words = ["backbone=tiny", *data, f"method={method}"]
     known = config.flatten(config.compose([f"method={method}"]))
     words += [f"{key}={value}" for key, value in SMALL_OF.items() if key in known]
+    words += ["backbone.frozen=false"] if method in TRAINED else []
     return [*words, *more]
 
 

@@ -130,7 +130,7 @@ def test_padded_slots_change_nothing_unless_faithful(monkeypatch):
     values = {}
     for faithful in (False, True):
         for slots in (40, 80):
-            model = build(f"method.slots={slots}", f"method.faithful={faithful}")
+            model = build(f"method.slots={slots}", f"method.faithful={faithful}", "method.weights.collapse=1")
             views, _ = segsort.made(model, monkeypatch)
             seen = observed(model, monkeypatch)
             values[faithful, slots] = float(model.loss(views, None).total.detach())

@@ -64,14 +64,16 @@ def miou(ids: np.ndarray, label: np.ndarray) -> float:
     return 100 * found[counts.sum(0) > 0].mean()
 
 
-def report(name: str, table: Tensor, label: np.ndarray, window: int, unit: int, overlaps: list[float]) -> None:
+def report(
+    name: str, table: Tensor, label: np.ndarray, window: int, unit: int, overlaps: list[float], kind: str
+) -> None:
     """Print a line for each overlap."""
     grid, scores_of = looked_up(table, unit)
     patches, side = (SIZE // unit,) * 2, (window // unit,) * 2
 
     def ids_of(overlap: float, shift: tuple[int, int]) -> np.ndarray:
         offset = (shift[0] * unit, shift[1] * unit)
-        scores, padded = windows.blended(grid, scores_of, window, unit, overlap, offset)
+        scores, padded = windows.blended(grid, scores_of, window, unit, overlap, offset, kind)
         return readout.predict(scores, padded)[0].numpy()
 
     densest = ids_of(1 - unit / window, (0, 0))
@@ -98,13 +100,15 @@ def main(words: list[str]) -> int:
     cfg = config.restore(checkpoint["labelfree"]["config"], [])
     model = setup.restore_model(checkpoint, cfg)
     probe, unit, window = naming.choose_probe(cfg, model), model.backbone.unit, int(settings["window"])
+    overlaps = [float(part) for part in settings["overlaps"].split(",")]
+    kind = "transformer" if model.backbone.transformer else "convolutional"
     pictures = {
         f"scene {settings['scene']}": draw_scene(0, "val", int(settings["scene"]), SIZE, SIZE),
         f"mosaic {settings['first']}": mosaic(int(settings["first"])),
     }
     for name, (picture, label) in pictures.items():
         table = every_window(picture, lambda seen: predicting.read(model, seen)[1][probe], window, unit)
-        report(name, table, label, window, unit, [float(part) for part in settings["overlaps"].split(",")])
+        report(name, table, label, window, unit, overlaps, kind)
     return 0
 
 

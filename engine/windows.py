@@ -1,9 +1,8 @@
 """Large pictures: seen through overlapping windows, whose score maps are blended at patch resolution.
 
-A window sees only itself, so what the network says near its edge lacks context. Windows overlap, and each counts by
-half a sine wave: fully in its middle, hardly at its edge. All windows start at whole patches of one grid, so that
-shifting them changes the context of a patch and never its place. What is held is the picture in 8 bit and K maps of
-patches.
+A window sees only itself, so what the network says near its edge lacks context. Windows overlap, and each counts fully
+in its middle, hardly at its edge. All windows start at whole patches of one grid, so that shifting them changes the
+context of a patch and never its place. What is held is the picture in 8 bit and K maps of patches.
 
 A transformer's answer also depends on where in the window a patch lies, and not smoothly: a position embedding that was
 trained on another grid may hold patterns of two or three patches. Windows at an even step see a patch at even places
@@ -26,8 +25,11 @@ log = logging.getLogger(__name__)
 
 BATCH = 8
 """Windows that the network sees at once."""
-OVERLAP, OVERLAP_TRANSFORMER = 0.75, 0.85
+OVERLAP = {"transformer": 0.85, "convolutional": 0.75}
 """Without a wish. What a transformer says of a patch varies more from window to window, so it takes more of them."""
+POWER = {"transformer": 1, "convolutional": 2}
+"""Of half a sine wave, by which a window counts. Padding spoils the edges of a convolutional network's windows most; a
+transformer's differ everywhere, and a broader weight averages more of them."""
 SLOPE = (math.sqrt(5) - 1) / 2
 """Of the lattice, the golden ratio: its points, projected onto either axis, lie as evenly as can be."""
 
@@ -80,13 +82,9 @@ def _slide(last: int, step: int, offset: int) -> list[int]:
     return sorted({0, last, *range(offset % step, last, step)})
 
 
-def bell(count: int) -> Tensor:
-    """Weights [count] of the patches along one side of a window: half a sine wave, nowhere zero.
-
-    A raised cosine leaves most of the weight to fewer windows, equal weights let the edges count: shifts change more
-    labels with either.
-    """
-    return torch.sin(math.pi * (torch.arange(count) + 0.5) / count)
+def bell(count: int, power: int) -> Tensor:
+    """Weights [count] of the patches along one side of a window: a power of half a sine wave, nowhere zero."""
+    return torch.sin(math.pi * (torch.arange(count) + 0.5) / count) ** power
 
 
 @torch.inference_mode()
@@ -95,8 +93,9 @@ def blended(
     scores_of: Callable[[Tensor], Tensor],
     window: int,
     unit: int,
-    overlap: float = OVERLAP,
+    overlap: float | None = None,
     offset: tuple[int, int] = (0, 0),
+    kind: str = "convolutional",
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, tuple[int, int]]:
     """Scores of a picture uint8 [H,W,3] by windows: ([1,K,h,w] on the CPU, (H', W') of the padded picture they cover).
@@ -106,9 +105,11 @@ def blended(
         window: side of a window, px; rounded up to a multiple of `unit`, and no larger than the picture needs.
         unit: windows begin at multiples of it: the patch, or the coarsest stride.
         overlap: share of a side that neighbours have in common, 0 to below 1: about 1 / (1 - overlap)^2 windows see a
-            patch, and at least two (a lattice without gaps is not sparser).
+            patch, and at least two (a lattice without gaps is not sparser). None: as `kind` needs it.
         offset: rows and columns by which the lattice of windows is shifted, px; rounded down to multiples of `unit`.
+        kind: of network, "transformer" or "convolutional".
     """
+    overlap = OVERLAP[kind] if overlap is None else overlap
     height, width = (-(-side // unit) * unit for side in picture.shape[:2])
     sides = [min(-(-window // unit) * unit, side) for side in (height, width)]
     patches = [(height // unit, width // unit), tuple(side // unit for side in sides), tuple(o // unit for o in offset)]
@@ -122,7 +123,8 @@ def blended(
         if total is None:
             total = torch.zeros(found.shape[1], height // stride, width // stride)
             weights = torch.zeros(height // stride, width // stride)
-            taper, cells = bell(found.shape[2])[:, None] * bell(found.shape[3]), unit // stride
+            rows, columns = (bell(count, POWER[kind]) for count in found.shape[2:])
+            taper, cells = rows[:, None] * columns, unit // stride
         for ((top, left), share), maps in zip(part, found, strict=True):
             rows = slice(top * cells, top * cells + maps.shape[1])
             columns = slice(left * cells, left * cells + maps.shape[2])

@@ -130,12 +130,12 @@ def straight(size: tuple[int, int], sides: tuple[int, int], overlap: float, offs
     return {(top, left): 1.0 for top in starts[0] for left in starts[1]}
 
 
-def differing(scores_of: Callable[[torch.Tensor], torch.Tensor], overlap: float, shifts: tuple) -> float:
+def differing(scores_of: Callable[[torch.Tensor], torch.Tensor], overlap: float | None, shifts: tuple) -> float:
     """The largest share of a scene's pixels that two shifts of the windows give different clusters."""
     image, _ = draw_scene(0, "val", 3, 208, 208)
     found = []
     for shift in shifts:
-        scores, padded = windows.blended(image, scores_of, 128, 8, overlap, shift)
+        scores, padded = windows.blended(image, scores_of, 128, 8, overlap, shift, "transformer")
         found.append(windows.bands(readout.strips(scores, padded), image.shape[:2], 12))
     return max((one != other).mean() for one, other in itertools.combinations(found, 2))
 
@@ -145,7 +145,7 @@ def test_shifted_windows_of_the_bundled_transformer_agree(clustered, monkeypatch
     step keeps. Measured: 0.8 % of the pixels at most, 1.5 % with `overlap=0.75`, 1.6 % where the border has no windows
     of its own and a raised cosine weighs them, 5.3 % on a straight grid."""
     shifts = ((0, 0), (8, 16), (24, 40), (16, 56), (8, 0))
-    share = differing(clustered, windows.OVERLAP_TRANSFORMER, shifts)
+    share = differing(clustered, None, shifts)
     assert 0 < share < 0.01
     monkeypatch.setattr(windows, "places", straight)
     assert share < differing(clustered, 0.75, shifts[:2]) / 4
@@ -153,25 +153,27 @@ def test_shifted_windows_of_the_bundled_transformer_agree(clustered, monkeypatch
 
 def test_a_transformer_takes_more_windows_unless_the_overlap_is_given(monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        windows, "blended", lambda *given: (asked.append(given[4]), (torch.zeros(1, 2, 4, 4), (32, 32)))[1]
-    )
+    whole = windows.places
+    monkeypatch.setattr(windows, "places", lambda *given: (asked.append(given[2]), whole(*given))[1])
     for transformer in (True, False):
-        backbone = SimpleNamespace(transformer=transformer, patch_multiple=8, strides=[8])
+        backbone = SimpleNamespace(transformer=transformer, unit=8)
         for words in ([], ["predict.overlap=0.5"]):
             model = SimpleNamespace(backbone=backbone, device="cpu")
-            predicting.windowed_ids(np.zeros((32, 32, 3), np.uint8), (32, 32), local, model, config.compose(words))
-    assert asked == [windows.OVERLAP_TRANSFORMER, 0.5, windows.OVERLAP, 0.5]
+            cfg = config.compose(["predict.window=32", *words])
+            predicting.windowed_ids(np.zeros((32, 40, 3), np.uint8), (32, 40), local, model, cfg)
+    assert asked == [0.85, 0.5, 0.75, 0.5]
 
 
-def test_weights_fall_to_the_edge_and_are_nowhere_zero():
-    weight = windows.bell(20)
+@pytest.mark.parametrize("power", windows.POWER.values())
+def test_weights_fall_to_the_edge_and_are_nowhere_zero(power):
+    weight = windows.bell(20, power)
     assert torch.allclose(weight, weight.flip(0), atol=1e-6)
     assert (weight[:10].diff() > 0).all()
     assert 0 < weight[0] < 0.1
-    assert weight[9] > 0.99
-    assert torch.allclose(weight[:10] ** 2 + weight[10:] ** 2, torch.ones(10), atol=1e-5)
-    assert windows.bell(1) == 1
+    assert weight[9] > 0.98
+    half = weight ** (2 / power)
+    assert torch.allclose(half[:10] + half[10:], torch.ones(10), atol=1e-5)
+    assert windows.bell(1, power) == 1
 
 
 def test_bands_are_the_prediction_of_the_whole(monkeypatch):

@@ -10,7 +10,8 @@ only, or at odd ones only, whatever their number. So windows lie on an inclined 
 grid in antialiasing: the windows over a patch have it at as many different rows and columns as there are windows.
 
 Along the picture's border a patch can only be seen by windows that lie there too, so the lattice offers it few, and
-most of what a shift changes was found there. The border has windows of its own, as close as the lattice is dense.
+on a scene most of what a shift changed was found there. So as many windows touch the border at a place as see a patch
+inside.
 """
 
 import logging

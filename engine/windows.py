@@ -10,8 +10,8 @@ only, or at odd ones only, whatever their number. So windows lie on an inclined 
 grid in antialiasing: the windows over a patch have it at as many different rows and columns as there are windows.
 
 Along the picture's border a patch can only be seen by windows that lie there too, so the lattice offers it few, and
-on a scene most of what a shift changed was found there. So as many windows touch the border at a place as see a patch
-inside.
+on a scene most of what a shift changed was found there. So windows of its own touch the border: as many over a place
+as see a patch inside, or one at every patch, where that is fewer.
 """
 
 import logging
@@ -57,8 +57,8 @@ def places(
     """Upper left corners of windows of `sides` that cover a picture of `size`, all in patches -> how much they count.
 
     Inside, a patch is seen by about 1 / (1 - overlap)^2 windows of weight 1, whose lattice is shifted by `offset`. So
-    many see a patch at the border too, where windows touch it; these count less, as they lie closer than the lattice's
-    rows. Where a window spans the picture along one axis, sides may differ.
+    many, or one for each patch of a side, see a patch at the border too; these windows count less, as they lie closer.
+    Where a window spans the picture along one axis, sides may differ.
     """
     last = [whole - side for whole, side in zip(size, sides, strict=True)]
     steps = [min(side, int(side * (1 - overlap) ** 2 / 2) * 2 + 1) for side in sides]  # odd

@@ -57,7 +57,7 @@ def test_every_patch_is_seen_at_as_many_rows_and_columns_of_a_window_as_there_ar
 
 
 @pytest.mark.parametrize(("side", "overlap", "step"), [(16, 0.75, 1), (16, 0.85, 1), (40, 0.75, 3), (16, 0.5, 5)])
-def test_the_border_is_seen_by_as_many_windows_as_the_inside(side, overlap, step):
+def test_the_border_is_seen_by_windows_of_its_own(side, overlap, step):
     size, offset = (150, 140), (7, 4)
     first_row = seen_by(size, (side, side), overlap, offset)[0, side:-side]
     assert side // step <= first_row.min() <= first_row.max() <= -(-side // step) + 1

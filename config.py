@@ -32,6 +32,7 @@ NULLABLE = {
     "trainer.devices": (int, str),
     "predict.size": int,
     "predict.window": int,
+    "predict.overlap": float,
     "data.root": str,
     "data.lists": str,
     "cache.dir": str,
@@ -390,8 +391,8 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(
             "trainer.max_steps=null: set trainer.max_steps or trainer.max_epochs, one of them ends the run"
         )
-    if not 0 <= cfg.predict.overlap <= 0.95:
-        raise ConfigError(f"predict.overlap={cfg.predict.overlap}: expected a number from 0 to 0.95")
+    if cfg.predict.overlap is not None and not 0 <= cfg.predict.overlap <= 0.95:
+        raise ConfigError(f"predict.overlap={cfg.predict.overlap}: expected a number from 0 to 0.95, or null")
     if not 0 <= cfg.predict.overlay_alpha <= 1:
         raise ConfigError(f"predict.overlay_alpha={cfg.predict.overlay_alpha}: expected a number from 0 to 1")
 

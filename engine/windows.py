@@ -1,13 +1,17 @@
 """Large pictures: seen through overlapping windows, whose score maps are blended at patch resolution.
 
-A window sees only itself, so what the network says near its edge lacks context. Windows overlap, and each counts by a
-raised cosine: fully in its middle, hardly at its edge. All windows start at whole patches of one grid, so that shifting
-them changes the context of a patch and never its place. What is held is the picture in 8 bit and K maps of patches.
+A window sees only itself, so what the network says near its edge lacks context. Windows overlap, and each counts fully
+in its middle, hardly at its edge. All windows start at whole patches of one grid, so that shifting them changes the
+context of a patch and never its place. What is held is the picture in 8 bit and K maps of patches.
 
 A transformer's answer also depends on where in the window a patch lies, and not smoothly: a position embedding that was
 trained on another grid may hold patterns of two or three patches. Windows at an even step see a patch at even places
 only, or at odd ones only, whatever their number. So windows lie on an inclined lattice, as the samples of a rotated
 grid in antialiasing: the windows over a patch have it at as many different rows and columns as there are windows.
+
+Along the picture's border a patch can only be seen by windows that lie there too, so the lattice offers it few, and
+on a scene most of what a shift changed was found there. So windows of its own touch the border: as many over a place
+as see a patch inside, or one at every patch, where that is fewer.
 """
 
 import logging
@@ -22,8 +26,11 @@ log = logging.getLogger(__name__)
 
 BATCH = 8
 """Windows that the network sees at once."""
-FLOOR = 1e-3
-"""Weight of a window at its very edge: what no other window sees must count too."""
+OVERLAP = {"transformer": 0.85, "convolutional": 0.75}
+"""Without a wish. What a transformer says of a patch varies more from window to window, so it takes more of them."""
+POWER = {"transformer": 1, "convolutional": 2}
+"""Of half a sine wave, by which a window counts. Padding spoils the edges of a convolutional network's windows most; a
+transformer's differ everywhere, and a broader weight averages more of them."""
 SLOPE = (math.sqrt(5) - 1) / 2
 """Of the lattice, the golden ratio: its points, projected onto either axis, lie as evenly as can be."""
 
@@ -46,26 +53,29 @@ def inclined(window: int, overlap: float) -> tuple[int, int]:
 
 def places(
     size: tuple[int, int], sides: tuple[int, int], overlap: float, offset: tuple[int, int] = (0, 0)
-) -> list[tuple[int, int]]:
-    """Upper left corners of windows of `sides` that cover a picture of `size`, all in patches, in reading order.
+) -> dict[tuple[int, int], float]:
+    """Upper left corners of windows of `sides` that cover a picture of `size`, all in patches -> how much they count.
 
-    Inside, a patch is seen by about 1 / (1 - overlap)^2 windows. The lattice is shifted by `offset`; windows that reach
-    beyond the picture are moved to its border. Where a window spans the picture along one axis, sides may differ.
+    Inside, a patch is seen by about 1 / (1 - overlap)^2 windows of weight 1, whose lattice is shifted by `offset`. So
+    many, or one for each patch of a side, see a patch at the border too; these windows count less, as they lie closer.
+    Where a window spans the picture along one axis, sides may differ.
     """
     last = [whole - side for whole, side in zip(size, sides, strict=True)]
+    steps = [min(side, int(side * (1 - overlap) ** 2 / 2) * 2 + 1) for side in sides]  # odd
+    rows, columns = (_slide(end, step, shift) for end, step, shift in zip(last, steps, offset, strict=True))
     if not all(last):  # it spans the picture along an axis, and all passes come from sliding along the other
-        steps = [min(side, int(side * (1 - overlap) ** 2 / 2) * 2 + 1) for side in sides]  # odd
-        rows, columns = (_slide(end, step, shift) for end, step, shift in zip(last, steps, offset, strict=True))
-        return [(top, left) for top in rows for left in columns]
+        return {(top, left): 1.0 for top in rows for left in columns}
     a, b = inclined(min(sides), overlap)
-    period, margin = a * a + b * b, a + b
+    period = a * a + b * b
     turn = b * pow(a, -1, period)  # the lattice has the points (y, x) with x = turn * y modulo a^2 + b^2
-    found = set()
-    for top in range(1 - margin, last[0] + margin):
-        first = (offset[1] + turn * (top - offset[0]) + margin - 1) % period + 1 - margin
-        for left in range(first, last[1] + margin, period):
-            found.add((min(max(top, 0), last[0]), min(max(left, 0), last[1])))
-    return sorted(found)
+    found = {}
+    for top in range(1, last[0]):
+        first = 1 + (offset[1] + turn * (top - offset[0]) - 1) % period
+        found |= {(top, left): 1.0 for left in range(first, last[1], period)}
+    spacing = math.sqrt(period)
+    found |= {(top, left): steps[1] / spacing for top in (0, last[0]) for left in columns}
+    found |= {(top, left): steps[0] / spacing for top in rows for left in (0, last[1])}
+    return found
 
 
 def _slide(last: int, step: int, offset: int) -> list[int]:
@@ -73,10 +83,9 @@ def _slide(last: int, step: int, offset: int) -> list[int]:
     return sorted({0, last, *range(offset % step, last, step)})
 
 
-def bell(count: int) -> Tensor:
-    """Weights [count] of the patches along one side of a window: a raised cosine, at least FLOOR."""
-    place = (torch.arange(count) + 0.5) / count
-    return (0.5 - 0.5 * torch.cos(2 * math.pi * place)).clamp(min=FLOOR)
+def bell(count: int, power: int) -> Tensor:
+    """Weights [count] of the patches along one side of a window: a power of half a sine wave, nowhere zero."""
+    return torch.sin(math.pi * (torch.arange(count) + 0.5) / count) ** power
 
 
 @torch.inference_mode()
@@ -85,8 +94,9 @@ def blended(
     scores_of: Callable[[Tensor], Tensor],
     window: int,
     unit: int,
-    overlap: float = 0.75,
+    overlap: float | None = None,
     offset: tuple[int, int] = (0, 0),
+    kind: str = "convolutional",
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, tuple[int, int]]:
     """Scores of a picture uint8 [H,W,3] by windows: ([1,K,h,w] on the CPU, (H', W') of the padded picture they cover).
@@ -96,26 +106,30 @@ def blended(
         window: side of a window, px; rounded up to a multiple of `unit`, and no larger than the picture needs.
         unit: windows begin at multiples of it: the patch, or the coarsest stride.
         overlap: share of a side that neighbours have in common, 0 to below 1: about 1 / (1 - overlap)^2 windows see a
-            patch, and at least two (a lattice without gaps is not sparser).
+            patch, and at least two (a lattice without gaps is not sparser). None: as `kind` needs it.
         offset: rows and columns by which the lattice of windows is shifted, px; rounded down to multiples of `unit`.
+        kind: of network, "transformer" or "convolutional".
     """
+    overlap = OVERLAP[kind] if overlap is None else overlap
     height, width = (-(-side // unit) * unit for side in picture.shape[:2])
     sides = [min(-(-window // unit) * unit, side) for side in (height, width)]
     patches = [(height // unit, width // unit), tuple(side // unit for side in sides), tuple(o // unit for o in offset)]
-    grid = [(top * unit, left * unit) for top, left in places(*patches[:2], overlap, patches[2])]
+    grid = sorted(places(*patches[:2], overlap, patches[2]).items())
     total = weights = None
     for first in range(0, len(grid), BATCH):
         part = grid[first : first + BATCH]
-        seen = torch.stack([_cut(picture, place, sides) for place in part])
+        seen = torch.stack([_cut(picture, (top * unit, left * unit), sides) for (top, left), _ in part])
         found = scores_of(seen.to(device)).float().cpu()
         stride = sides[0] // found.shape[2]
         if total is None:
             total = torch.zeros(found.shape[1], height // stride, width // stride)
             weights = torch.zeros(height // stride, width // stride)
-            weight = bell(found.shape[2])[:, None] * bell(found.shape[3])
-        for (top, left), maps in zip(part, found, strict=True):
-            rows = slice(top // stride, top // stride + maps.shape[1])
-            columns = slice(left // stride, left // stride + maps.shape[2])
+            rows, columns = (bell(count, POWER[kind]) for count in found.shape[2:])
+            taper, cells = rows[:, None] * columns, unit // stride
+        for ((top, left), share), maps in zip(part, found, strict=True):
+            rows = slice(top * cells, top * cells + maps.shape[1])
+            columns = slice(left * cells, left * cells + maps.shape[2])
+            weight = share * taper
             total[:, rows, columns] += maps * weight
             weights[rows, columns] += weight
         if len(grid) > 500 and first // BATCH % max(1, len(grid) // BATCH // 10) == 0:

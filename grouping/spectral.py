@@ -59,7 +59,8 @@ def threshold_affinity(features: Tensor, tau: float = 0.2, eps: float = 1e-5, bi
 
 
 def _products(rows: Tensor, weigh: Callable[[Tensor], Tensor]) -> Tensor:
-    """What `weigh` makes, in place, of the products of rows [B,N,C] with each other: [B,N,N], symmetric but for rounding.
+    """What `weigh` makes, in place, of the products of rows [B,N,C] with each other: [B,N,N], symmetric but for
+    rounding.
 
     A CPU makes one half, in strips that stay in its cache, and mirrors it.
     """

@@ -40,7 +40,9 @@ negates a vector of which more than half the entries, but not all, are positive:
 _DENSE_NODES = 192
 """Up to so many nodes the dense solver is faster."""
 _SPARE = 5
-"""Rows of a block beyond the wanted ones: they speed up the last vectors."""
+"""Rows of a block beyond the wanted ones, at least: they speed up the last vectors."""
+_ROWS = 4
+"""A block has a multiple of so many rows: products with fewer are as slow on a CPU."""
 _BLOCKS = 12
 """Blocks of a span before it starts anew."""
 _AHEAD = 4
@@ -235,7 +237,7 @@ def _krylov(graph: _Graph, k: int, deflate: bool, tolerance: float, seed: int) -
     top = constant.new_full((count, 1), 1.0 if graph.normalized else 0.0)
     if not wanted:
         return top, constant.clone(), torch.zeros_like(top)
-    width = min(wanted + _SPARE, nodes // 4)
+    width = min(math.ceil((wanted + _SPARE) / _ROWS) * _ROWS, nodes // 4)
     limit = min(_BLOCKS * width, nodes // 2)
     basis = constant.new_empty(count, known + limit, nodes)
     basis[:, :known] = constant[:, :known]

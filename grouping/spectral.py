@@ -7,6 +7,7 @@ Sources: Shi and Malik, Normalized Cuts (PAMI 2000); Wang et al., TokenCut (CVPR
 Spectral Methods (CVPR 2022); method document deep_spectral.md.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,8 @@ from retrieval import kmeans
 
 COLOUR_GRAPHS = ((20, 2.0), (10, 0.1))
 """(neighbours, weight of the place) of the two colour graphs of Deep Spectral."""
+_STRIP = 256
+"""Rows of a graph that a CPU makes at a time, from the diagonal on; other devices make them all at once."""
 _SEPARATION = 1e-3
 """Largest sine of the angle between TokenCut's vector and the true one, by residual and gap, before it is solved
 densely."""
@@ -39,9 +42,7 @@ def feature_affinity(features: Tensor, *, normalize: bool = True, nonnegative: b
     """
     rows = _finite(features)
     rows = F.normalize(rows, dim=2) if normalize else rows
-    with exact(rows.device):
-        weights = torch.bmm(rows, rows.mT)
-    weights = weights.clamp_(min=0) if nonnegative else weights
+    weights = _products(rows, lambda strip: strip.clamp_(min=0) if nonnegative else strip)
     return weights.div_(weights.amax((1, 2), keepdim=True).clamp_(min=torch.finfo(weights.dtype).tiny))
 
 
@@ -52,11 +53,28 @@ def threshold_affinity(features: Tensor, tau: float = 0.2, eps: float = 1e-5, bi
     binary False: cosines, those below tau being eps.
     """
     rows = F.normalize(_finite(features), dim=2)
-    with exact(rows.device):
-        weights = torch.bmm(rows, rows.mT)
     if binary:
-        return (weights > tau).to(weights.dtype).clamp_(min=eps)
-    return weights.masked_fill_(weights < tau, eps)
+        return _products(rows, lambda strip: strip.gt_(tau).clamp_(min=eps))
+    return _products(rows, lambda strip: strip.masked_fill_(strip < tau, eps))
+
+
+def _products(rows: Tensor, weigh: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `weigh` makes, in place, of the products of rows [B,N,C] with each other: [B,N,N], symmetric but for
+    rounding.
+
+    A CPU makes one half, in strips that stay in its cache, and mirrors it.
+    """
+    count, nodes = rows.shape[:2]
+    height = _STRIP if rows.device.type == "cpu" else max(1, nodes)
+    weights = rows.new_empty(count, nodes, nodes)
+    with exact(rows.device):
+        for first in range(0, nodes, height):
+            here, below = slice(first, first + height), slice(first + height, nodes)
+            strip = weights[:, here, first:]
+            torch.bmm(rows[:, here], rows[:, first:].mT, out=strip)
+            weigh(strip)
+            weights[:, below, here] = weights[:, here, below].mT
+    return weights
 
 
 @torch.no_grad()

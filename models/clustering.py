@@ -74,14 +74,35 @@ class Projection(nn.Module):
         return self.norm(self.linear(F.relu(rows)))
 
 
+class Attention(nn.MultiheadAttention):
+    """torch's attention, its weights and their names, over rows [n,B,d] and keys and values [m,B,d].
+
+    Where queries and keys are the same rows, as in all self-attention here, one product makes both of them.
+    """
+
+    def forward(self, rows: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """What each row finds, [n,B,d]; hidden bool [B,m]: not attended to. Rows that are keys are the same object."""
+        dim, weight, bias = self.embed_dim, self.in_proj_weight, self.in_proj_bias
+        if rows is keys:
+            asked, placed = F.linear(rows, weight[: 2 * dim], bias[: 2 * dim]).chunk(2, dim=2)
+        else:
+            asked = F.linear(rows, weight[:dim], bias[:dim])
+            placed = F.linear(keys, weight[dim : 2 * dim], bias[dim : 2 * dim])
+        held = F.linear(values, weight[2 * dim :], bias[2 * dim :])
+        shown = None if hidden is None else ~hidden[:, None, None]
+        parts = (part.unflatten(2, (self.num_heads, -1)).permute(1, 2, 0, 3) for part in (asked, placed, held))
+        found = F.scaled_dot_product_attention(*parts, shown, self.dropout if self.training else 0.0)
+        return self.out_proj(found.permute(2, 0, 1, 3).flatten(2))
+
+
 class Layer(nn.Module):
     """An encoder layer, or with `cross` a decoder layer."""
 
     def __init__(self, dim: int, heads: int, hidden: int, dropout: float, cross: bool):
         super().__init__()
-        self.attention = nn.MultiheadAttention(dim, heads, dropout)
+        self.attention = Attention(dim, heads, dropout)
         self.attention_norm = NodeNorm(dim)
-        self.cross = nn.MultiheadAttention(dim, heads, dropout) if cross else None
+        self.cross = Attention(dim, heads, dropout) if cross else None
         self.cross_norm = NodeNorm(dim) if cross else None
         self.widen, self.narrow = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
         self.output_norm = NodeNorm(dim)
@@ -98,11 +119,11 @@ class Layer(nn.Module):
         """rows, positions [n,B,d]; hidden bool [B,n]: not attended to; counted bool [n,B]: padding of the norms;
         memory: nodes [M,B,d], the same with positions, and their padding [B,M]."""
         placed = rows + positions
-        found = self.attention(placed, placed, rows, key_padding_mask=hidden, need_weights=False)[0]
+        found = self.attention(placed, placed, rows, hidden)
         rows = self.attention_norm(rows + self.dropout(found), counted)
         if self.cross is not None:
             values, keys, padding = memory
-            found = self.cross(rows + positions, keys, values, key_padding_mask=padding, need_weights=False)[0]
+            found = self.cross(rows + positions, keys, values, padding)
             rows = self.cross_norm(rows + self.dropout(found))
         found = self.narrow(self.dropout(F.relu(self.widen(rows))))
         return self.output_norm(rows + self.dropout(found), counted)

@@ -48,6 +48,20 @@ def test_threshold_affinity_by_hand():
     torch.testing.assert_close(weighted, torch.tensor([[1, half, 1e-5], [half, 1, 1e-5], [1e-5, 1e-5, 1]]))
 
 
+@pytest.mark.parametrize("nodes", [256, 600])
+def test_affinities_of_graphs_of_several_strips(nodes):
+    features = torch.randn(2, nodes, 5, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    cosines = F.cosine_similarity(features[:, :, None], features[:, None], dim=3)
+    expected = {
+        spectral.threshold_affinity(features, 0.2, 1e-3): (cosines > 0.2).double().clamp(min=1e-3),
+        spectral.threshold_affinity(features, 0.2, 1e-3, binary=False): torch.where(cosines < 0.2, 1e-3, cosines),
+        spectral.feature_affinity(features): cosines.clamp(min=0),
+        spectral.feature_affinity(features, nonnegative=False): cosines,
+    }
+    for found, wanted in expected.items():
+        torch.testing.assert_close(found, wanted)
+
+
 def test_colour_affinity_by_loops():
     generator = torch.Generator().manual_seed(0)
     pictures = torch.rand(2, 3, 5, 6, generator=generator)

@@ -41,7 +41,8 @@ def render(title: str, sections: Sequence[Section], galleries: Sequence[Gallery]
     entries = sum(len(section.entries) for section in sections)
     parts = [
         f'<h1>{escape(title)}</h1><p class="lead">{runs} finished runs in {entries} rows. Scores in percent: mean ± '
-        "standard deviation (n - 1) over the seeds. A click on a head sorts.</p>"
+        "standard deviation (n - 1) over the seeds. Batch: pictures a step over all devices. A click on a head "
+        "sorts.</p>"
     ]
     if len(sections) > 1:
         places = "".join(f'<a href="#protocol{i}">Protocol {i}</a>' for i in range(1, len(sections) + 1))
@@ -88,11 +89,14 @@ def scores(section: Section, stage: str, name: str) -> str:
     """The table that sorts; the highest mean of a column is bold."""
     columns = section.columns(stage)
     tops = {column: best_of(section, f"{stage}/{column[0]}/{column[1]}") for column in columns}
-    heads = [*HEADS, *(Cell(column_name(*column), classes="number") for column in columns)]
+    heads = [Cell(head, classes="number") if head in ("steps", "batch") else head for head in HEADS]
+    heads += [*(Cell(column_name(*column), classes="number") for column in columns)]
     heads += [Cell("pictures/s", classes="number"), Cell("peak MiB", classes="number"), "published"] * (stage == "val")
     rows = []
     for entry in section.entries:
-        row: list[str | Cell] = [Cell(escape(entry.label), entry.label, "wide"), *facts(entry)[1:]]
+        _, backbone, seeds, *counts, labels = facts(entry)
+        row: list[str | Cell] = [Cell(escape(entry.label), entry.label, "wide"), backbone, seeds]
+        row += [*(Cell(count, count, "number") for count in counts), labels]
         for column in columns:
             score = entry.score(f"{stage}/{column[0]}/{column[1]}")
             best = score is not None and len(section.entries) > 1 and score.mean == tops[column]

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 from common.errors import ConfigError
-from evaluation import charts, comparison, comparison_tables
+from evaluation import charts, comparison, comparison_page, comparison_tables
 from evaluation.comparison import Finished, Score
 
 
 def finished(method="stego", seed=0, miou=20.0, folder="r", config=None, **metrics) -> Finished:
     settings = {
         "method.name": method, "method.num_clusters": 12, "data.name": "scenes", "data.root": None, "seed": seed,
-        "data.train_size": 128, "data.val_count": 5, "run.name": folder, "trainer.max_steps": 8, **(config or {}),
+        "data.train_size": 128, "data.val_count": 5, "run.name": folder, "trainer.max_steps": 8,
+        "data.batch_size": 16, **(config or {}),
     }  # fmt: skip
     facts = {
         "method": method, "seed": seed, "backbone": "tiny", "data": "scenes", "steps": 8, "uses_labels": False,
@@ -90,14 +91,14 @@ def test_tables_to_paste():
     sections[0].entries[0].source = "A & B, 2022"
     text = comparison_tables.markdown(sections, "T")
     assert (
-        "| stego | tiny | 0 1 | 8 | none | 42.0 ± 2.8 | 21.0 ± 1.4 | 10.0 | 101 host "
+        "| stego | tiny | 0 1 | 8 | 16 | none | 42.0 ± 2.8 | 21.0 ± 1.4 | 10.0 | 101 host "
         "| cluster 24.5 mIoU (A & B, 2022) |"
     ) in text
-    assert "| k_means | tiny | 0 | 8 | none | 43.0 | 21.5 | 10.0 | 100 host |  |" in text
+    assert "| k_means | tiny | 0 | 8 | 16 | none | 43.0 | 21.5 | 10.0 | 100 host |  |" in text
     tex = comparison_tables.latex(sections, "T")
-    assert r"stego & 2 & $42.0 \pm 2.8$ & $21.0 \pm 1.4$ \\" in tex
-    assert r"k\_means & 1 & $\mathbf{43.0}$ & $\mathbf{21.5}$ \\" in tex
-    assert r"\multicolumn{4}{l}{\quad published: cluster 24.5 mIoU (A \& B, 2022)} \\" in tex
+    assert r"stego & 2 & 8 & 16 & $42.0 \pm 2.8$ & $21.0 \pm 1.4$ \\" in tex
+    assert r"k\_means & 1 & 8 & 16 & $\mathbf{43.0}$ & $\mathbf{21.5}$ \\" in tex
+    assert r"\multicolumn{6}{l}{\quad published: cluster 24.5 mIoU (A \& B, 2022)} \\" in tex
     assert tex.count("{") == tex.count("}")
     rows = list(csv.DictReader(StringIO(comparison_tables.as_csv(sections))))
     (row,) = [row for row in rows if (row["method"], row["stage"], row["metric"]) == ("stego", "val", "miou")]

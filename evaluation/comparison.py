@@ -203,12 +203,29 @@ class Section:
         return found
 
 
+def kind(run: Finished) -> str:
+    """What is equal for the runs of one entry: settings and protocol."""
+    settings = {key: value for key, value in run.config.items() if not key.startswith(SAME_ENTRY)}
+    return repr((sorted(settings.items()), sorted(run.protocol.items())))
+
+
+def once(runs: Iterable[Finished]) -> tuple[list[Finished], list[str]]:
+    """The runs without those that repeat the configuration and seed of one before, and a line for each of these."""
+    kept: dict[tuple[str, int], Finished] = {}
+    twice = []
+    for run in runs:
+        method, seed = run.metrics["method"], run.metrics["seed"]
+        first = kept.setdefault((kind(run), seed), run)
+        if first is not run:
+            twice.append(f"{run.folder} is left out: {method}, seed {seed} in the configuration of {first.folder}")
+    return list(kept.values()), twice
+
+
 def arrange(runs: Iterable[Finished]) -> list[Section]:
     """Runs -> sections of one protocol each, in the order in which they come; entries are named."""
     entries: dict[str, list[Finished]] = {}
     for run in runs:
-        settings = {key: value for key, value in run.config.items() if not key.startswith(SAME_ENTRY)}
-        entries.setdefault(repr((sorted(settings.items()), sorted(run.protocol.items()))), []).append(run)
+        entries.setdefault(kind(run), []).append(run)
     for group in entries.values():
         group.sort(key=lambda run: run.metrics["seed"])
     found = [Entry(group) for group in entries.values()]

@@ -35,8 +35,15 @@ class Gallery:
     missing: Sequence[str] = ()
 
 
-def render(title: str, sections: Sequence[Section], galleries: Sequence[Gallery], failures: Sequence[str]) -> str:
-    """The page. `galleries`: one a section; `failures`: trainings that are missing, one line each."""
+def render(
+    title: str,
+    sections: Sequence[Section],
+    galleries: Sequence[Gallery],
+    failures: Sequence[str],
+    twice: Sequence[str] = (),
+) -> str:
+    """The page. `galleries`: one a section; `failures`: trainings that are missing, `twice`: runs that stand for a
+    training that is counted already, one line each."""
     runs = sum(len(entry.runs) for section in sections for entry in section.entries)
     entries = sum(len(section.entries) for section in sections)
     parts = [
@@ -51,6 +58,7 @@ def render(title: str, sections: Sequence[Section], galleries: Sequence[Gallery]
             f"different parts of this page, and their numbers are not comparable.</p><nav>{places}</nav>"
         )
     parts += [f'<p class="differs"><b>Missing:</b> {escape(line)}</p>' for line in failures]
+    parts += [f'<p class="differs"><b>Counted once:</b> {escape(line)}</p>' for line in twice]
     for number, (section, gallery) in enumerate(zip(sections, galleries, strict=True), 1):
         parts += section_parts(number, section, gallery, alone=len(sections) == 1)
     parts.append("<h2>Environment</h2>" + environment([run for s in sections for e in s.entries for run in e.runs]))

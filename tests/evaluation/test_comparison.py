@@ -103,6 +103,18 @@ def test_tables_to_paste():
     rows = list(csv.DictReader(StringIO(comparison_tables.as_csv(sections))))
     (row,) = [row for row in rows if (row["method"], row["stage"], row["metric"]) == ("stego", "val", "miou")]
     assert (float(row["mean"]), float(row["std"]), row["runs"], row["published"]) == (21.0, 1.41421, "2", "24.5")
+    assert (row["steps"], row["batch"]) == ("8", "16")
+    page = comparison_page.scores(sections[0], "val", "val1")
+    assert 'data-sort="">steps</th><th class="number" data-sort="">batch</th>' in page
+    assert page.count('data-value="8">8</td><td class="number" data-value="16">16</td><td>none</td>') == 2
+
+
+def test_a_training_that_is_there_twice_is_counted_once():
+    runs = [finished(seed=0, folder="a"), finished(seed=1, folder="b"), finished(seed=0, folder="c", miou=30.0)]
+    runs += [finished("hp", seed=0, folder="d"), finished(seed=0, folder="e", config={"trainer.max_steps": 9})]
+    kept, twice = comparison.once(runs)
+    assert [str(run.folder) for run in kept] == ["a", "b", "d", "e"]
+    assert twice == ["c is left out: stego, seed 0 in the configuration of a"]
 
 
 def test_label_use_is_said():

@@ -1,5 +1,6 @@
 """`run.py compare`: what is trained and what is taken, the report, and its page in a real browser."""
 
+import csv
 import json
 import re
 import shutil
@@ -157,6 +158,22 @@ def test_what_is_missing_is_trained_what_is_there_is_taken_and_failures_are_name
     assert "<b>Missing:</b> kmeans_baseline, seed 13: error: an unlucky number" in page
     handed = json.loads((parent / names[-1] / "words").read_text())
     assert (handed["method"], handed["method.features"]) == ("kmeans_baseline", "backbone")
+
+
+@pytest.mark.train
+def test_a_given_run_is_not_trained_again_and_a_copy_of_it_is_counted_once(stand_in, small_run, caplog):
+    given, parent = stand_in / "elsewhere", stand_in / "runs"
+    for folder in (given / "mine", parent / "copy"):
+        shutil.copytree(small_run("kmeans_baseline").folder, folder)
+    words = ["compare", f"runs={given}/mine {parent}/copy", "methods=kmeans_baseline", "seeds=0 1", "name=n"]
+    assert run.main([*words, *words_of("kmeans_baseline", parent)]) == 0
+    assert [path.name for path in parent.iterdir() if "seed0" in path.name] == []
+    with (parent / "compare" / "n" / "table.csv").open() as handle:
+        rows = [row for row in csv.DictReader(handle) if (row["stage"], row["metric"]) == ("val", "miou")]
+    assert [(row["seeds"], row["runs"]) for row in rows if row["probe"] == "kmeans"] == [("0 1", "2")]
+    line = f"{parent}/copy is left out: kmeans_baseline, seed 0 in the configuration of {given}/mine"
+    assert line in caplog.text
+    assert f"<b>Counted once:</b> {line}" in (parent / "compare" / "n" / "index.html").read_text()
 
 
 @pytest.mark.train

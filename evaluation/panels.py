@@ -30,13 +30,15 @@ class Row:
     """One picture of a panel: float [3,H,W] in 0..1 or uint8 [H,W,3], its truth [H,W] or None, and id maps [H,W].
 
     `maps` goes from column name to ids: classes, or clusters where `save` is given a mapping for that column; or to a
-    picture uint8 [H,W,3], which is shown as it is. Arrays or tensors, on any device.
+    picture uint8 [H,W,3], which is shown as it is. Arrays or tensors, on any device. `strip`: colours and names of what
+    is in this picture, below it.
     """
 
     image: object
     maps: Mapping[str, object]
     truth: object = None
     title: str = ""
+    strip: Sequence[tuple[tuple[int, int, int], str]] = ()
 
 
 @dataclass
@@ -89,7 +91,7 @@ def save(
                 continue
             own = apart.get(name, legend)
             cells.append(None if ids is None else _paint(as_ids(ids), meta, mappings.get(name), own, cell))
-        grid.append((cells, row.title))
+        grid.append((cells, row.title, row.strip))
     for place, (text, colour) in enumerate((marks or {}).items()):
         legend.add((3, place), colour, text)
     columns = ["picture", *(["truth"] if with_truth else []), *names]
@@ -302,8 +304,12 @@ def _compose(
     slot, per_line = _slots(entries, width - GAP)
     blocks = {name: own.ordered() for name, own in (apart or {}).items() if own.entries}
     block = max([26 + 24 * -(-len(own) // _slots(own, cell)[1]) + GAP for own in blocks.values()], default=0)
-    tallest = [max(part.height for part in cells if part is not None) for cells, _ in grid]
-    heights = [tall + (22 if caption else 0) for tall, (_, caption) in zip(tallest, grid, strict=True)]
+    tallest = [max(part.height for part in cells if part is not None) for cells, *_ in grid]
+    strips = [_slots(strip, width - GAP) for *_, strip in grid]
+    below = [24 * -(-len(strip) // per) for (*_, strip), (_, per) in zip(grid, strips, strict=True)]
+    heights = [
+        tall + (22 if caption else 0) + lines for tall, (_, caption, _), lines in zip(tallest, grid, below, strict=True)
+    ]
     top = (30 if title else 0) + (28 if columns else 0)
     lines = -(-len(entries) // per_line)
     height = GAP + top + sum(h + GAP for h in heights) + block + (lines * 24 + GAP if lines else 0)
@@ -317,12 +323,13 @@ def _compose(
         for i, name in enumerate(columns):
             draw.text((GAP + i * (cell + GAP), y + 4), name, fill=INK, font=font(14, bold=True))
         y += 28
-    for (cells, caption), h in zip(grid, heights, strict=True):
+    for (cells, caption, strip), h, tall, slots in zip(grid, heights, tallest, strips, strict=True):
         for i, part in enumerate(cells):
             if part is not None:
                 sheet.paste(part, (GAP + i * (cell + GAP), y))
         if caption:
-            draw.text((GAP, y + h - 18), caption, fill=FAINT, font=font(12))
+            draw.text((GAP, y + tall + 4), caption, fill=FAINT, font=font(12))
+        _swatches(draw, strip, GAP, y + tall + (22 if caption else 2), *slots)
         y += h + GAP
     for name, own in blocks.items():
         x = GAP + columns.index(name) * (cell + GAP)
@@ -332,13 +339,13 @@ def _compose(
     return sheet
 
 
-def _slots(entries: list, width: int) -> tuple[int, int]:
+def _slots(entries: Sequence, width: int) -> tuple[int, int]:
     """(width of an entry of a legend, entries a line), px."""
     slot = max([int(font(13).getlength(name)) for _, name in entries], default=0) + 40
     return slot, max(1, width // slot)
 
 
-def _swatches(draw: ImageDraw.ImageDraw, entries: list, left: int, top: int, slot: int, per_line: int) -> None:
+def _swatches(draw: ImageDraw.ImageDraw, entries: Sequence, left: int, top: int, slot: int, per_line: int) -> None:
     """Entries of a legend, line by line."""
     for i, (colour, name) in enumerate(entries):
         x, line = left + (i % per_line) * slot, top + (i // per_line) * 24

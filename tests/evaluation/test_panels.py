@@ -90,6 +90,23 @@ def test_without_labels_each_probe_has_a_legend_of_its_own_below_its_column(tmp_
     assert rows.max() + 5 < len(below)
 
 
+def test_a_strip_names_what_is_in_each_picture_below_it(tmp_path):
+    image = np.full((6, 8, 3), 7, dtype=np.uint8)
+    strips = [tuple(((i, 0, 9), f"class {i}, its share") for i in range(1, count)) for count in (6, 2)]
+    rows = [panels.Row(image, {"segments": image}, None, "name", strip) for strip in strips]
+    panels.save(tmp_path / "panel.png", rows, ClassMeta(), cell=120)
+    picture = np.array(Image.open(tmp_path / "panel.png"))
+    top = panels.GAP + 28  # first picture; 90 px high
+    places = {i: np.nonzero((picture == (i, 0, 9)).all(-1).any(1))[0] for i in range(1, 6)}
+    images = np.nonzero((picture == 7).all(-1).any(1))[0]
+    second = images[images > top + 90].min()
+    assert all(top + 90 < places[i].min() for i in range(1, 6))
+    assert all(places[i].max() < second for i in range(2, 6))
+    assert places[1].max() > second + 90  # in both
+    assert len({places[i].min() for i in range(1, 6)}) > 1  # they are wrapped
+    assert places[1].max() < len(picture) - 5
+
+
 def test_rows_may_differ_in_size_and_columns(tmp_path):
     rows = [
         panels.Row(torch.rand(3, 5, 30), {"cluster": torch.zeros(5, 30)}, torch.zeros(5, 30)),

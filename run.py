@@ -234,10 +234,11 @@ def show(metrics: dict) -> None:
     rule = metrics.get("selection/rule")
     if rule:
         chosen = "chosen with labels" if metrics["selection/uses_labels"] else "chosen without labels"
-        console.print(
-            f"best: {rule} (step {metrics['best/step']}, {chosen}); matching: {metrics['protocol/matching']}",
-            highlight=False,
-        )
+        labelled = any(key.endswith("/miou") for key in metrics)
+        matching = f"; matching: {metrics['protocol/matching']}" if labelled else ""
+        console.print(f"best: {rule} (step {metrics['best/step']}, {chosen}){matching}", highlight=False)
+        if not labelled:
+            console.print(report.LABEL_FREE, highlight=False)
 
 
 REFUSED = (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError)

@@ -19,7 +19,8 @@ NAMED = 1.0
 
 STYLE = """
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); gap: 1.2rem 1rem; }
-.cards figure { margin: 0; } .cards img { width: 100%; background: var(--shade); }
+.cards figure { margin: 0; } .cards img { width: 100%; max-height: 300px; object-fit: contain;
+  background: var(--shade); }
 .cards figcaption { color: var(--ink); font-weight: 600; font-size: .9rem; overflow-wrap: anywhere; }
 .cards .legend { margin: .15rem 0; } .cards .rest { color: var(--faint); }
 """
@@ -49,12 +50,12 @@ class Areas:
 
 
 def present(legend: Legend, pixels: list[int]) -> tuple[list[tuple[Colour, str]], int]:
-    """(colour, `sky 41 %`) of the classes that cover NAMED percent of a picture or more, the largest first; and how
+    """(colour, `sky (41 %)`) of the classes that cover NAMED percent of a picture or more, the largest first; and how
     many others are in it. `pixels`: of each of `legend.classes()`."""
     total = max(1, sum(pixels))
     found = sorted(zip(pixels, legend.classes().items(), strict=True), key=lambda item: -item[0])
     named = [
-        (legend.colours[ids[0]], f"{name} {100 * count / total:.0f} %")
+        (legend.colours[ids[0]], f"{name} ({100 * count / total:.0f} %)")
         for count, (name, ids) in found
         if 100 * count >= NAMED * total
     ]
@@ -80,7 +81,7 @@ class Overview:
         maps = {"segments": self.colours[small], "overlay": panels.overlay(seen, small, self.colours, self.alpha)}
         named, others = present(self.legend, pixels)
         if others:
-            named.append((panels.PAPER, f"{others} more below {NAMED:g} %"))
+            named.append((None, f"{others} more below {NAMED:g} %"))
         self.rows.append(panels.Row(seen, maps, None, name, tuple(named)))
 
     def save(self, path: Path) -> None:
@@ -88,7 +89,7 @@ class Overview:
         panels.save(path, self.rows, ClassMeta())
 
 
-def overlays_page(title: str, legend: Legend, areas: Areas, probe: str) -> str:
+def overlays_page(title: str, legend: Legend, areas: Areas, probe: str, checkpoint: Path) -> str:
     """A page that stands beside `overlay/`: every overlay, as it is there, with the classes in it and their shares."""
     parts = []
     for name, height, width, *pixels in areas.rows:
@@ -107,6 +108,9 @@ def overlays_page(title: str, legend: Legend, areas: Areas, probe: str) -> str:
         f"{len(parts)} pictures under the {len(legend.names)} clusters of probe {probe}. A click on a picture opens it "
         "in its own size; <code>areas.csv</code> has all areas in pixels."
     )
+    if legend.source is None:
+        command = f"run.py clusters ckpt={page.escape(checkpoint)}"
+        lead += f" To see what each cluster is, and to name it: <code>{command}</code>; then predict again."
     return page.document(
         f"Segments of {title}",
         f'<h1>Segments of {page.escape(title)}</h1><p class="lead">{lead}</p>{names}'

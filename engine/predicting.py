@@ -83,7 +83,8 @@ def predict(
     panels.legend_png(output / "legend.png", list(classes), [legend.colours[ids[0]] for ids in classes.values()])
     areas.save(output / "areas.csv")
     overview.save(output / "overview.png")
-    write_text(output / "overlays.html", overlays_page(source.resolve().name, legend, areas, probe))
+    shown = overlays_page(source.resolve().name, legend, areas, probe, checkpoint_path)
+    write_text(output / "overlays.html", shown)
     report.write_json(output / "clusters.json", content)
     unread = f", {missed} could not be read" if missed else ""
     log.info("%d pictures in %s%s; look at %s", done, output, unread, output / "overlays.html")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError
-from evaluation.report import PROBES
+from evaluation.report import LAST_STEP, PROBES
 
 TRAINING_ONLY = (
     "data.root", "data.train_", "data.batch_size", "data.eval_batch_size", "data.workers", "data.cache", "data.flip_p",
@@ -163,7 +163,12 @@ class Section:
     """What differs from the first section: `key: there -> here`."""
 
     def columns(self, stage: str = "val") -> list[tuple[str, str]]:
-        """(probe, metric) of the scores: accuracy and mIoU, or what can be said without labels."""
+        """(probe, metric) of the scores: accuracy and mIoU, or what can be said without labels.
+
+        None of the best checkpoint where that is the last step by rule.
+        """
+        if stage == "best" and all(run.metrics["selection/rule"] == LAST_STEP for e in self.entries for run in e.runs):
+            return []
         keys = [key.split("/") for entry in self.entries for run in entry.runs for key in run.metrics]
         found = {(parts[1], parts[2]) for parts in keys if len(parts) == 3 and parts[0] == stage}
         wanted = ("acc", "miou") if any(metric == "miou" for _, metric in found) else ("entropy", "confidence")

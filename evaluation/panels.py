@@ -30,15 +30,15 @@ class Row:
     """One picture of a panel: float [3,H,W] in 0..1 or uint8 [H,W,3], its truth [H,W] or None, and id maps [H,W].
 
     `maps` goes from column name to ids: classes, or clusters where `save` is given a mapping for that column; or to a
-    picture uint8 [H,W,3], which is shown as it is. Arrays or tensors, on any device. `strip`: colours and names of what
-    is in this picture, below it.
+    picture uint8 [H,W,3], which is shown as it is. Arrays or tensors, on any device. `strip`: colours (None: no
+    box) and names of what is in this picture, below it.
     """
 
     image: object
     maps: Mapping[str, object]
     truth: object = None
     title: str = ""
-    strip: Sequence[tuple[tuple[int, int, int], str]] = ()
+    strip: Sequence[tuple[tuple[int, int, int] | None, str]] = ()
 
 
 @dataclass
@@ -349,5 +349,6 @@ def _swatches(draw: ImageDraw.ImageDraw, entries: Sequence, left: int, top: int,
     """Entries of a legend, line by line."""
     for i, (colour, name) in enumerate(entries):
         x, line = left + (i % per_line) * slot, top + (i // per_line) * 24
-        draw.rectangle((x, line + 2, x + 18, line + 18), fill=colour, outline=(200, 200, 204))
-        draw.text((x + 25, line + 2), name, fill=INK, font=font(13))
+        if colour is not None:
+            draw.rectangle((x, line + 2, x + 18, line + 18), fill=colour, outline=(200, 200, 204))
+        draw.text((x + 25, line + 2), name, fill=INK if colour is not None else FAINT, font=font(13))

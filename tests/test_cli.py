@@ -307,6 +307,9 @@ def test_data_without_labels_runs_to_the_end(capsys, tmp_path):
     assert metrics["val/kmeans/entropy"] == pytest.approx(expected_entropy(tmp_path / "u"), abs=1e-3)
     assert metrics["best/kmeans/confidence"] == metrics["val/kmeans/confidence"] > 0
     assert re.search(rf"kmeans +│ +{metrics['val/kmeans/entropy']:.1f} │ +{metrics['val/kmeans/confidence']:.1f}", out)
+    assert "best entropy" not in out  # the last step is the best by rule
+    assert "matching" not in out
+    assert "they show a collapse and rank nothing" in " ".join(out.split())
     assert not any(key.endswith(("acc", "miou")) for key in metrics)
     assert metrics["selection/rule"] == "last step"
     assert metrics["selection/uses_labels"] is False

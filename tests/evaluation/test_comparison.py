@@ -148,6 +148,13 @@ def test_a_folder_without_a_finished_run_is_named(tmp_path):
         Finished.read(tmp_path, dict, lambda path: {})
 
 
+def test_the_best_checkpoint_has_a_table_unless_it_is_the_last_step_by_rule():
+    (section,) = comparison.arrange([finished()])
+    assert section.columns("best") == []
+    (section,) = comparison.arrange([finished(), finished("hp", **{"selection/rule": "highest val/cluster/miou"})])
+    assert section.columns("best") == [("cluster", "miou")]
+
+
 def test_bars_are_drawn_to_scale():
     html = charts.bars([charts.Bar("a <b>", 20.0, 5.0, 40.0), charts.Bar("c", 10.0)])
     assert 'data-top="40"' in html

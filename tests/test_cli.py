@@ -279,7 +279,7 @@ def test_every_published_set_trains(capsys, tmp_path, name):
 
 
 @pytest.mark.train
-def test_data_without_labels_runs_to_the_end(capsys, tmp_path):
+def test_data_without_labels_runs_to_the_end(capsys, caplog, tmp_path):
     """A flat folder of a few pictures: label-free scores, panels, no accuracy, and null is nowhere NaN."""
     rng = np.random.default_rng(1)
     (tmp_path / "pictures").mkdir()
@@ -300,6 +300,7 @@ def test_data_without_labels_runs_to_the_end(capsys, tmp_path):
     ]
     code, out, err = call(capsys, "train", *more, *words, "trainer.max_steps=3")
     assert code == 0, err
+    assert "its bundled weights know drawn scenes alone" in caplog.text
     text = (tmp_path / "u" / "metrics.json").read_text()
     assert "NaN" not in text
     metrics = json.loads(text)

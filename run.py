@@ -251,6 +251,12 @@ def refused(error: OSError) -> str:
     return f"{error.filename or 'a file'}: {said}; name another place, or change its rights"
 
 
+def at_home(word: str) -> str:
+    """`key=~/pictures` with the user's home folder in it; shells put it in at the beginning of a word alone."""
+    key, equals, value = word.partition("=")
+    return f"{key}={os.path.expanduser(value)}" if equals and value.startswith("~/") else word
+
+
 def usage() -> str:
     lines = [f"  run.py {function.__doc__.strip()}" for function in COMMANDS.values()]
     return "Commands (always key=value, never --flags):\n" + "\n".join(lines)
@@ -278,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("help", "-h", "--help"):
         print(usage())
         return 0 if argv else 2
-    command, words = argv[0], argv[1:]
+    command, words = argv[0], [at_home(word) for word in argv[1:]]
     try:
         if command not in COMMANDS:
             raise ConfigError(f"{command}: no such command; {did_you_mean(command, COMMANDS)}")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -66,6 +67,23 @@ def test_wrong_words_end_in_one_line_before_anything_is_made(capsys, tmp_path):
         "use trainer.accelerator=auto, or see `run.py doctor`"
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_stands(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    line = error_line(capsys, "predict", "ckpt=~/x.ckpt", "input=~/my pictures", "output=~/o")
+    assert line.startswith(f"error: ckpt={tmp_path}/x.ckpt")
+    line = error_line(capsys, "train", "data=folder", "data.root=~/none", f"run.dir={tmp_path}/runs")
+    assert line.startswith(f"error: data.root={tmp_path}/none")
+
+
+def test_paths_with_spaces_go_through_make():
+    words = ["CKPT=a b.ckpt", "INPUT=/my pictures", "OUTPUT=/out put", 'ARGS="names=my names.yaml"']
+    make = ["make", "--no-print-directory", "-n", "PY=python", "predict", *words]
+    shown = subprocess.run(make, cwd=Path(run.__file__).parent, capture_output=True, text=True, check=True).stdout
+    assert shlex.split(shown)[2:] == [
+        "predict", "ckpt=a b.ckpt", "input=/my pictures", "output=/out put", "names=my names.yaml",
+    ]  # fmt: skip
 
 
 def test_eval_and_predict_want_their_words(capsys, tmp_path):

@@ -26,7 +26,9 @@ addEventListener("load", () => {
   document.title = JSON.stringify({down, up: order(), sorted: heads[column].getAttribute("aria-sort"),
     images: images.length, broken: images.filter(image => !image.complete || !image.naturalWidth).length,
     window: innerWidth, wide: document.documentElement.scrollWidth, bars: document.querySelectorAll(".track").length,
-    curves: document.querySelectorAll("svg polyline").length, smallest: Math.min(...[...document.querySelectorAll("td")]
+    curves: document.querySelectorAll("svg polyline").length,
+    hidden: table.scrollWidth - table.parentElement.clientWidth, score: heads[2].getBoundingClientRect().right,
+    smallest: Math.min(...[...document.querySelectorAll("td")]
       .map(cell => parseFloat(getComputedStyle(cell).fontSize)))});
 });
 </script>
@@ -74,6 +76,8 @@ def test_the_report_names_differences_and_needs_no_network(given, tmp_path):
     assert not re.search(r"""(src|href)=["']?(http|//|file)|@import|url\(""", page)
     assert page.count("<img ") == 4 * 4 + 4 * 3  # picture, truth, and the methods of each part
     assert "No pictures of" not in page
+    assert "kmeans_baseline: kmeans, seed 0</span>" in page
+    assert "hidden_positives: cluster, seed 0</span>" in page
     text = (tmp_path / "report" / "table.md").read_text()
     assert "**not comparable with protocol 1**: flip: False -> True" in text
     assert (tmp_path / "report" / "table.tex").read_text().count("\\begin{table}") == 2
@@ -112,6 +116,8 @@ def test_the_page_in_a_browser(given, tmp_path, width):
     assert seen["sorted"] == "ascending"
     assert (seen["images"], seen["broken"]) == (28, 0)
     assert seen["wide"] <= seen["window"]  # tables scroll by themselves, the page does not
+    assert seen["score"] <= seen["window"]  # scores are seen without scrolling
+    assert width < 1200 or seen["hidden"] <= 0  # and on a wide screen the whole table
     assert seen["bars"] == 9
     assert seen["curves"] > 0
     assert seen["smallest"] >= 12

@@ -24,7 +24,7 @@ STYLE = """
 .gallery img { width: 100%; }
 body { max-width: 1320px; }
 .scores table { font-size: .86rem; border-collapse: separate; border-spacing: 0; }
-.scores th { white-space: normal; vertical-align: bottom; } .scores td, .scores th { padding: .3rem .32rem; }
+.scores th { white-space: normal; vertical-align: bottom; } .scores td, .scores th { padding: .3rem .22rem; }
 .scores td:first-child, .scores th:first-child { position: sticky; left: 0; background: var(--paper); }
 .scores thead th:first-child { background: var(--shade); }
 .scores td.wide { min-width: 8.5rem; }

@@ -73,19 +73,19 @@ pseudo: $(READY) ## METHOD=… […]: the offline stage alone (pseudo-labels); t
 	@$(PY) run.py pseudo $(WORDS)
 
 eval: $(READY) ## CKPT=runs/x/checkpoints/last.ckpt [ARGS=…]: the scores of a checkpoint
-	@$(PY) run.py eval ckpt=$(CKPT) $(ARGS)
+	@$(PY) run.py eval ckpt="$(CKPT)" $(ARGS)
 
 predict: $(READY) ## CKPT=… INPUT=folder OUTPUT=folder [ARGS=…]: cluster maps and overlays of any pictures
-	@$(PY) run.py predict ckpt=$(CKPT) input=$(INPUT) output=$(OUTPUT) $(ARGS)
+	@$(PY) run.py predict ckpt="$(CKPT)" input="$(INPUT)" output="$(OUTPUT)" $(ARGS)
 
 retrieve: $(READY) ## CKPT=… IMAGE=… [K=8] [ARGS=…]: a picture's segments and their nearest in the data set, as png and html
-	@$(PY) run.py retrieve ckpt=$(CKPT) image=$(IMAGE) k=$(K) $(ARGS)
+	@$(PY) run.py retrieve ckpt="$(CKPT)" image="$(IMAGE)" k=$(K) $(ARGS)
 
 clusters: $(READY) ## CKPT=… [SWEEP=6..40] [ARGS=…]: what each cluster is, and a file to name them; how many to take
-	@$(PY) run.py clusters ckpt=$(CKPT) $(if $(filter-out file undefined,$(origin SWEEP)),sweep=$(SWEEP)) $(ARGS)
+	@$(PY) run.py clusters ckpt="$(CKPT)" $(if $(filter-out file undefined,$(origin SWEEP)),sweep=$(SWEEP)) $(ARGS)
 
 explain: $(READY) ## CKPT=… IMAGE=… POINT=x,y [ARGS=…]: why the patch at a pixel is what it is, as pngs and html
-	@$(PY) run.py explain ckpt=$(CKPT) image=$(IMAGE) point=$(POINT) $(ARGS)
+	@$(PY) run.py explain ckpt="$(CKPT)" image="$(IMAGE)" point=$(POINT) $(ARGS)
 
 compare: $(READY) ## METHODS="a b" SEEDS="0 1 2" [DATA=… ARGS=…] or RUNS="runs/a runs/b": trains what is missing; one table, one page
 	@$(PY) run.py compare $(if $(METHODS),methods="$(METHODS)") $(if $(SEEDS),seeds="$(SEEDS)") $(if $(RUNS),runs="$(RUNS)") \
@@ -93,10 +93,10 @@ compare: $(READY) ## METHODS="a b" SEEDS="0 1 2" [DATA=… ARGS=…] or RUNS="ru
 		$(if $(TRAINER),trainer=$(TRAINER)) $(ARGS)
 
 export: $(READY) ## CKPT=… OUTPUT=….pt2 [ARGS=…]: backbone, head and centroids as one torch.export program
-	@$(PY) run.py export ckpt=$(CKPT) output=$(OUTPUT) $(ARGS)
+	@$(PY) run.py export ckpt="$(CKPT)" output="$(OUTPUT)" $(ARGS)
 
 import-checkpoint: $(READY) ## FROM=stego|hp FILE=… OUTPUT=….ckpt [DATA=…] [ARGS=…]: the authors' checkpoint as one of ours
-	@$(PY) run.py import-checkpoint from=$(FROM) file=$(FILE) output=$(OUTPUT) $(if $(DATA),data=$(DATA)) $(ARGS)
+	@$(PY) run.py import-checkpoint from=$(FROM) file="$(FILE)" output="$(OUTPUT)" $(if $(DATA),data=$(DATA)) $(ARGS)
 
 sweep: $(READY) ## METHOD=hidden_positives [SWEEP=configs/sweep/<name>] [TRIALS=20] [OFFLINE=1] [DATA=…] [ARGS=…]: by W&B, or here
 	@$(PY) -m launch.sweep sweep=$(SWEEP) $(if $(TRIALS),trials=$(TRIALS)) $(if $(filter-out 0,$(OFFLINE)),offline=true) \

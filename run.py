@@ -234,10 +234,11 @@ def show(metrics: dict) -> None:
     rule = metrics.get("selection/rule")
     if rule:
         chosen = "chosen with labels" if metrics["selection/uses_labels"] else "chosen without labels"
-        console.print(
-            f"best: {rule} (step {metrics['best/step']}, {chosen}); matching: {metrics['protocol/matching']}",
-            highlight=False,
-        )
+        labelled = any(key.endswith("/miou") for key in metrics)
+        matching = f"; matching: {metrics['protocol/matching']}" if labelled else ""
+        console.print(f"best: {rule} (step {metrics['best/step']}, {chosen}){matching}", highlight=False)
+        if not labelled:
+            console.print(report.LABEL_FREE, highlight=False)
 
 
 REFUSED = (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError)
@@ -248,6 +249,12 @@ def refused(error: OSError) -> str:
     """One line for it."""
     said = (error.strerror or "refused").lower()
     return f"{error.filename or 'a file'}: {said}; name another place, or change its rights"
+
+
+def at_home(word: str) -> str:
+    """`key=~/pictures` with the user's home folder in it; shells put it in at the beginning of a word alone."""
+    key, equals, value = word.partition("=")
+    return f"{key}={os.path.expanduser(value)}" if equals and value.startswith("~/") else word
 
 
 def usage() -> str:
@@ -277,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("help", "-h", "--help"):
         print(usage())
         return 0 if argv else 2
-    command, words = argv[0], argv[1:]
+    command, words = argv[0], [at_home(word) for word in argv[1:]]
     try:
         if command not in COMMANDS:
             raise ConfigError(f"{command}: no such command; {did_you_mean(command, COMMANDS)}")

@@ -19,7 +19,7 @@ from datamodules.base import SegmentationDataModule
 from engine import naming, setup
 from engine.naming import Legend
 from evaluation import page, panels
-from evaluation.exemplars import DOUBTFUL, TYPICAL, ClusterSurvey, Exemplar, nearest_clusters
+from evaluation.exemplars import DOUBTFUL, TYPICAL, ClusterSurvey, Exemplar, Scene, nearest_clusters
 from lightning_modules.base import UnsupervisedSegmenter
 
 log = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ def as_page(
         cosine = None if np.isnan(confidence[number]) else 100 * float(confidence[number])
         rows.append([
             page.number(number, 0), page.Cell(name, legend.names[number]), page.number(float(share)),
-            page.number(int(survey.pictures[number]), 0), page.number(cosine), page.Cell(neighbours, classes="wide"),
+            page.number(int(survey.pictures[number]), 0), page.number(cosine), page.Cell(neighbours),
         ])  # fmt: skip
         parts.append(
             f'<h3 id="c{number}">{page.swatch(legend.colours[number])}{page.escape(legend.names[number])}</h3>'
@@ -179,6 +179,11 @@ def as_page(
             continue
         facts = f"id {number}, {share:.1f} % of the patches, in {survey.pictures[number]} of {survey.seen} pictures"
         parts.append(f'<p class="note">{facts}. Nearest: {neighbours or "none"}</p>')
+        scenes = "".join(scene(found) for found in survey.scenes(number))
+        parts.append(
+            "<figure><figcaption>Pictures with most of it</figcaption>"
+            f'<div class="strip scenes">{scenes}</div></figure>'
+        )
         for kind, what in (("typical", "Most typical"), ("doubtful", "Most doubtful (nearly the cluster in brackets)")):
             images = "".join(shown(found, kind, legend) for found in survey.exemplars(kind, number))
             parts.append(f'<figure><figcaption>{what}</figcaption><div class="strip">{images}</div></figure>')
@@ -192,16 +197,28 @@ def as_page(
         "<code>run.py clusters</code> shows this page with the names."
     )
     how = (
-        "Confidence: mean cosine of a cluster's patches to its centroid, in percent. Each picture gives a cluster one "
-        "typical and one doubtful patch at most. The frame is the patch, around it is its surroundings."
+        "Pictures: those that have a patch of the cluster. Confidence: mean cosine of a cluster's patches to its "
+        "centroid, in percent. Pictures with most of it: what belongs to other clusters is "
+        "faded. Each picture gives a cluster one typical and one doubtful patch at most. The frame is the patch, "
+        "around it is its surroundings."
     )
-    style = "figure{margin:.3rem 0 .6rem} .strip figure{margin:0;width:84px;font-size:.72rem;overflow:hidden}"
+    style = (
+        "figure{margin:.3rem 0 .6rem} .strip figure{margin:0;width:84px;font-size:.75rem;overflow:hidden}"
+        ".scenes figure{width:auto;max-width:calc(50% - 2px)} .scenes img{width:auto;height:150px;object-fit:contain}"
+    )
     return page.document(
         title,
         f'<h1>{page.escape(title)}</h1><p class="lead">{lead}</p>{page.table(heads, rows, name="clusters")}'
-        f'<p class="note">{how}</p><h2>Patches</h2>{"".join(parts)}',
+        f'<p class="note">{how}</p><h2>What is in them</h2>{"".join(parts)}',
         style,
     )
+
+
+def scene(found: Scene) -> str:
+    """A picture on the page, with the share of it that is the cluster's."""
+    image = page.picture(found.image, found.picture)
+    caption = f"{found.share:.0f} % of {page.escape(found.picture)}"
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
 def shown(found: Exemplar, kind: str, legend: Legend) -> str:

@@ -19,6 +19,9 @@ from evaluation.figures import Heat, Spot
 from lightning_modules.base import UnsupervisedSegmenter
 from lightning_modules.relations import Place, Relation, Seen, cell
 
+LEGIBLE = 640
+"""Narrower than this, px, no figure of the page becomes: it scrolls by itself on a narrow screen."""
+
 
 @dataclass(frozen=True)
 class View:
@@ -186,5 +189,7 @@ def page_of(folder: Path, content: dict[str, Any], cfg: DictConfig, others: int,
         parts.append(f"<h2>{page.escape(section.title)}</h2><p>{page.escape(section.text)}</p>")
         if section.figure is not None:
             with Image.open(folder / section.figure) as opened:
-                parts.append(page.picture(opened.convert("RGB"), section.title, lossless=section.lossless))
-    return page.document(title, "\n".join(parts))
+                shown = page.picture(opened.convert("RGB"), section.title, lossless=section.lossless)
+                narrowest = min(opened.width, LEGIBLE)
+            parts.append(f'<div class="scroll" style="--narrowest:{narrowest}px">{shown}</div>')
+    return page.document(title, "\n".join(parts), ".scroll img { min-width: var(--narrowest); }")

@@ -14,7 +14,7 @@ from lightning_modules.base import UnsupervisedSegmenter
 
 log = logging.getLogger(__name__)
 
-SHOWN = ("val/kmeans/miou", "val/cluster/miou", "val/linear/miou", "val/cluster/entropy")
+SHOWN = ("val/kmeans/miou", "val/cluster/miou", "val/linear/miou", "val/kmeans/entropy", "val/cluster/entropy")
 
 
 def export_backbone(

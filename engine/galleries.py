@@ -31,7 +31,7 @@ def gallery(section: Section, count: int = 4) -> Gallery:
     missing, meta = [], ClassMeta()
     for entry in section.entries:
         try:
-            images, truth, maps, meta = read_out(entry, count)
+            images, truth, maps, meta, probe = read_out(entry, count)
         except LabelfreeError as error:
             missing.append(f"No pictures of {entry.label}: {error}")
             continue
@@ -39,7 +39,9 @@ def gallery(section: Section, count: int = 4) -> Gallery:
             rows["picture"] = [shown(image, "picture") for image in images]
             if meta.has_labels:
                 rows["truth"] = [shown(image, "truth", True) for image in truth]
-        rows[f"{entry.label}, seed {entry.first.metrics['seed']}"] = [shown(image, entry.label, True) for image in maps]
+        rows[f"{entry.label}: {probe}, seed {entry.first.metrics['seed']}"] = [
+            shown(image, entry.label, True) for image in maps
+        ]
     if not rows:
         return Gallery({}, "", missing)
     if not meta.has_labels:
@@ -57,8 +59,9 @@ def shown(image: np.ndarray, what: str, lossless: bool = False) -> str:
 
 
 @torch.inference_mode()
-def read_out(entry: Entry, count: int) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray], ClassMeta]:
-    """Pictures, truth and clusters of `count` evaluated pictures as colours, uint8 [H,W,3] each; and the classes."""
+def read_out(entry: Entry, count: int) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray], ClassMeta, str]:
+    """Pictures, truth and clusters of `count` evaluated pictures as colours, uint8 [H,W,3] each; the classes, and the
+    probe that the clusters are of."""
     checkpoint = setup.read_checkpoint(entry.first.folder / "checkpoints" / "last.ckpt")
     alone = {"trainer.accelerator": "auto", "trainer.devices": 1, "trainer.num_nodes": 1, "trainer.strategy": "auto"}
     cfg, data = setup.build_data(config.changed(config.restore(checkpoint["labelfree"]["config"]), alone))
@@ -82,4 +85,4 @@ def read_out(entry: Entry, count: int) -> tuple[list[np.ndarray], list[np.ndarra
             label = batch["label"][0].numpy()[window]
             known = label != IGNORE
             truth.append(np.where(known[..., None], classes[np.where(known, label, 0)], panels.VOID).astype(np.uint8))
-    return images, truth, maps, data.meta
+    return images, truth, maps, data.meta, probe

@@ -1,6 +1,5 @@
 """`run.py predict`: cluster maps of any folder of pictures, at their own size and under their own names."""
 
-import csv
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,14 +15,14 @@ from torch import Tensor
 import config
 from common import precision
 from common.errors import ConfigError, DataError
-from common.files import whole
-from common.spec import ClassMeta
+from common.files import write_text
 from datamodules.base import SegmentationDataModule
 from datamodules.folder import FolderSource, pictures_below
 from datamodules.reading import UnreadableError, read_picture
 from datamodules.transforms import Geometry
 from engine import naming, setup, windows
-from engine.naming import Colour, Legend
+from engine.naming import Colour
+from engine.overviews import Areas, Overview, overlays_page
 from evaluation import panels, readout, report
 from evaluation.crf import as_bytes
 from lightning_modules.base import UnsupervisedSegmenter
@@ -32,15 +31,13 @@ log = logging.getLogger(__name__)
 
 BAND = 512
 """Rows of an overlay drawn at once."""
-SHOWN = 8
-"""Pictures of the overview."""
 
 
 def predict(
     checkpoint_path: Path, source: Path, output: Path, tokens: list[str], names: str | None = None
 ) -> dict[str, Any]:
-    """Write `index/<name>.png` (cluster ids), `overlay/<name>.png`, areas.csv, legend.png, overview.png and
-    clusters.json into `output`.
+    """Write `index/<name>.png` (cluster ids), `overlay/<name>.png`, overlays.html (all of these with the names of their
+    classes), areas.csv, legend.png, overview.png and clusters.json into `output`.
 
     Ids are those of the probe (`predict.probe`), the same for every picture and every call. `names`: a names file
     (see engine/naming.py), `none`, or None for the one that `clusters` wrote for this checkpoint, where it is there.
@@ -57,13 +54,12 @@ def predict(
     legend = naming.legend_for(checkpoint_path, checkpoint, model, probe, names)
     model.to(setup.device(cfg))
     source_of = whole_pictures if cfg.predict.window is None else windowed_pictures
-    areas, overview, done = Areas(legend), Overview(legend, len(pictures)), 0
+    areas, overview, done = Areas(legend), Overview(legend, len(pictures), cfg.predict.overlay_alpha), 0
     unreadable: dict[str, str] = {}
     for number, picture, ids in source_of(cfg, model, pictures, probe, unreadable):
         name = pictures.id(number)
         write(output, name, picture, ids, legend.colours, cfg.predict.overlay_alpha)
-        areas.add(name, ids)
-        overview.add(number, name, picture, ids)
+        overview.add(number, name, picture, ids, areas.add(name, ids))
         done += 1
         if done % max(1, len(pictures) // 10) == 0:
             log.info("%d of %d pictures", done, len(pictures))
@@ -87,8 +83,11 @@ def predict(
     panels.legend_png(output / "legend.png", list(classes), [legend.colours[ids[0]] for ids in classes.values()])
     areas.save(output / "areas.csv")
     overview.save(output / "overview.png")
+    shown = overlays_page(source.resolve().name, legend, areas, probe, checkpoint_path)
+    write_text(output / "overlays.html", shown)
     report.write_json(output / "clusters.json", content)
-    log.info("%d pictures in %s%s", done, output, f", {missed} could not be read" if missed else "")
+    unread = f", {missed} could not be read" if missed else ""
+    log.info("%d pictures in %s%s; look at %s", done, output, unread, output / "overlays.html")
     return content
 
 
@@ -210,49 +209,3 @@ def write(output: Path, name: str, picture: np.ndarray, ids: np.ndarray, colours
         part = panels.overlay(picture[above : first + BAND], ids[above : first + BAND], colours, alpha)
         drawn[first : first + BAND] = part[first - above :]
     Image.fromarray(drawn).save(over)
-
-
-class Areas:
-    """Pixels of every class (clusters of one name together) in every picture."""
-
-    def __init__(self, legend: Legend) -> None:
-        self.classes = legend.classes()
-        self.clusters = len(legend.names)
-        self.rows: list[list[Any]] = []
-
-    def add(self, name: str, ids: np.ndarray) -> None:
-        """One picture's ids [H,W]."""
-        counts = sum(np.bincount(band.ravel(), minlength=self.clusters) for band in np.array_split(ids, 16))
-        self.rows.append([name, *ids.shape, *(int(counts[own].sum()) for own in self.classes.values())])
-
-    def save(self, path: Path) -> None:
-        """A row a picture: its name, height and width, and the pixels of each class."""
-        with whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as handle:
-            writer = csv.writer(handle, lineterminator="\n")
-            writer.writerow(["picture", "height", "width", *self.classes])
-            writer.writerows(self.rows)
-
-
-class Overview:
-    """Some pictures beside their segments, with the legend, on one sheet."""
-
-    def __init__(self, legend: Legend, pictures: int) -> None:
-        self.classes = legend.classes()
-        self.colours = tuple(legend.colours[ids[0]] for ids in self.classes.values())
-        self.class_of = np.zeros(len(legend.names), dtype=np.int64)
-        for number, ids in enumerate(self.classes.values()):
-            self.class_of[ids] = number
-        self.every = max(1, pictures // SHOWN)
-        self.rows: list[panels.Row] = []
-
-    def add(self, number: int, name: str, picture: np.ndarray, ids: np.ndarray) -> None:
-        """Take picture `number` of the folder, where it is one of those that are shown."""
-        if number % self.every or len(self.rows) >= SHOWN:
-            return
-        step = max(1, min(ids.shape) // 400)
-        small = self.class_of[ids[::step, ::step]]
-        self.rows.append(panels.Row(np.ascontiguousarray(picture[::step, ::step]), {"segments": small}, None, name))
-
-    def save(self, path: Path) -> None:
-        """The sheet."""
-        panels.save(path, self.rows, ClassMeta(tuple(self.classes), self.colours))

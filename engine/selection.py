@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from omegaconf import DictConfig
 
 from common.errors import ConfigError
+from evaluation.report import LAST_STEP
 from lightning_modules.base import UnsupervisedSegmenter
 
 RULES = {"sum_of_four": ("val/cluster/miou", "val/cluster/acc", "val/linear/miou", "val/linear/acc")}
@@ -31,7 +32,7 @@ class Selection:
     def rule(self) -> str:
         """The rule in words."""
         if not self.keys:
-            return "last step"
+            return LAST_STEP
         return f"highest {self.name}{': ' if self.name else ''}{' + '.join(self.keys)}"
 
     @property

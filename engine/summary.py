@@ -14,7 +14,7 @@ def scores(model: UnsupervisedSegmenter, final: dict[str, float]) -> dict[str, A
     groups = [] if model.cfg.evaluation.partition == "none" else [f"_{group}" for group in model.meta.groups]
     names = [f"{name}{group}" for group in ("", *groups) for name in ("acc", "miou")]
     keys = [f"val/{probe}/{name}" for probe in model.validated for name in names]
-    keys += [f"val/cluster/{name}" for name in ("entropy", "confidence")]
+    keys += [f"val/{probe}/{name}" for probe in model.label_free() for name in ("entropy", "confidence")]
     return plain({key: final.get(key) for key in [*keys, *(key for key in final if key not in keys)]})
 
 

@@ -169,6 +169,12 @@ def introduce(
         f"{data.meta.num_classes} classes" if data.meta.has_labels else "no labels",
         cfg.backbone.name, trainer.max_steps, cfg.data.batch_size,
     )  # fmt: skip
+    if cfg.backbone.weights == "bundled" and cfg.data.name != "scenes" and not model.trains_backbone:
+        log.warning(
+            "backbone=%s: its bundled weights know drawn scenes alone and find little but colours and brightness in "
+            "other pictures; name a backbone with weights for them, such as backbone=dino_vits16",
+            cfg.backbone.name,
+        )
     if model.uses_labels:
         log.info("this variant trains WITH labels; every table says so")
     if folder.state == "resume":

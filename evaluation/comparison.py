@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError
-from evaluation.report import PROBES
+from evaluation.report import LAST_STEP, PROBES
 
 TRAINING_ONLY = (
     "data.root", "data.train_", "data.batch_size", "data.eval_batch_size", "data.workers", "data.cache", "data.flip_p",
@@ -163,7 +163,12 @@ class Section:
     """What differs from the first section: `key: there -> here`."""
 
     def columns(self, stage: str = "val") -> list[tuple[str, str]]:
-        """(probe, metric) of the scores: accuracy and mIoU, or what can be said without labels."""
+        """(probe, metric) of the scores: accuracy and mIoU, or what can be said without labels.
+
+        None of the best checkpoint where that is the last step by rule.
+        """
+        if stage == "best" and all(run.metrics["selection/rule"] == LAST_STEP for e in self.entries for run in e.runs):
+            return []
         keys = [key.split("/") for entry in self.entries for run in entry.runs for key in run.metrics]
         found = {(parts[1], parts[2]) for parts in keys if len(parts) == 3 and parts[0] == stage}
         wanted = ("acc", "miou") if any(metric == "miou" for _, metric in found) else ("entropy", "confidence")
@@ -203,12 +208,29 @@ class Section:
         return found
 
 
+def kind(run: Finished) -> str:
+    """What is equal for the runs of one entry: settings and protocol."""
+    settings = {key: value for key, value in run.config.items() if not key.startswith(SAME_ENTRY)}
+    return repr((sorted(settings.items()), sorted(run.protocol.items())))
+
+
+def once(runs: Iterable[Finished]) -> tuple[list[Finished], list[str]]:
+    """The runs without those that repeat the configuration and seed of one before, and a line for each of these."""
+    kept: dict[tuple[str, int], Finished] = {}
+    twice = []
+    for run in runs:
+        method, seed = run.metrics["method"], run.metrics["seed"]
+        first = kept.setdefault((kind(run), seed), run)
+        if first is not run:
+            twice.append(f"{run.folder} is left out: {method}, seed {seed} in the configuration of {first.folder}")
+    return list(kept.values()), twice
+
+
 def arrange(runs: Iterable[Finished]) -> list[Section]:
     """Runs -> sections of one protocol each, in the order in which they come; entries are named."""
     entries: dict[str, list[Finished]] = {}
     for run in runs:
-        settings = {key: value for key, value in run.config.items() if not key.startswith(SAME_ENTRY)}
-        entries.setdefault(repr((sorted(settings.items()), sorted(run.protocol.items()))), []).append(run)
+        entries.setdefault(kind(run), []).append(run)
     for group in entries.values():
         group.sort(key=lambda run: run.metrics["seed"])
     found = [Entry(group) for group in entries.values()]

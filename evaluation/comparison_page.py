@@ -22,6 +22,12 @@ STYLE = """
 .gallery { display: grid; gap: 4px 6px; min-width: 620px; align-items: start; }
 .gallery .side { font-size: .85rem; overflow-wrap: anywhere; padding-right: .3rem; }
 .gallery img { width: 100%; }
+body { max-width: 1320px; }
+.scores table { font-size: .86rem; border-collapse: separate; border-spacing: 0; }
+.scores th { white-space: normal; vertical-align: bottom; } .scores td, .scores th { padding: .3rem .22rem; }
+.scores td:first-child, .scores th:first-child { position: sticky; left: 0; background: var(--paper); }
+.scores thead th:first-child { background: var(--shade); }
+.scores td.wide { min-width: 8.5rem; }
 nav a { margin-right: .9rem; white-space: nowrap; }
 """
 
@@ -35,13 +41,21 @@ class Gallery:
     missing: Sequence[str] = ()
 
 
-def render(title: str, sections: Sequence[Section], galleries: Sequence[Gallery], failures: Sequence[str]) -> str:
-    """The page. `galleries`: one a section; `failures`: trainings that are missing, one line each."""
+def render(
+    title: str,
+    sections: Sequence[Section],
+    galleries: Sequence[Gallery],
+    failures: Sequence[str],
+    twice: Sequence[str] = (),
+) -> str:
+    """The page. `galleries`: one a section; `failures`: trainings that are missing, `twice`: runs that stand for a
+    training that is counted already, one line each."""
     runs = sum(len(entry.runs) for section in sections for entry in section.entries)
     entries = sum(len(section.entries) for section in sections)
     parts = [
         f'<h1>{escape(title)}</h1><p class="lead">{runs} finished runs in {entries} rows. Scores in percent: mean ± '
-        "standard deviation (n - 1) over the seeds. A click on a head sorts.</p>"
+        "standard deviation (n - 1) over the seeds. Batch: pictures a step over all devices. A click on a head "
+        "sorts.</p>"
     ]
     if len(sections) > 1:
         places = "".join(f'<a href="#protocol{i}">Protocol {i}</a>' for i in range(1, len(sections) + 1))
@@ -50,6 +64,7 @@ def render(title: str, sections: Sequence[Section], galleries: Sequence[Gallery]
             f"different parts of this page, and their numbers are not comparable.</p><nav>{places}</nav>"
         )
     parts += [f'<p class="differs"><b>Missing:</b> {escape(line)}</p>' for line in failures]
+    parts += [f'<p class="differs"><b>Counted once:</b> {escape(line)}</p>' for line in twice]
     for number, (section, gallery) in enumerate(zip(sections, galleries, strict=True), 1):
         parts += section_parts(number, section, gallery, alone=len(sections) == 1)
     parts.append("<h2>Environment</h2>" + environment([run for s in sections for e in s.entries for run in e.runs]))
@@ -85,29 +100,37 @@ def section_parts(number: int, section: Section, gallery: Gallery, alone: bool) 
 
 
 def scores(section: Section, stage: str, name: str) -> str:
-    """The table that sorts; the highest mean of a column is bold."""
+    """The table that sorts, scores behind the method, so that a narrow screen shows them; the highest mean of a column
+    is bold."""
     columns = section.columns(stage)
     tops = {column: best_of(section, f"{stage}/{column[0]}/{column[1]}") for column in columns}
-    heads = [*HEADS, *(Cell(column_name(*column), classes="number") for column in columns)]
-    heads += [Cell("pictures/s", classes="number"), Cell("peak MiB", classes="number"), "published"] * (stage == "val")
+    first, *others = HEADS
+    heads = [first, *(Cell(column_name(*column), classes="number") for column in columns)]
+    heads += [Cell(head, classes="number") if head in ("steps", "batch") else head for head in others]
+    known = any(entry.published for entry in section.entries)
+    if stage == "val":
+        heads += [Cell("pictures /s", classes="number"), Cell("peak MiB", classes="number"), *["published"] * known]
     rows = []
     for entry in section.entries:
-        row: list[str | Cell] = [Cell(escape(entry.label), entry.label, "wide"), *facts(entry)[1:]]
+        row: list[str | Cell] = [Cell(escape(entry.label), entry.label, "wide")]
         for column in columns:
             score = entry.score(f"{stage}/{column[0]}/{column[1]}")
             best = score is not None and len(section.entries) > 1 and score.mean == tops[column]
             text, value = ("-", "") if score is None else (score.text(), score.mean)
             row.append(Cell(text, value, "number best" if best else "number"))
+        _, backbone, seeds, *counts, labels = facts(entry)
+        row += [backbone, seeds, *(Cell(count, count, "number") for count in counts)]
+        row.append(labels)
         if stage == "val":
             speed = entry.score("train_images_per_second")
             peaks = [run.memory[1] for run in entry.runs if run.memory is not None]
             row += [
                 Cell(speed_text(entry), "" if speed is None else speed.mean, "number"),
                 Cell(memory_text(entry), max(peaks, default=""), "number"),
-                Cell(escape(published_text(entry)) or "-", classes="wide"),
+                *[Cell(escape(published_text(entry)) or "-", classes="wide")] * known,
             ]
         rows.append(row)
-    return page.table(heads, rows, name=name)
+    return f'<div class="scores">{page.table(heads, rows, name=name)}</div>'
 
 
 def bars(section: Section, probe: str) -> str:

@@ -42,10 +42,15 @@ def facts(entry: Entry) -> list[str]:
     """The cells of a row in front of the scores."""
     metrics = entry.first.metrics
     seeds = " ".join(map(str, entry.seeds))
-    return [entry.label, metrics["backbone"], seeds, str(metrics["steps"]), labels_used(entry)]
+    return [entry.label, metrics["backbone"], seeds, *length(entry), labels_used(entry)]
 
 
-HEADS = ["method", "backbone", "seeds", "steps", "labels"]
+HEADS = ["method", "backbone", "seeds", "steps", "batch", "labels"]
+
+
+def length(entry: Entry) -> list[str]:
+    """Steps, and pictures a step over all devices."""
+    return [str(entry.first.metrics["steps"]), str(entry.first.config["data.batch_size"])]
 
 
 def protocol_text(section: Section) -> str:
@@ -94,13 +99,15 @@ def latex(sections: Sequence[Section], title: str) -> str:
         parts += [
             "\\begin{table}\n  \\centering",
             f"  \\caption{{{escape(caption)}}}",
-            f"  \\begin{{tabular}}{{ll{'r' * len(columns)}}}\n    \\toprule",
-            "    " + " & ".join(["method", "seeds", *(escape(column_name(*column)) for column in columns)]) + " \\\\",
+            f"  \\begin{{tabular}}{{llrr{'r' * len(columns)}}}\n    \\toprule",
+            "    "
+            + " & ".join(["method", "seeds", "steps", "batch", *(escape(column_name(*column)) for column in columns)])
+            + " \\\\",
             "    \\midrule",
         ]
         tops = {column: best_of(section, f"val/{column[0]}/{column[1]}") for column in columns}
         for entry in section.entries:
-            cells = [escape(entry.label), str(len(entry.runs))]
+            cells = [escape(entry.label), str(len(entry.runs)), *length(entry)]
             for column in columns:
                 score = entry.score(f"val/{column[0]}/{column[1]}")
                 bold = score is not None and len(section.entries) > 1 and score.mean == tops[column]
@@ -108,7 +115,7 @@ def latex(sections: Sequence[Section], title: str) -> str:
             parts.append("    " + " & ".join(cells) + " \\\\")
             if entry.published:
                 below = f"\\quad published: {escape(published_text(entry))}"
-                parts.append(f"    \\multicolumn{{{2 + len(columns)}}}{{l}}{{{below}}} \\\\")
+                parts.append(f"    \\multicolumn{{{4 + len(columns)}}}{{l}}{{{below}}} \\\\")
         parts.append("    \\bottomrule\n  \\end{tabular}\n\\end{table}")
     return "\n".join(parts) + "\n"
 

@@ -1,4 +1,5 @@
-"""Patches that show what a cluster is: the most typical ones, and the most doubtful, those nearly another cluster's."""
+"""What shows a cluster: its most typical patches, the most doubtful, those nearly another cluster's, and the pictures
+that it takes most of."""
 
 import heapq
 import itertools
@@ -6,12 +7,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from evaluation import readout
 
-TYPICAL, DOUBTFUL = 8, 4
-"""Patches kept of every cluster."""
+TYPICAL, DOUBTFUL, SCENES = 8, 4, 4
+"""Patches, and pictures, kept of every cluster."""
+SCENE = 220
+"""Longer side of a kept picture, px."""
 CONTEXT = 5
 """Side of what is shown around a patch, in patches."""
 SMALLEST = 40
@@ -34,9 +38,20 @@ class Exemplar:
     """The patch in the crop, px: left, top, right, bottom."""
 
 
+@dataclass(frozen=True)
+class Scene:
+    """A small picture in which everything but the cluster is faded."""
+
+    picture: str
+    share: float
+    """Percent of its patches that the cluster has."""
+    image: np.ndarray
+    """uint8 [h,w,3]"""
+
+
 @dataclass
 class ClusterSurvey:
-    """Counts and exemplars of K clusters, picture by picture; holds a few crops of each and nothing else.
+    """Counts and exemplars of K clusters, picture by picture; holds a few crops and small pictures of each.
 
     A picture gives a cluster one typical patch (highest cosine to the centroid) and one doubtful patch (smallest lead
     of its cosine over that to the next centroid) at most.
@@ -55,7 +70,7 @@ class ClusterSurvey:
         self.patches, self.pictures = (np.zeros(self.clusters, dtype=np.int64) for _ in range(2))
         self.cosines = np.zeros(self.clusters)
         self._heaps: dict[str, list[list]] = {
-            kind: [[] for _ in range(self.clusters)] for kind in ("typical", "doubtful")
+            kind: [[] for _ in range(self.clusters)] for kind in ("typical", "doubtful", "scene")
         }
         self._order = itertools.count()
 
@@ -78,15 +93,32 @@ class ClusterSurvey:
             for kind, values, limit in (("typical", cosine, TYPICAL), ("doubtful", -lead, DOUBTFUL)):
                 place = int(np.where(own, values, -np.inf).argmax())
                 value = float(values.flat[place])
-                heap = self._heaps[kind][cluster]
-                if len(heap) == limit and value <= heap[0][0]:
+                if self._worse(kind, cluster, value, limit):
                     continue
                 crop, box = cut(image[:, :rows, :columns], divmod(place, ids.shape[1]), stride)
-                found = Exemplar(name, abs(value), int(others.flat[place]), crop, box)
-                (heapq.heappush if len(heap) < limit else heapq.heapreplace)(heap, (value, -next(self._order), found))
+                self._keep(kind, cluster, value, limit, Exemplar(name, abs(value), int(others.flat[place]), crop, box))
+            share = 100 * float(own.sum() / inside.sum())
+            if not self._worse("scene", cluster, share, SCENES):
+                shown = scene(image, scores, (rows, columns), cluster)
+                self._keep("scene", cluster, share, SCENES, Scene(name, share, shown))
+
+    def _worse(self, kind: str, cluster: int, value: float, limit: int) -> bool:
+        heap = self._heaps[kind][cluster]
+        return len(heap) == limit and value <= heap[0][0]
+
+    def _keep(self, kind: str, cluster: int, value: float, limit: int, found: Exemplar | Scene) -> None:
+        heap = self._heaps[kind][cluster]
+        (heapq.heappush if len(heap) < limit else heapq.heapreplace)(heap, (value, -next(self._order), found))
 
     def exemplars(self, kind: str, cluster: int) -> list[Exemplar]:
         """`typical` or `doubtful` patches of a cluster, the most so first."""
+        return self._best(kind, cluster)
+
+    def scenes(self, cluster: int) -> list[Scene]:
+        """The pictures that a cluster takes most of, the largest share first."""
+        return self._best("scene", cluster)
+
+    def _best(self, kind: str, cluster: int) -> list:
         return [found for _, _, found in sorted(self._heaps[kind][cluster], key=lambda item: item[:2], reverse=True)]
 
     def shares(self) -> np.ndarray:
@@ -96,6 +128,18 @@ class ClusterSurvey:
     def mean_cosines(self) -> np.ndarray:
         """float64 [K]: mean cosine of a cluster's patches to its centroid; NaN without a patch."""
         return np.divide(self.cosines, self.patches, out=np.full(self.clusters, np.nan), where=self.patches > 0)
+
+
+def scene(image: Tensor, scores: Tensor, size: tuple[int, int], cluster: int) -> np.ndarray:
+    """A picture [3,H,W], of which `size` is no padding, made small, and faded where its cluster (by scores [K,h,w]) is
+    another one: uint8 [h',w',3]."""
+    scale = min(1.0, SCENE / max(size))
+    frame = [max(1, round(scale * side)) for side in image.shape[1:]]
+    rows, columns = (max(1, round(scale * side)) for side in size)
+    small = F.interpolate(image[None].float(), size=frame, mode="bilinear", antialias=True)[0, :, :rows, :columns]
+    own = (readout.predict(scores[None], (frame[0], frame[1]))[0, :rows, :columns] == cluster).to(small.device)
+    faded = 0.7 + 0.2 * small.mean(0, keepdim=True)
+    return (torch.where(own, small, faded).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
 def cut(image: Tensor, patch: tuple[int, int], stride: float) -> tuple[np.ndarray, tuple[int, int, int, int]]:
@@ -117,7 +161,7 @@ def cut(image: Tensor, patch: tuple[int, int], stride: float) -> tuple[np.ndarra
 
 def nearest_clusters(centroids: Tensor, count: int = 3) -> list[list[tuple[int, float]]]:
     """For each of K centroids [K,D] the nearest others with their cosines, nearest first."""
-    unit = torch.nn.functional.normalize(centroids.float().cpu(), dim=1)
+    unit = F.normalize(centroids.float().cpu(), dim=1)
     cosines = (unit @ unit.T).fill_diagonal_(-2)
     best = cosines.topk(min(count, len(unit) - 1), dim=1)
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)

@@ -30,13 +30,15 @@ class Row:
     """One picture of a panel: float [3,H,W] in 0..1 or uint8 [H,W,3], its truth [H,W] or None, and id maps [H,W].
 
     `maps` goes from column name to ids: classes, or clusters where `save` is given a mapping for that column; or to a
-    picture uint8 [H,W,3], which is shown as it is. Arrays or tensors, on any device.
+    picture uint8 [H,W,3], which is shown as it is. Arrays or tensors, on any device. `strip`: colours (None: no
+    box) and names of what is in this picture, below it.
     """
 
     image: object
     maps: Mapping[str, object]
     truth: object = None
     title: str = ""
+    strip: Sequence[tuple[tuple[int, int, int] | None, str]] = ()
 
 
 @dataclass
@@ -66,13 +68,14 @@ def save(
 
     mappings: column -> [K] class of each cluster, -1 unmatched (`Scores.mapping`). Its clusters take the colour of
     their class, unmatched ones greyish hues. A column without a mapping shows class ids; where the data has no classes,
-    every column shows cluster ids in fixed colours. Columns named in `groups` hold groups of one picture: fixed colours
-    that the legend leaves out. cell: width of a picture in pixels. marks: text -> colour, more of the legend.
+    every column shows ids in fixed colours that mean nothing in another one, so each has a legend of its own below it.
+    Columns named in `groups` hold groups of one picture: fixed colours that the legend leaves out. cell: width of a
+    picture in pixels. marks: text -> colour, more of the legend.
     """
     mappings = mappings or {}
     names = list(dict.fromkeys(name for row in rows for name in row.maps))
     with_truth = any(row.truth is not None for row in rows) and meta.has_labels
-    legend = _Legend()
+    legend, apart = _Legend(), {name: _Legend() for name in names if not meta.has_labels and name not in groups}
     if meta.has_labels and meta.num_classes <= MAX_NAMED:
         for i, colour in enumerate(class_colours(meta)):
             legend.add((0, i), colour, meta.names[i])
@@ -86,12 +89,13 @@ def save(
             if ids is not None and name in groups:
                 cells.append(_paint(as_ids(ids), ClassMeta(), None, _Legend(), cell))
                 continue
-            cells.append(None if ids is None else _paint(as_ids(ids), meta, mappings.get(name), legend, cell))
-        grid.append((cells, row.title))
+            own = apart.get(name, legend)
+            cells.append(None if ids is None else _paint(as_ids(ids), meta, mappings.get(name), own, cell))
+        grid.append((cells, row.title, row.strip))
     for place, (text, colour) in enumerate((marks or {}).items()):
         legend.add((3, place), colour, text)
     columns = ["picture", *(["truth"] if with_truth else []), *names]
-    _compose(grid, columns, legend, title, cell).save(path)
+    _compose(grid, columns, legend, title, cell, apart).save(path)
 
 
 def class_colours(meta: ClassMeta) -> np.ndarray:
@@ -270,7 +274,7 @@ def _paint(ids: np.ndarray, meta: ClassMeta, mapping, legend: _Legend, cell: int
         if not 0 <= i < len(colours):
             legend.add((2, 0), VOID, "not labelled")
         elif not meta.has_labels:
-            legend.add((0, i), colours[i], f"cluster {i}")
+            legend.add((0, i), colours[i], f"id {i}")
         elif (target := i if mapping is None else int(mapping[i])) == UNMATCHED:
             legend.add((1, 0), greyish(1)[0], "unmatched cluster")
         else:
@@ -290,18 +294,25 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(folder / ("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf")), size)
 
 
-def _compose(grid, columns: list[str], legend: _Legend, title: str, cell: int) -> Image.Image:
-    """Lay out title, header, rows of cells and legend on white paper."""
+def _compose(
+    grid, columns: list[str], legend: _Legend, title: str, cell: int, apart: Mapping[str, _Legend] | None = None
+) -> Image.Image:
+    """Lay out title, header, rows of cells, the legends of single columns (`apart`) below them, and the common legend
+    on white paper."""
     width = max(len(columns), 1) * (cell + GAP) + GAP
     entries = legend.ordered()
-    text = font(13)
-    slot = max([int(text.getlength(name)) for _, name in entries], default=0) + 40
-    per_line = max(1, (width - GAP) // slot)
-    tallest = [max(part.height for part in cells if part is not None) for cells, _ in grid]
-    heights = [tall + (22 if caption else 0) for tall, (_, caption) in zip(tallest, grid, strict=True)]
+    slot, per_line = _slots(entries, width - GAP)
+    blocks = {name: own.ordered() for name, own in (apart or {}).items() if own.entries}
+    block = max([26 + 24 * -(-len(own) // _slots(own, cell)[1]) + GAP for own in blocks.values()], default=0)
+    tallest = [max(part.height for part in cells if part is not None) for cells, *_ in grid]
+    strips = [_slots(strip, width - GAP) for *_, strip in grid]
+    below = [24 * -(-len(strip) // per) for (*_, strip), (_, per) in zip(grid, strips, strict=True)]
+    heights = [
+        tall + (22 if caption else 0) + lines for tall, (_, caption, _), lines in zip(tallest, grid, below, strict=True)
+    ]
     top = (30 if title else 0) + (28 if columns else 0)
     lines = -(-len(entries) // per_line)
-    height = GAP + top + sum(h + GAP for h in heights) + (lines * 24 + GAP if lines else 0)
+    height = GAP + top + sum(h + GAP for h in heights) + block + (lines * 24 + GAP if lines else 0)
     sheet = Image.new("RGB", (max(width, slot + 2 * GAP), height), PAPER)
     draw = ImageDraw.Draw(sheet)
     y = GAP
@@ -312,15 +323,32 @@ def _compose(grid, columns: list[str], legend: _Legend, title: str, cell: int) -
         for i, name in enumerate(columns):
             draw.text((GAP + i * (cell + GAP), y + 4), name, fill=INK, font=font(14, bold=True))
         y += 28
-    for (cells, caption), h in zip(grid, heights, strict=True):
+    for (cells, caption, strip), h, tall, slots in zip(grid, heights, tallest, strips, strict=True):
         for i, part in enumerate(cells):
             if part is not None:
                 sheet.paste(part, (GAP + i * (cell + GAP), y))
         if caption:
-            draw.text((GAP, y + h - 18), caption, fill=FAINT, font=font(12))
+            draw.text((GAP, y + tall + 4), caption, fill=FAINT, font=font(12))
+        _swatches(draw, strip, GAP, y + tall + (22 if caption else 2), *slots)
         y += h + GAP
-    for i, (colour, name) in enumerate(entries):
-        x, line = GAP + (i % per_line) * slot, y + (i // per_line) * 24
-        draw.rectangle((x, line + 2, x + 18, line + 18), fill=colour, outline=(200, 200, 204))
-        draw.text((x + 25, line + 2), name, fill=INK, font=text)
+    for name, own in blocks.items():
+        x = GAP + columns.index(name) * (cell + GAP)
+        draw.text((x, y), f"ids of {name}", fill=INK, font=font(13, bold=True))
+        _swatches(draw, own, x, y + 26, *_slots(own, cell))
+    _swatches(draw, entries, GAP, y + block, slot, per_line)
     return sheet
+
+
+def _slots(entries: Sequence, width: int) -> tuple[int, int]:
+    """(width of an entry of a legend, entries a line), px."""
+    slot = max([int(font(13).getlength(name)) for _, name in entries], default=0) + 40
+    return slot, max(1, width // slot)
+
+
+def _swatches(draw: ImageDraw.ImageDraw, entries: Sequence, left: int, top: int, slot: int, per_line: int) -> None:
+    """Entries of a legend, line by line."""
+    for i, (colour, name) in enumerate(entries):
+        x, line = left + (i % per_line) * slot, top + (i // per_line) * 24
+        if colour is not None:
+            draw.rectangle((x, line + 2, x + 18, line + 18), fill=colour, outline=(200, 200, 204))
+        draw.text((x + 25, line + 2), name, fill=INK if colour is not None else FAINT, font=font(13))

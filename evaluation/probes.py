@@ -17,6 +17,8 @@ from retrieval import kmeans
 
 LABEL_PROBES = ("linear", "linear_posthoc", "retrieval")
 """Probes that learn from labels: they predict classes, all others clusters."""
+UNLABELLED = ("cluster", "kmeans")
+"""Probes that are scored without labels as well (`metrics.ClusterUsage`)."""
 SEEDING_POINTS = 4096
 """Patches, over all ranks, that seeding of centroids looks at."""
 STARTS, ITERATIONS = 10, 20

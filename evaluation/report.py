@@ -19,6 +19,14 @@ from evaluation.matching import UNMATCHED, Scores, partition
 
 PROBES = ("cluster", "kmeans", "own", "regions", "linear", "linear_posthoc", "retrieval")
 """Order of the rows; further probes follow in the order of the metrics."""
+LAST_STEP = "last step"
+"""`selection/rule` where nothing but the last step is the best."""
+
+LABEL_FREE = (
+    "no labels: entropy is 100 where all clusters are used alike and 0 where one takes all, confidence the mean cosine "
+    "of a patch to its centroid in percent; they show a collapse and rank nothing. Look at panels/sheet.png."
+)
+"""What the table of a run without labels says."""
 
 
 def flatten(
@@ -61,14 +69,15 @@ def final_table(metrics: Mapping[str, Any], title: str = "") -> Table:
     """The table at the end of a run: a row a probe, columns acc and mIoU, and the same of the best checkpoint.
 
     Reads `val/<probe>/acc|miou` and `best/<probe>/acc|miou` of the flat metrics; without labels it shows the label-free
-    keys instead. The best columns appear only where there are best keys, and so do those of published figures
-    (`published/<probe>/acc|miou`). Scores at several resolutions (`val@320/<probe>/acc|miou`) stand below each other,
-    with a first column that names the pixels.
+    keys instead. The best columns are left out where there are none, or where the last step is the best by rule; those
+    of published figures (`published/<probe>/acc|miou`) where there are none. Scores at several resolutions
+    (`val@320/<probe>/acc|miou`) stand below each other, with a first column that names the pixels.
     """
     names = ("acc", "miou") if any(key.endswith("/miou") for key in metrics) else ("entropy", "confidence")
     stages = list(dict.fromkeys(key.split("/")[0] for key in metrics if key.startswith(("val/", "val@"))))
     sized = any("@" in stage for stage in stages)
-    others = ("best",) if sized else ("best", "published")  # figures are published for one resolution
+    others = ["best"] if metrics.get("selection/rule") != LAST_STEP else []
+    others += [] if sized else ["published"]  # figures are published for one resolution
     beside = [stage for stage in others if any(key.startswith(f"{stage}/") for key in metrics)]
     table = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold")
     if sized:

@@ -56,7 +56,7 @@ class Comparison(Queue):
         self.given = [Path(folder) for folder in folders]
         for folder in self.given:
             read_run(folder)  # what cannot be compared ends before the first training
-        finished = Stored(parent)
+        finished = Stored(parent, self.given)
         for method in methods:
             shared = {key: value for key, value in words.items() if ":" not in key}
             own = f"{method}:"
@@ -93,11 +93,11 @@ def trial(index: int, method: str, seed: int, words: dict[str, str], parent: Pat
 
 
 class Stored:
-    """The finished runs directly below a folder, by their configurations."""
+    """Given finished runs and those directly below a folder, by their configurations."""
 
-    def __init__(self, parent: Path) -> None:
+    def __init__(self, parent: Path, given: list[Path]) -> None:
         paths = sorted(path.parent for path in parent.glob("*/metrics.json") if (path.parent / "config.yaml").is_file())
-        self.folders = [path for path in paths if not path.is_symlink()]
+        self.folders = [*given, *(path for path in paths if not path.is_symlink())]
         self.read: dict[Path, dict[str, Any]] = {}
 
     def equal(self, wanted: dict[str, Any]) -> Path | None:
@@ -135,8 +135,11 @@ def read_run(folder: Path) -> Finished:
 
 
 def report(folder: Path, title: str, runs: list[Finished], missing: list[str]) -> list[Section]:
-    """Write table.md, table.tex, table.csv and index.html into `folder`."""
+    """Write table.md, table.tex, table.csv and index.html into `folder`. A training that is there twice counts once."""
     folder.mkdir(parents=True, exist_ok=True)
+    runs, twice = comparison.once(runs)
+    for line in twice:
+        log.warning("%s", line)
     sections = comparison.arrange(runs)
     for section in sections:
         for entry in section.entries:
@@ -147,7 +150,7 @@ def report(folder: Path, title: str, runs: list[Finished], missing: list[str]) -
     write_text(folder / "table.tex", comparison_tables.latex(sections, title))
     write_text(folder / "table.csv", comparison_tables.as_csv(sections))
     shown = [galleries.gallery(section) for section in sections]
-    write_text(folder / "index.html", comparison_page.render(title, sections, shown, missing))
+    write_text(folder / "index.html", comparison_page.render(title, sections, shown, missing, twice))
     return sections
 
 

@@ -12,7 +12,7 @@ from evaluation import readout, report, sliding
 from evaluation.crf import Constants, DenseCRF
 from evaluation.matching import Scores
 from evaluation.metrics import ClusterUsage, SegmentationScore
-from evaluation.probes import LABEL_PROBES, ClusterProbe, KMeansProbe, LinearProbe
+from evaluation.probes import LABEL_PROBES, UNLABELLED, ClusterProbe, KMeansProbe, LinearProbe
 from evaluation.retrieval import configured
 from models.backbone import Features
 
@@ -42,7 +42,7 @@ class Evaluated(L.LightningModule):
         )
         sliding.check(rules.window.size, rules.window.stride, self.backbone.unit, cfg.backbone.cache_features)
         self.further = nn.ModuleDict({item.name: item for item in (*configured(rules, meta), *self.readouts)})
-        self.usage = ClusterUsage(clusters)
+        self.usage = nn.ModuleDict({probe: ClusterUsage(clusters) for probe in UNLABELLED})
         constants = Constants(**rules.crf_constants)
         constants.check("evaluation.crf_constants")
         self.crf = DenseCRF(constants) if rules.crf == "dense" else None
@@ -59,6 +59,10 @@ class Evaluated(L.LightningModule):
         own = ["own"] if self.has_own_scores else []
         learned = {"linear": self.linear_probe, "linear_posthoc": self.posthoc_probe}
         return ["cluster", "kmeans", *own, *(name for name, probe in learned.items() if probe is not None)]
+
+    def label_free(self) -> list[str]:
+        """Read-outs that are scored without labels and are ready: k-means is once it is fitted, when a run ends."""
+        return [probe for probe in UNLABELLED if probe != "kmeans" or self.kmeans_probe.fitted]
 
     def _confusion(self, probe: str) -> SegmentationScore:
         rows = self.meta.num_classes if probe in LABEL_PROBES else self.cfg.method.num_clusters
@@ -118,7 +122,8 @@ class Evaluated(L.LightningModule):
         [B,H,W] of the codes to their centroids (of `main_probe`, before it is fitted of the cluster probe)."""
         codes, scores = self.read(batch["image"], None if self.window else self.features_of(batch))
         maps = {probe: readout.predict(values, batch["image"].shape[-2:]) for probe, values in scores.items()}
-        self.usage.update(scores["cluster"], codes, batch["valid"])
+        for probe in self.label_free():
+            self.usage[probe].update(scores[probe], codes, batch["valid"])
         further = self._further(batch, codes)
         if self.refining:
             maps |= self.refined(batch["image"], batch["valid"], codes, scores)
@@ -159,7 +164,7 @@ class Evaluated(L.LightningModule):
         self.refining = self.crf is not None and self.trainer.state.fn != "fit"  # not while training: it takes long
         for probe in [name for name in self.confusion if self.refining and not name.endswith("_crf")]:
             self.confusion[f"{probe}_crf"] = self._confusion(probe).to(self.device)
-        for metric in (*self.confusion.values(), self.usage, *self.further.values()):
+        for metric in (*self.confusion.values(), *self.usage.values(), *self.further.values()):
             metric.reset()
 
     def on_validation_epoch_end(self) -> None:
@@ -170,7 +175,9 @@ class Evaluated(L.LightningModule):
         others = {name: item.compute() for name, item in self.further.items() if item.ready}
         scores |= {name: found for name, found in others.items() if isinstance(found, Scores)}
         self.validated = {probe: found for probe, found in scores.items() if found.counts.any()}
-        values = report.flatten("val", "cluster", self.usage.compute())
+        values: dict[str, float | None] = {}
+        for probe in self.label_free():
+            values |= report.flatten("val", probe, self.usage[probe].compute())
         for name in (name for name in others if name not in scores):
             values |= report.flatten("val", name, others[name])
         partition = self.cfg.evaluation.partition

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import config
 import run
-from evaluation import panels
+from engine import setup
+from evaluation import panels, readout
 from lightning_modules import registry
 from tests.conftest import small_words
 from tests.datamodules import trees
@@ -64,6 +67,23 @@ def test_wrong_words_end_in_one_line_before_anything_is_made(capsys, tmp_path):
         "use trainer.accelerator=auto, or see `run.py doctor`"
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_stands(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    line = error_line(capsys, "predict", "ckpt=~/x.ckpt", "input=~/my pictures", "output=~/o")
+    assert line.startswith(f"error: ckpt={tmp_path}/x.ckpt")
+    line = error_line(capsys, "train", "data=folder", "data.root=~/none", f"run.dir={tmp_path}/runs")
+    assert line.startswith(f"error: data.root={tmp_path}/none")
+
+
+def test_paths_with_spaces_go_through_make():
+    words = ["CKPT=a b.ckpt", "INPUT=/my pictures", "OUTPUT=/out put", 'ARGS="names=my names.yaml"']
+    make = ["make", "--no-print-directory", "-n", "PY=python", "predict", *words]
+    shown = subprocess.run(make, cwd=Path(run.__file__).parent, capture_output=True, text=True, check=True).stdout
+    assert shlex.split(shown)[2:] == [
+        "predict", "ckpt=a b.ckpt", "input=/my pictures", "output=/out put", "names=my names.yaml",
+    ]  # fmt: skip
 
 
 def test_eval_and_predict_want_their_words(capsys, tmp_path):
@@ -277,7 +297,7 @@ def test_every_published_set_trains(capsys, tmp_path, name):
 
 
 @pytest.mark.train
-def test_data_without_labels_runs_to_the_end(capsys, tmp_path):
+def test_data_without_labels_runs_to_the_end(capsys, caplog, tmp_path):
     """A flat folder of a few pictures: label-free scores, panels, no accuracy, and null is nowhere NaN."""
     rng = np.random.default_rng(1)
     (tmp_path / "pictures").mkdir()
@@ -298,17 +318,49 @@ def test_data_without_labels_runs_to_the_end(capsys, tmp_path):
     ]
     code, out, err = call(capsys, "train", *more, *words, "trainer.max_steps=3")
     assert code == 0, err
+    assert "its bundled weights know drawn scenes alone" in caplog.text
     text = (tmp_path / "u" / "metrics.json").read_text()
     assert "NaN" not in text
     metrics = json.loads(text)
     assert metrics["val/cluster/entropy"] >= 0
+    assert metrics["val/kmeans/entropy"] == pytest.approx(expected_entropy(tmp_path / "u"), abs=1e-3)
+    assert metrics["best/kmeans/confidence"] == metrics["val/kmeans/confidence"] > 0
+    assert re.search(rf"kmeans +│ +{metrics['val/kmeans/entropy']:.1f} │ +{metrics['val/kmeans/confidence']:.1f}", out)
+    assert "best entropy" not in out  # the last step is the best by rule
+    assert "matching" not in out
+    assert "they show a collapse and rank nothing" in " ".join(out.split())
     assert not any(key.endswith(("acc", "miou")) for key in metrics)
     assert metrics["selection/rule"] == "last step"
     assert metrics["selection/uses_labels"] is False
     sheet = Image.open(tmp_path / "u" / "panels" / "sheet.png")
     assert sheet.width == 4 * (320 + panels.GAP) + panels.GAP  # picture, cluster, kmeans, confidence; no errors
     assert panels.WRONG not in {colour for _, colour in sheet.getcolors(1 << 24)}
-    assert "entropy" in out
+    code, _, err = call(capsys, "eval", f"ckpt={tmp_path}/u/checkpoints/last.ckpt")
+    assert code == 0, err
+    again = json.loads((tmp_path / "u" / "eval" / "last" / "metrics.json").read_text())
+    assert {key: value for key, value in again.items() if key.startswith("val/")} == {
+        key: value for key, value in metrics.items() if key.startswith("val/")
+    }
+    code, _, err = call(capsys, "compare", f"runs={tmp_path}/u", f"run.dir={tmp_path}", "name=c")
+    assert code == 0, err
+    table = (tmp_path / "compare" / "c" / "table.md").read_text()
+    assert "| cluster entropy | cluster confidence | kmeans entropy | kmeans confidence |" in table
+
+
+def expected_entropy(folder: Path) -> float:
+    """Entropy of the k-means clusters of a run's evaluated pictures, in percent, computed from its checkpoint."""
+    checkpoint = setup.read_checkpoint(folder / "checkpoints" / "last.ckpt")
+    cfg, data = setup.build_data(config.restore(checkpoint["labelfree"]["config"]))
+    model = setup.restore_model(checkpoint, cfg)
+    data.pad_multiple = model.pad_multiple
+    wins = np.zeros(cfg.method.num_clusters)
+    for batch in data.loader("val", geometry="eval"):
+        with torch.inference_mode():
+            cosines = model.read(batch["image"])[1]["kmeans"]
+        inside = readout.valid_patches(batch["valid"], cosines.shape[-2:])
+        wins += np.bincount(cosines.argmax(1)[inside].numpy(), minlength=len(wins))
+    share = wins[wins > 0] / wins.sum()
+    return float(-100 * (share * np.log(share)).sum() / np.log(len(wins)))
 
 
 @pytest.mark.train

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 import run
 from engine import cluster_count, naming
+from engine.overviews import Areas, present
 
 pytestmark = pytest.mark.train
 
@@ -60,6 +62,7 @@ def test_clusters_writes_a_page_a_sheet_a_table_and_names(folder):
     page = (folder / "index.html").read_text()
     assert not re.search(r"(src|href)=\"?(http|//|file)", page)  # nothing is fetched
     assert page.count("data:image/jpeg") >= 12
+    assert page.count('class="strip scenes"') == sum(float(row["share"]) > 0 for row in table)
     assert all(row["name"] in page for row in table)
     assert Image.open(folder / "clusters.png").height > 12 * 84
     assert len(re.findall(r"^  \d+: \{name: ", (folder / "names.yaml").read_text(), re.M)) == 12
@@ -87,10 +90,48 @@ def test_edited_names_are_kept_and_used_by_predict(named, folder, pictures, tmp_
         counted = [int(value) for key, value in row.items() if key not in ("picture", "height", "width")]
         assert len(counted) == 11
         assert sum(counted) == ids.size == int(row["height"]) * int(row["width"])
-    assert Image.open(tmp_path / "o" / "overview.png").width > 600
+    overview = Image.open(tmp_path / "o" / "overview.png").convert("RGB")
+    assert overview.width > 900  # picture, segments, overlay
+    page = (tmp_path / "o" / "overlays.html").read_text()
+    assert not re.search(r"(src|href)=\"?(http|//|file)", page)
+    assert "run.py clusters" not in page  # they have names
+    cards = re.findall(r'<figure><a href="(.*?)"><img src="(.*?)".*?<figcaption>(.*?)</figcaption>(.*?)</figure>', page)
+    assert [card[2] for card in cards] == [row["picture"] for row in areas]
+    for row, (link, shown, _, legend) in zip(areas, cards, strict=True):
+        assert link == shown == f"overlay/{row['picture']}.png"
+        assert (tmp_path / "o" / link).is_file()
+        total = int(row["height"]) * int(row["width"])
+        large = {name: int(row[name]) for name in list(row)[3:] if 100 * int(row[name]) >= total}
+        names = re.findall(r"</span>(.*?) \((\d+) %\)</span>", legend)
+        assert {name: int(share) for name, share in names} == {
+            name: round(100 * count / total) for name, count in large.items()
+        }
     assert call("predict", f"ckpt={named}", f"input={pictures}", f"output={tmp_path}/p", "names=none") == 0
     assert json.loads((tmp_path / "p" / "clusters.json").read_text())["names_file"] is None
     path.write_text(text)
+
+
+def test_the_page_of_overlays_opens_pictures_of_any_name(named, tmp_path):
+    (tmp_path / "in").mkdir()
+    name = "50% #1 & <b>ä"
+    Image.fromarray(np.zeros((48, 48, 3), dtype=np.uint8)).save(tmp_path / "in" / f"{name}.png")
+    assert call("predict", f"ckpt={named}", f"input={tmp_path}/in", f"output={tmp_path}/o", "names=none") == 0
+    page = (tmp_path / "o" / "overlays.html").read_text()
+    (link,) = re.findall('<img src="(.*?)"', page)
+    assert (tmp_path / "o" / unquote(link)).is_file()
+    assert not set(link) & set(" #<&")
+    assert f"<code>run.py clusters ckpt={named}</code>" in page
+    assert "<figcaption>50% #1 &amp; &lt;b&gt;ä</figcaption>" in page
+
+
+def test_small_classes_are_counted_and_not_named():
+    legend = naming.Legend(
+        ["sky", "road", "sky", "car", "sea"], [(1, 1, 1), (2, 2, 2), (1, 1, 1), (3, 3, 3), (4, 4, 4)]
+    )
+    areas = Areas(legend)
+    ids = np.repeat([0, 1, 2, 3], [300, 995, 700, 5]).reshape(40, 50)
+    assert areas.add("x", ids) == [1000, 995, 5, 0]
+    assert present(legend, [1000, 995, 5, 0]) == ([((1, 1, 1), "sky (50 %)"), ((2, 2, 2), "road (50 %)")], 1)
 
 
 def error(capsys, *words: str) -> str:

@@ -319,7 +319,8 @@ addEventListener("load", () => {
   const images = [...document.images];
   document.title = JSON.stringify({images: images.length, window: innerWidth,
     broken: images.filter(image => !image.complete || !image.naturalWidth).length,
-    wide: document.documentElement.scrollWidth, rows: document.querySelectorAll("#clusters tbody tr").length});
+    wide: document.documentElement.scrollWidth, rows: document.querySelectorAll("#clusters tbody tr").length,
+    legible: Math.min(...images.map(image => image.clientWidth / Math.min(640, image.naturalWidth)))});
 });
 </script>
 """
@@ -342,3 +343,4 @@ def test_the_page_in_a_browser(written, tmp_path, width):
     seen = json.loads(title.group(1).replace("&quot;", '"'))
     assert (seen["images"], seen["broken"], seen["rows"]) == (7, 0, 12)
     assert seen["wide"] <= seen["window"]
+    assert seen["legible"] > 0.99  # figures scroll by themselves and are not made too small to read

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 from common.errors import ConfigError
-from evaluation import charts, comparison, comparison_tables
+from evaluation import charts, comparison, comparison_page, comparison_tables
 from evaluation.comparison import Finished, Score
 
 
 def finished(method="stego", seed=0, miou=20.0, folder="r", config=None, **metrics) -> Finished:
     settings = {
         "method.name": method, "method.num_clusters": 12, "data.name": "scenes", "data.root": None, "seed": seed,
-        "data.train_size": 128, "data.val_count": 5, "run.name": folder, "trainer.max_steps": 8, **(config or {}),
+        "data.train_size": 128, "data.val_count": 5, "run.name": folder, "trainer.max_steps": 8,
+        "data.batch_size": 16, **(config or {}),
     }  # fmt: skip
     facts = {
         "method": method, "seed": seed, "backbone": "tiny", "data": "scenes", "steps": 8, "uses_labels": False,
@@ -90,18 +91,31 @@ def test_tables_to_paste():
     sections[0].entries[0].source = "A & B, 2022"
     text = comparison_tables.markdown(sections, "T")
     assert (
-        "| stego | tiny | 0 1 | 8 | none | 42.0 ± 2.8 | 21.0 ± 1.4 | 10.0 | 101 host "
+        "| stego | tiny | 0 1 | 8 | 16 | none | 42.0 ± 2.8 | 21.0 ± 1.4 | 10.0 | 101 host "
         "| cluster 24.5 mIoU (A & B, 2022) |"
     ) in text
-    assert "| k_means | tiny | 0 | 8 | none | 43.0 | 21.5 | 10.0 | 100 host |  |" in text
+    assert "| k_means | tiny | 0 | 8 | 16 | none | 43.0 | 21.5 | 10.0 | 100 host |  |" in text
     tex = comparison_tables.latex(sections, "T")
-    assert r"stego & 2 & $42.0 \pm 2.8$ & $21.0 \pm 1.4$ \\" in tex
-    assert r"k\_means & 1 & $\mathbf{43.0}$ & $\mathbf{21.5}$ \\" in tex
-    assert r"\multicolumn{4}{l}{\quad published: cluster 24.5 mIoU (A \& B, 2022)} \\" in tex
+    assert r"stego & 2 & 8 & 16 & $42.0 \pm 2.8$ & $21.0 \pm 1.4$ \\" in tex
+    assert r"k\_means & 1 & 8 & 16 & $\mathbf{43.0}$ & $\mathbf{21.5}$ \\" in tex
+    assert r"\multicolumn{6}{l}{\quad published: cluster 24.5 mIoU (A \& B, 2022)} \\" in tex
     assert tex.count("{") == tex.count("}")
     rows = list(csv.DictReader(StringIO(comparison_tables.as_csv(sections))))
     (row,) = [row for row in rows if (row["method"], row["stage"], row["metric"]) == ("stego", "val", "miou")]
     assert (float(row["mean"]), float(row["std"]), row["runs"], row["published"]) == (21.0, 1.41421, "2", "24.5")
+    assert (row["steps"], row["batch"]) == ("8", "16")
+    page = comparison_page.scores(sections[0], "val", "val1")
+    assert 'data-sort="">steps</th><th class="number" data-sort="">batch</th>' in page
+    cells = 'data-value="8">8</td><td class="number" data-value="16">16</td><td>none</td>'
+    assert page.count(cells) == 2
+
+
+def test_a_training_that_is_there_twice_is_counted_once():
+    runs = [finished(seed=0, folder="a"), finished(seed=1, folder="b"), finished(seed=0, folder="c", miou=30.0)]
+    runs += [finished("hp", seed=0, folder="d"), finished(seed=0, folder="e", config={"trainer.max_steps": 9})]
+    kept, twice = comparison.once(runs)
+    assert [str(run.folder) for run in kept] == ["a", "b", "d", "e"]
+    assert twice == ["c is left out: stego, seed 0 in the configuration of a"]
 
 
 def test_label_use_is_said():
@@ -133,6 +147,13 @@ def test_a_folder_without_a_finished_run_is_named(tmp_path):
     (tmp_path / "metrics.json").write_text(json.dumps({}))
     with pytest.raises(ConfigError, match=r"environment\.json is missing"):
         Finished.read(tmp_path, dict, lambda path: {})
+
+
+def test_the_best_checkpoint_has_a_table_unless_it_is_the_last_step_by_rule():
+    (section,) = comparison.arrange([finished()])
+    assert section.columns("best") == []
+    (section,) = comparison.arrange([finished(), finished("hp", **{"selection/rule": "highest val/cluster/miou"})])
+    assert section.columns("best") == [("cluster", "miou")]
 
 
 def test_bars_are_drawn_to_scale():

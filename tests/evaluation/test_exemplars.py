@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from evaluation.exemplars import DOUBTFUL, TYPICAL, ClusterSurvey, cut, nearest_clusters
+from evaluation.exemplars import DOUBTFUL, SCENES, TYPICAL, ClusterSurvey, cut, nearest_clusters
 
 
 def unit(*degrees: float) -> torch.Tensor:
@@ -50,6 +50,29 @@ def test_padding_is_no_patch_and_each_picture_counts_once():
         doubts = survey.exemplars("doubtful", cluster)
         assert len(doubts) == DOUBTFUL
         assert [item.value for item in doubts] == sorted(item.value for item in doubts)
+
+
+def test_pictures_that_a_cluster_takes_most_of_show_it_and_fade_the_rest():
+    survey = ClusterSurvey(2)
+    valid = torch.zeros(40, 80, dtype=torch.bool)
+    valid[:, :40] = True  # the right half is padding
+    centroids = unit(0, 90)
+    for number, count in enumerate((1, 3, 2, 0, 4, 1)):  # patches of cluster 0, of four
+        codes = unit(*[0] * count, *[90] * (4 - count), 0, 0, 0, 0).reshape(2, 2, 4)[:, :, [0, 1, 2, 3]]
+        codes = torch.stack([codes[:, 0, :2], codes[:, 0, 2:]], 1)  # [D,2,2] of the picture
+        codes = torch.cat([codes, unit(0, 0, 0, 0).reshape(2, 2, 2)], 2)
+        image = torch.tensor([0.9, 0.1, 0.1])[:, None, None].expand(3, 40, 80)
+        survey.add(str(number), image, valid, torch.einsum("dk,dhw->khw", centroids, codes), codes)
+    found = survey.scenes(0)
+    assert [item.picture for item in found] == ["4", "1", "2", "0"]
+    assert [item.share for item in found] == [100, 75, 50, 25]
+    assert len(survey.scenes(1)) == SCENES
+    assert found[0].image.shape == (40, 40, 3)
+    assert (found[0].image == [230, 26, 26]).all()
+    half = found[2].image  # the upper row of patches is the cluster's
+    assert (half[:15] == [230, 26, 26]).all()
+    assert (half[25:, :30].max(-1) == half[25:, :30].min(-1)).all()  # grey
+    assert half[25:, :30].min() > 180
 
 
 def test_a_cut_stays_inside_the_picture_and_frames_its_patch():

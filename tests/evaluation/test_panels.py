@@ -70,6 +70,43 @@ def test_panel_without_labels_shows_clusters_in_fixed_colours(tmp_path):
     assert palette[2] not in colours_of(tmp_path / "panel.png")
 
 
+def test_without_labels_each_probe_has_a_legend_of_its_own_below_its_column(tmp_path):
+    """Ids of two probes have nothing to do with each other: 3 stands below `cluster` alone, 1 below `kmeans`."""
+    image = np.full((6, 8, 3), 7, dtype=np.uint8)
+    maps = {"cluster": halves(0, 3), "kmeans": halves(1, 1), "confidence": image}
+    panels.save(tmp_path / "panel.png", [panels.Row(image, maps)], ClassMeta(), {}, cell=120, marks={"mark": (1, 2, 3)})
+    picture = np.array(Image.open(tmp_path / "panel.png"))
+    below = picture[panels.GAP + 28 + 90 + panels.GAP :]
+    columns = [slice(panels.GAP + i * 130, (i + 1) * 130) for i in range(4)]
+    palette = default_palette(4)
+
+    def shown(colour, column) -> bool:
+        return bool((below[:, columns[column]] == colour).all(-1).any())
+
+    found = [[column for column in range(4) if shown(palette[i], column)] for i in range(4)]
+    assert found == [[1], [2], [], [1]]
+    rows = np.nonzero((below == (1, 2, 3)).all(-1).any(1))[0]
+    assert rows.min() > np.nonzero((below == palette[3]).all(-1).any(1))[0].max()  # marks of all columns come last
+    assert rows.max() + 5 < len(below)
+
+
+def test_a_strip_names_what_is_in_each_picture_below_it(tmp_path):
+    image = np.full((6, 8, 3), 7, dtype=np.uint8)
+    strips = [tuple(((i, 0, 9), f"class {i}, its share") for i in range(1, count)) for count in (6, 2)]
+    rows = [panels.Row(image, {"segments": image}, None, "name", strip) for strip in strips]
+    panels.save(tmp_path / "panel.png", rows, ClassMeta(), cell=120)
+    picture = np.array(Image.open(tmp_path / "panel.png"))
+    top = panels.GAP + 28  # first picture; 90 px high
+    places = {i: np.nonzero((picture == (i, 0, 9)).all(-1).any(1))[0] for i in range(1, 6)}
+    images = np.nonzero((picture == 7).all(-1).any(1))[0]
+    second = images[images > top + 90].min()
+    assert all(top + 90 < places[i].min() for i in range(1, 6))
+    assert all(places[i].max() < second for i in range(2, 6))
+    assert places[1].max() > second + 90  # in both
+    assert len({places[i].min() for i in range(1, 6)}) > 1  # they are wrapped
+    assert places[1].max() < len(picture) - 5
+
+
 def test_rows_may_differ_in_size_and_columns(tmp_path):
     rows = [
         panels.Row(torch.rand(3, 5, 30), {"cluster": torch.zeros(5, 30)}, torch.zeros(5, 30)),

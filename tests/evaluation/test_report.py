@@ -142,6 +142,12 @@ def test_final_table_without_labels_shows_the_label_free_scores():
     assert rows == [["cluster", "97.2", "31.0"]]
 
 
+@pytest.mark.parametrize(("rule", "more"), [("last step", []), ("highest val/cluster/miou", ["best acc", "best mIoU"])])
+def test_the_best_is_no_column_where_it_is_the_last_step_by_rule(rule, more):
+    metrics = {"val/cluster/miou": 20.0, "best/cluster/miou": 20.0, "selection/rule": rule}
+    assert table_rows(metrics)[0] == ["probe", "acc", "mIoU", *more]
+
+
 def test_write_scores_fills_the_run_folder(tmp_path):
     report.write_scores(tmp_path, {"cluster": scores(), "linear": matching.score(COUNTS[:3], "identity")}, META)
     assert sorted(item.name for item in tmp_path.iterdir()) == ["classes.csv", "clusters.csv", "confusion.png"]

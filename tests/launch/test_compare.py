@@ -1,5 +1,6 @@
 """`run.py compare`: what is trained and what is taken, the report, and its page in a real browser."""
 
+import csv
 import json
 import re
 import shutil
@@ -25,7 +26,9 @@ addEventListener("load", () => {
   document.title = JSON.stringify({down, up: order(), sorted: heads[column].getAttribute("aria-sort"),
     images: images.length, broken: images.filter(image => !image.complete || !image.naturalWidth).length,
     window: innerWidth, wide: document.documentElement.scrollWidth, bars: document.querySelectorAll(".track").length,
-    curves: document.querySelectorAll("svg polyline").length, smallest: Math.min(...[...document.querySelectorAll("td")]
+    curves: document.querySelectorAll("svg polyline").length,
+    hidden: table.scrollWidth - table.parentElement.clientWidth, score: heads[2].getBoundingClientRect().right,
+    smallest: Math.min(...[...document.querySelectorAll("td")]
       .map(cell => parseFloat(getComputedStyle(cell).fontSize)))});
 });
 </script>
@@ -73,6 +76,8 @@ def test_the_report_names_differences_and_needs_no_network(given, tmp_path):
     assert not re.search(r"""(src|href)=["']?(http|//|file)|@import|url\(""", page)
     assert page.count("<img ") == 4 * 4 + 4 * 3  # picture, truth, and the methods of each part
     assert "No pictures of" not in page
+    assert "kmeans_baseline: kmeans, seed 0</span>" in page
+    assert "hidden_positives: cluster, seed 0</span>" in page
     text = (tmp_path / "report" / "table.md").read_text()
     assert "**not comparable with protocol 1**: flip: False -> True" in text
     assert (tmp_path / "report" / "table.tex").read_text().count("\\begin{table}") == 2
@@ -111,6 +116,8 @@ def test_the_page_in_a_browser(given, tmp_path, width):
     assert seen["sorted"] == "ascending"
     assert (seen["images"], seen["broken"]) == (28, 0)
     assert seen["wide"] <= seen["window"]  # tables scroll by themselves, the page does not
+    assert seen["score"] <= seen["window"]  # scores are seen without scrolling
+    assert width < 1200 or seen["hidden"] <= 0  # and on a wide screen the whole table
     assert seen["bars"] == 9
     assert seen["curves"] > 0
     assert seen["smallest"] >= 12
@@ -157,6 +164,22 @@ def test_what_is_missing_is_trained_what_is_there_is_taken_and_failures_are_name
     assert "<b>Missing:</b> kmeans_baseline, seed 13: error: an unlucky number" in page
     handed = json.loads((parent / names[-1] / "words").read_text())
     assert (handed["method"], handed["method.features"]) == ("kmeans_baseline", "backbone")
+
+
+@pytest.mark.train
+def test_a_given_run_is_not_trained_again_and_a_copy_of_it_is_counted_once(stand_in, small_run, caplog):
+    given, parent = stand_in / "elsewhere", stand_in / "runs"
+    for folder in (given / "mine", parent / "copy"):
+        shutil.copytree(small_run("kmeans_baseline").folder, folder)
+    words = ["compare", f"runs={given}/mine {parent}/copy", "methods=kmeans_baseline", "seeds=0 1", "name=n"]
+    assert run.main([*words, *words_of("kmeans_baseline", parent)]) == 0
+    assert [path.name for path in parent.iterdir() if "seed0" in path.name] == []
+    with (parent / "compare" / "n" / "table.csv").open() as handle:
+        rows = [row for row in csv.DictReader(handle) if (row["stage"], row["metric"]) == ("val", "miou")]
+    assert [(row["seeds"], row["runs"]) for row in rows if row["probe"] == "kmeans"] == [("0 1", "2")]
+    line = f"{parent}/copy is left out: kmeans_baseline, seed 0 in the configuration of {given}/mine"
+    assert line in caplog.text
+    assert f"<b>Counted once:</b> {line}" in (parent / "compare" / "n" / "index.html").read_text()
 
 
 @pytest.mark.train

@@ -4,6 +4,7 @@ A trial is a run folder. One that is finished is not run again, one that was sto
 is handed to the training that runs.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -47,6 +48,15 @@ DROPPED = ("LABELFREE_RUN_NAME", "SLURM_NTASKS")
 """Not handed on: a trial has its own name, and starts its devices by itself even where this process is a SLURM task."""
 
 
+def _stop_with_parent() -> None:
+    """In a new process: SIGTERM comes when its parent dies, however that happens (PR_SET_PDEATHSIG of Linux)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+ORPHANED = _stop_with_parent if sys.platform == "linux" else None
+"""A training whose queue is killed saves itself and ends; else it would keep its folder from the next start."""
+
+
 class Queue:
     """Trials below a folder. `title`: what the first printed line calls them; `target`: the score that is reported."""
 
@@ -88,9 +98,8 @@ class Queue:
         log = trial.folder.with_suffix(".log")
         with log.open("a") as output:
             command = [sys.executable, str(ROOT / "run.py"), "train", *trial.words]
-            self.process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
-            )
+            streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+            self.process = subprocess.Popen(command, env=environment, preexec_fn=ORPHANED, **streams)
             if self.asked:  # the signal came while the process was being made
                 self.process.send_signal(self.asked)
             code = self.process.wait()

@@ -27,13 +27,14 @@ if seed == 13:
     sys.exit("error: an unlucky number")
 if seed == 60 and len(started.read_text()) == 1:
     signal.signal(signal.SIGUSR1, lambda *_: sys.exit(85))
+    signal.signal(signal.SIGTERM, lambda *_: ((folder / "ended").touch(), sys.exit(143)))
     (folder / "ready").touch()
     time.sleep(60)
 (folder / "environment.json").write_text('{"seconds": 1.0}')
 metrics = {"val/cluster/miou": float(seed), "ntasks": os.environ.get("SLURM_NTASKS")}
 (folder / "metrics.json").write_text(json.dumps(metrics))
 """
-"""Scores its seed; 13 fails, 60 waits for SIGUSR1 at its first start."""
+"""Scores its seed; 13 fails, 60 waits for SIGUSR1 or SIGTERM at its first start."""
 
 
 def write(path: Path, method: str = "grid", metric: str = "val/cluster/miou", **parameters: list) -> Path:
@@ -123,14 +124,31 @@ def test_bayes_is_drawn_at_random_here_and_says_so(stand_in, capsys, monkeypatch
     assert len(rows(stand_in)) == 3  # prolonged, in the same folder
 
 
-def test_a_signal_stops_the_trial_and_the_sweep_and_the_same_command_goes_on(stand_in):
-    path = write(stand_in / "s.yaml", seed=[60, 1])
-    code = f"import pathlib, sys; from launch import sweep, trials; trials.ROOT = pathlib.Path({str(stand_in)!r}); "
+def waiting(folder: Path, path: Path) -> tuple[list[str], subprocess.Popen]:
+    """The command of a sweep, and its process once the trial of seed 60 waits."""
+    code = f"import pathlib, sys; from launch import sweep, trials; trials.ROOT = pathlib.Path({str(folder)!r}); "
     code += "sys.exit(sweep.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "offline=true", f"sweep={path}", f"run.dir={stand_in}"]
+    command = [sys.executable, "-c", code, "offline=true", f"sweep={path}", f"run.dir={folder}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    while process.poll() is None and not list(stand_in.glob("sweeps/*/*/ready")):
+    while process.poll() is None and not list(folder.glob("sweeps/*/*/ready")):
         time.sleep(0.01)
+    return command, process
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the signal at a parent's death is Linux's")
+def test_a_killed_sweep_takes_its_trial_along(stand_in):
+    _, process = waiting(stand_in, write(stand_in / "s.yaml", seed=[60, 1]))
+    process.kill()
+    process.communicate(timeout=60)
+    for _ in range(3000):
+        if list(stand_in.glob("sweeps/*/*/ended")):
+            return
+        time.sleep(0.01)
+    raise AssertionError("the trial runs on")
+
+
+def test_a_signal_stops_the_trial_and_the_sweep_and_the_same_command_goes_on(stand_in):
+    command, process = waiting(stand_in, write(stand_in / "s.yaml", seed=[60, 1]))
     process.send_signal(signal.SIGUSR1)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 85, out

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from common.errors import ConfigError, one_of
 from datamodules.base import SegmentationDataModule
 from grouping import eigen, masks, spectral
-from lightning_modules.graph_cuts import patch_features, patch_of, say_features
+from lightning_modules.graph_cuts import FEATURES, centred, patch_features, patch_of, say_features
 from lightning_modules.objects import ObjectFinder, ObjectMasks
 from lightning_modules.staged import check_stage
 from models.backbone import Features
@@ -30,6 +30,7 @@ class TokenCut(ObjectFinder):
     def build(self) -> None:
         settings = self.cfg.method
         check_stage(settings.stage, self.backbone)
+        one_of("method.features", settings.features, FEATURES)
         one_of("method.solver", settings.solver, eigen.SOLVERS)
         if not -1 < settings.tau < 1:
             raise ConfigError(f"method.tau={settings.tau:g}: a cosine, expected a number between -1 and 1")
@@ -37,14 +38,16 @@ class TokenCut(ObjectFinder):
             raise ConfigError(f"method.eps={settings.eps:g}: expected a number between 0 and 1")
         self.code_dim = self.backbone.dim
         self.build_foreground()
-        say_features(self.backbone)
+        say_features(self.backbone, settings.features)
 
     def embed(self, features: Features) -> Tensor:
         return F.normalize(features.concat(), dim=1)
 
     @torch.no_grad()
     def objects(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        settings, maps = self.cfg.method, patch_features(self.backbone, images)
+        settings = self.cfg.method
+        maps = patch_features(self.backbone, images, settings.features)
+        maps = centred(maps) if settings.centred else maps
         affinity = spectral.threshold_affinity(maps.flatten(2).mT, settings.tau, settings.eps, settings.binary)
         found = spectral.token_cut(affinity, tuple(maps.shape[-2:]), solver=settings.solver).masks
         size, patch = tuple(images.shape[-2:]), patch_of(self.backbone)

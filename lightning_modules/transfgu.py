@@ -67,7 +67,7 @@ class TransFGU(StagedSegmenter):
         self.backbone.check_size(self.view_size, "method.augment.size")
         self.token = token_kind(self.backbone, settings.maps.token)
         if self.token == "pooled" and settings.maps.token == "auto":
-            log.info("%s has no class token that can be differentiated: its mean feature serves", self.backbone.name)
+            log.info("%s has no trained class token that can be differentiated: its mean feature serves", self.backbone.name)
         self.banks = self._banks()
         count = sum(self.banks.values())
         self.register_buffer("concepts", torch.zeros(count, token_width(self.backbone, self.token)))

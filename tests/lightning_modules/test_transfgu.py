@@ -53,12 +53,19 @@ def test_the_path_ends_in_the_class_token(name):
     backbone = network(name, create=create)
     images = pictures(size=56)
     with torch.no_grad():
-        path = class_path(backbone, images, token_kind(backbone, "auto"))
+        path = class_path(backbone, images, "class")
         outputs = torch.einsum("bht,bhtd->bhd", path.attention, path.values).flatten(1)
         found, wanted = path.token(outputs), tokens(backbone, images, "class")
     torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(path.attention.sum(-1), torch.ones(path.attention.shape[:2]))
     assert path.prefix == backbone.prefix
+
+
+def test_a_class_token_that_was_not_trained_is_not_taken_by_itself():
+    """The bundled weights were taught by patches alone."""
+    assert token_kind(network("tiny"), "auto") == "pooled"
+    assert token_kind(network("tiny"), "class") == "class"
+    assert token_kind(network("tiny", class_token=True), "auto") == "class"
 
 
 def test_a_network_without_class_token_pools_its_map():

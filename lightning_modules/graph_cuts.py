@@ -67,7 +67,7 @@ def centred(maps: Tensor) -> Tensor:
     return unit - unit.mean((2, 3), keepdim=True)
 
 
-def say_features(backbone: Backbone, kind: str) -> None:
+def say_features(backbone: Backbone, kind: str = "keys") -> None:
     """One line where keys are asked of a network that has none."""
     if kind == "keys" and not backbone.has_attention:
         log.info(
@@ -213,7 +213,9 @@ def region_vectors(
     if kind == "colour":
         maps = small_pictures(image[None], tuple(segments.shape))
     else:
-        maps = F.interpolate(patch_features(backbone, image[None], method.graph.features), segments.shape, mode="nearest")
+        maps = F.interpolate(
+            patch_features(backbone, image[None], method.graph.features), segments.shape, mode="nearest"
+        )
     inside = (segments == names[:, None, None]).flatten(1).float()
     return names, boxes, (inside @ maps[0].flatten(1).T) / inside.sum(1, keepdim=True).clamp(min=1)
 

@@ -16,7 +16,7 @@ from common import chance
 from common.errors import ConfigError, one_of
 from common.precision import exact
 from datamodules.transforms import Geometry
-from grouping.concepts import class_row_gradient, concept_maps
+from grouping.concepts import TARGETS, class_row_gradient, concept_maps
 from grouping.segments import segment_means
 from grouping.windows import crop_boxes
 from lightning_modules.graph_cuts import patch_of
@@ -62,7 +62,7 @@ class Crops(MapStep):
         self.cfg, self.crops, self.stage = cfg, cfg.method.crops, cfg.method.stage
         self.banks, self.token, self.seed = banks, token, int(cfg.seed)
         self.sides = tuple(self.crops.zoom * side for side in stage_sides(self.stage))
-        self.side = min(stage_sides(self.stage))
+        self.side = self.crops.size or min(stage_sides(self.stage))
         patch = patch_of(backbone)
         self.grid = tuple(-(-side // patch) for side in self.sides)
         boxes, _ = crop_boxes(*self.grid, list(self.crops.scales))
@@ -214,7 +214,7 @@ class ConceptMaps(MapStep):
         self.cfg, self.maps, self.concepts, self.token = cfg, cfg.method.maps, concepts, token
 
     def settings(self) -> dict[str, Any]:
-        return {"share": self.maps.share, "divisor": self.maps.divisor, "token": self.token}
+        return {name: self.maps[name] for name in ("share", "divisor", "target")} | {"token": self.token}
 
     def geometry(self) -> Geometry:
         return Geometry(stage_sides(self.cfg.method.stage), "none", self.cfg.data.interpolation)
@@ -231,13 +231,13 @@ class ConceptMaps(MapStep):
     def records(self, batch: dict[str, Any]) -> list[Record]:
         images = batch["image"]
         path = class_path(self.backbone, images, self.token)
-        maps = maps_of(path, self.centroids, self.maps.divisor, self.maps.share).half()
+        maps = maps_of(path, self.centroids, self.maps.divisor, self.maps.share, self.maps.target).half()
         return [new_record(batch, row, images, path.grid, class_map=found) for row, found in enumerate(maps)]
 
 
-def maps_of(path: ClassPath, centroids: Tensor, divisor: int, share: float) -> Tensor:
+def maps_of(path: ClassPath, centroids: Tensor, divisor: int, share: float, target: str = "cosine") -> Tensor:
     """Concept maps float32 [B,K,h,w] of pictures by their class path; see grouping/concepts.py."""
-    gradient = class_row_gradient(path.attention, path.values, centroids, path.token, divisor)
+    gradient = class_row_gradient(path.attention, path.values, centroids, path.token, divisor, target)
     row = torch.cat([path.attention[:, :, :1], path.attention[:, :, path.prefix :]], 2)  # registers have no place
     return concept_maps(row, gradient[:, :, path.prefix - 1 :], share).unflatten(2, path.grid)
 
@@ -291,9 +291,11 @@ def maps_at(maps: Tensor, places: Tensor, size: tuple[int, int]) -> Tensor:
 def check_crops(settings: Any) -> None:
     """Raises ConfigError for values of `method.{banks,crops,kmeans,maps}` that cannot be run with."""
     one_of("method.banks", settings.banks, BANKS)
+    one_of("method.maps.target", settings.maps.target, TARGETS)
     crops, maps = settings.crops, settings.maps
     positive = {
-        "crops.zoom": crops.zoom, "crops.batch_size": crops.batch_size, "maps.divisor": maps.divisor,
+        "crops.size": crops.size, "crops.zoom": crops.zoom, "crops.batch_size": crops.batch_size,
+        "maps.divisor": maps.divisor,
         "crops.max_per_image": crops.max_per_image, "crops.pictures": crops.pictures,
         "kmeans.iterations": settings.kmeans.iterations, "kmeans.restarts": settings.kmeans.restarts,
     }  # fmt: skip

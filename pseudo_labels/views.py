@@ -135,6 +135,27 @@ class Soft(View):
         return best if self.background is None else np.where(maps.max(0) <= self.background, 0, best + 1)
 
 
+class Strongest(View):
+    """One of the concept maps of a picture for people: 256 shades, 255 being the largest entry of all its maps.
+
+    rank: 0 is the concept with the largest sum over the picture, 1 the next, and so on.
+    """
+
+    def __init__(self, records: Records, rank: int) -> None:
+        super().__init__(records, ("class_map",))
+        self.rank = rank
+
+    def concept(self, record: Record) -> int:
+        """Which concept it is of this picture."""
+        sums = record.fields["class_map"].astype(np.float64).sum((1, 2))
+        return int(np.argsort(-sums, kind="stable")[min(self.rank, len(sums) - 1)])
+
+    def labels(self, record: Record) -> np.ndarray:
+        maps = record.fields["class_map"].astype(np.float64)
+        largest = maps.max()
+        return np.round(255 * maps[self.concept(record)] / (largest if largest > 0 else 1)).astype(np.int64)
+
+
 def first_rows(records: Records, name: str) -> np.ndarray:
     """Where the rows of every picture begin among those of all kept ones (`Records.rows(name)`): int64 [pictures]."""
     counts = records.counts(name)

@@ -48,7 +48,7 @@ def test_patch_features_are_the_keys_of_the_last_block(pictures):
 def test_a_network_without_attention_gives_its_features_and_says_so(pictures, caplog):
     caplog.set_level("INFO", logger="lightning_modules")
     network = ["backbone=mobilenetv2", "backbone.weights=none", "backbone.levels=[1,4]"]
-    model = built("tokencut", *network, "method.features=keys")
+    model = built("tokencut", *network)
     maps = graph_cuts.patch_features(model.backbone, pictures)
     assert torch.equal(maps, model.backbone.features(pictures).concat())
     line = "mobilenetv2 has no attention keys: graphs are made of its features (backbone.levels)"
@@ -74,8 +74,7 @@ def test_centred_features_lie_around_nothing(pictures):
 
 
 def test_tokencut_cuts_the_graph_of_the_keys(pictures):
-    """As released: features=keys, and not centred."""
-    model = built("tokencut", "method.features=keys", "method.centred=false")
+    model = built("tokencut", "method.side=peak")
     masks, boxes = model.objects(pictures)
     keys = graph_cuts.patch_features(model.backbone, pictures).flatten(2).mT
     cut = spectral.token_cut(spectral.threshold_affinity(keys, 0.2, 1e-5), (6, 8))
@@ -206,7 +205,7 @@ def test_a_picture_without_eigenvectors_has_no_regions_either():
 REFUSED = {
     ("deep_spectral", "method.graph.kind=edge"): "method.graph.kind=edge: not one of deep, colour",
     ("deep_spectral", "method.graph.features=queries"): "method.graph.features=queries: not one of keys, levels",
-    ("tokencut", "method.features=queries"): "method.features=queries: not one of keys, levels",
+    ("tokencut", "method.side=left"): "method.side=left: not one of peak, border",
     ("deep_spectral", "method.graph.scale=0"): "method.graph.scale=0: must be at least 1",
     ("deep_spectral", "method.graph.radius=0"): "method.graph.radius=0: must be above 0",
     ("deep_spectral", "method.eigs.k=1"): "method.eigs.k=1: the first vector is constant; set 2 or more",

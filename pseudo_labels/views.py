@@ -68,9 +68,7 @@ class Shades(View):
         self.number = number
 
     def labels(self, record: Record) -> np.ndarray:
-        vector = record.fields["eigenvectors"][self.number].astype(np.float64)
-        spread = vector.max() - vector.min()
-        return np.round(255 * (vector - vector.min()) / (spread if spread > 0 else 1)).astype(np.int64)
+        return shades(record.fields["eigenvectors"][self.number])
 
 
 class Painted(View):
@@ -136,7 +134,7 @@ class Soft(View):
 
 
 class Strongest(View):
-    """One of the concept maps of a picture for people: 256 shades, 255 being the largest entry of all its maps.
+    """One of the concept maps of a picture for people, as 256 shades: 0 at its smallest entry, 255 at its largest.
 
     rank: 0 is the concept with the largest sum over the picture, 1 the next, and so on.
     """
@@ -151,9 +149,14 @@ class Strongest(View):
         return int(np.argsort(-sums, kind="stable")[min(self.rank, len(sums) - 1)])
 
     def labels(self, record: Record) -> np.ndarray:
-        maps = record.fields["class_map"].astype(np.float64)
-        largest = maps.max()
-        return np.round(255 * maps[self.concept(record)] / (largest if largest > 0 else 1)).astype(np.int64)
+        return shades(record.fields["class_map"][self.concept(record)])
+
+
+def shades(values: np.ndarray) -> np.ndarray:
+    """Values [h,w] as whole numbers from 0, the smallest, to 255, the largest."""
+    values = values.astype(np.float64)
+    spread = values.max() - values.min()
+    return np.round(255 * (values - values.min()) / (spread if spread > 0 else 1)).astype(np.int64)
 
 
 def first_rows(records: Records, name: str) -> np.ndarray:

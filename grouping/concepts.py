@@ -1,9 +1,8 @@
 """Concept maps of TransFGU: where a picture supports each concept, from the gradient of its class token.
 
-The loss of concept c is 1 - cos(class token, centroid c), or less their product (TARGETS). It depends on the last
-attention through the class token's row alone, so its gradient by that row is (gradient at the class token's head
-outputs) . (value vectors): the small vectors of all concepts come from one batched vector-Jacobian product, without a
-backward through the network.
+The loss of concept c is 1 - cos(class token, centroid c). It depends on the last attention through the class token's
+row alone, so its gradient by that row is (gradient at the class token's head outputs) . (value vectors): the small
+vectors of all concepts come from one batched vector-Jacobian product, without a backward through the network.
 
 Glossary: B pictures, K concepts, H heads, T = 1 + h w tokens (the class token first), d channels of a head, D = H d.
 Source: Yin et al., TransFGU (ECCV 2022); method documents transfgu.md 5 and speed.md 4.13.
@@ -16,11 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.precision import exact, real
-
-TARGETS = ("cosine", "product")
-"""What a concept's map is the gradient of: the token's cosine with the concept, as released, or its product with the
-unit concept. The gradient of a cosine leaves the token's own direction out, so a concept that fills a picture has no
-evidence in it; that of a product has."""
 
 
 @torch.no_grad()
@@ -37,9 +31,8 @@ def kept_mass(values: Tensor, share: float = 0.8) -> Tensor:
 
 
 def class_row_gradient(
-    attention: Tensor, values: Tensor, centroids: Tensor, token: Callable[[Tensor], Tensor], divisor: int = 1,
-    target: str = "cosine",
-) -> Tensor:  # fmt: skip
+    attention: Tensor, values: Tensor, centroids: Tensor, token: Callable[[Tensor], Tensor], divisor: int = 1
+) -> Tensor:
     """Gradient of each concept's loss by the class token's attention, mean over heads, patches only: [B,K,T-1].
 
     Args:
@@ -49,7 +42,6 @@ def class_row_gradient(
         token: the class token [B,D'] from its head outputs [B,D] (projection, residual, MLP, norm; the identity where
             there is none). Rows must not depend on each other.
         divisor: the released loss is a mean over the loader's batch, so its gradient is smaller by it.
-        target: see TARGETS.
     """
     with exact(attention.device):
         attention, values = real(attention.detach()), real(values.detach())
@@ -57,11 +49,10 @@ def class_row_gradient(
         concepts = F.normalize(real(centroids.detach()), dim=1)
         with torch.enable_grad():
             outputs.requires_grad_()
-            tokens = token(outputs)
-            alike = (F.normalize(tokens, dim=1) if target == "cosine" else tokens) @ concepts.T
-        eye = torch.eye(len(concepts), dtype=alike.dtype, device=alike.device)
-        seeds = -eye[:, None, :].expand(-1, len(alike), -1) / divisor  # one row a concept
-        small = torch.autograd.grad(alike, outputs, seeds, is_grads_batched=True)[0]  # [K,B,D]
+            cosines = F.normalize(token(outputs), dim=1) @ concepts.T
+        eye = torch.eye(len(concepts), dtype=cosines.dtype, device=cosines.device)
+        seeds = -eye[:, None, :].expand(-1, len(cosines), -1) / divisor  # one row a concept
+        small = torch.autograd.grad(cosines, outputs, seeds, is_grads_batched=True)[0]  # [K,B,D]
         small = small.unflatten(2, values.shape[1::2])
         return torch.einsum("kbhd,bhtd->bkt", small, values[:, :, 1:]) / values.shape[1]
 

@@ -16,7 +16,7 @@ from common import chance
 from common.errors import ConfigError, one_of
 from common.precision import exact
 from datamodules.transforms import Geometry
-from grouping.concepts import TARGETS, class_row_gradient, concept_maps
+from grouping.concepts import class_row_gradient, concept_maps
 from grouping.segments import segment_means
 from grouping.windows import crop_boxes
 from lightning_modules.graph_cuts import patch_of
@@ -214,7 +214,7 @@ class ConceptMaps(MapStep):
         self.cfg, self.maps, self.concepts, self.token = cfg, cfg.method.maps, concepts, token
 
     def settings(self) -> dict[str, Any]:
-        return {name: self.maps[name] for name in ("share", "divisor", "target")} | {"token": self.token}
+        return {"share": self.maps.share, "divisor": self.maps.divisor, "token": self.token}
 
     def geometry(self) -> Geometry:
         return Geometry(stage_sides(self.cfg.method.stage), "none", self.cfg.data.interpolation)
@@ -231,13 +231,13 @@ class ConceptMaps(MapStep):
     def records(self, batch: dict[str, Any]) -> list[Record]:
         images = batch["image"]
         path = class_path(self.backbone, images, self.token)
-        maps = maps_of(path, self.centroids, self.maps.divisor, self.maps.share, self.maps.target).half()
+        maps = maps_of(path, self.centroids, self.maps.divisor, self.maps.share).half()
         return [new_record(batch, row, images, path.grid, class_map=found) for row, found in enumerate(maps)]
 
 
-def maps_of(path: ClassPath, centroids: Tensor, divisor: int, share: float, target: str = "cosine") -> Tensor:
+def maps_of(path: ClassPath, centroids: Tensor, divisor: int, share: float) -> Tensor:
     """Concept maps float32 [B,K,h,w] of pictures by their class path; see grouping/concepts.py."""
-    gradient = class_row_gradient(path.attention, path.values, centroids, path.token, divisor, target)
+    gradient = class_row_gradient(path.attention, path.values, centroids, path.token, divisor)
     row = torch.cat([path.attention[:, :, :1], path.attention[:, :, path.prefix :]], 2)  # registers have no place
     return concept_maps(row, gradient[:, :, path.prefix - 1 :], share).unflatten(2, path.grid)
 
@@ -291,7 +291,6 @@ def maps_at(maps: Tensor, places: Tensor, size: tuple[int, int]) -> Tensor:
 def check_crops(settings: Any) -> None:
     """Raises ConfigError for values of `method.{banks,crops,kmeans,maps}` that cannot be run with."""
     one_of("method.banks", settings.banks, BANKS)
-    one_of("method.maps.target", settings.maps.target, TARGETS)
     crops, maps = settings.crops, settings.maps
     positive = {
         "crops.size": crops.size, "crops.zoom": crops.zoom, "crops.batch_size": crops.batch_size,

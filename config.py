@@ -51,6 +51,7 @@ NULLABLE = {
     "method.regions.root": str,
     "method.crop.size": int,
     "method.stage.size": (int, list),
+    "method.crops.size": int,
     "method.crops.max_per_image": int,
     "method.crops.pictures": int,
     "method.things": int,

@@ -24,6 +24,9 @@ COLOUR_GRAPHS = ((20, 2.0), (10, 0.1))
 """(neighbours, weight of the place) of the two colour graphs of Deep Spectral."""
 _STRIP = 256
 """Rows of a graph that a CPU makes at a time, from the diagonal on; other devices make them all at once."""
+SIDES = ("peak", "border")
+"""Of a cut that is the object: the one of the vector's largest entry, as released, or the one with the smaller share of
+the picture's border; of equal shares the former."""
 _SEPARATION = 1e-3
 """Largest sine of the angle between TokenCut's vector and the true one, by residual and gap, before it is solved
 densely."""
@@ -270,17 +273,17 @@ class Cut:
     values: Tensor
     """[B,2]: the second and third eigenvalue."""
     vectors: Tensor
-    """[B,h,w], positive at the seed's side: its entry of largest magnitude is on the object's side of the mean."""
+    """[B,h,w], positive at the seed's side: the seed is on the object's side of the mean."""
     bipartition: Tensor
     """bool [B,h,w]: entries above their mean, or the others, so that the seed is inside."""
     seeds: Tensor
-    """int64 [B]: flat index of the entry of largest magnitude."""
+    """int64 [B]: flat index of the entry of largest magnitude, with side `border` of that inside the object's side."""
     masks: Tensor
     """bool [B,h,w]: the 4-connected component of the bipartition that holds the seed."""
 
 
 @torch.no_grad()
-def token_cut(affinity: Tensor, size: tuple[int, int], *, solver: str = "auto") -> Cut:
+def token_cut(affinity: Tensor, size: tuple[int, int], *, solver: str = "auto", side: str = "peak") -> Cut:
     """One object of each picture by its normalised cut; the result does not depend on the solver's sign.
 
     A picture whose second vector is not sure, since the third value lies too near for float32, is solved densely.
@@ -289,6 +292,7 @@ def token_cut(affinity: Tensor, size: tuple[int, int], *, solver: str = "auto") 
         affinity: [B,N,N], see `threshold_affinity`.
         size: h and w of the grid.
         solver: see `eigen.SOLVERS`.
+        side: see SIDES.
 
     Raises:
         ConfigError: a grid of fewer than 3 patches.
@@ -310,5 +314,18 @@ def token_cut(affinity: Tensor, size: tuple[int, int], *, solver: str = "auto") 
     inside = above.gather(1, seeds[:, None])
     vectors, above = torch.where(inside, vectors, -vectors), torch.where(inside, above, ~above)
     above = above.view(-1, *size)
+    if side == "border":
+        turned = border_share(above) > border_share(~above)
+        above = torch.where(turned[:, None, None], ~above, above)
+        vectors = torch.where(turned[:, None], -vectors, vectors)
+        away = (vectors - vectors.mean(1, keepdim=True)).masked_fill(~above.flatten(1), -torch.inf)
+        seeds = torch.where(turned, away.argmax(1), seeds)
     objects = [masks.component_at(mask, int(seed), 4) for mask, seed in zip(above, seeds, strict=True)]
     return Cut(values, vectors.view(-1, *size), above, seeds, torch.stack(objects))
+
+
+def border_share(maps: Tensor) -> Tensor:
+    """How much of the border of each map bool [B,h,w] is inside it: [B], from 0 to 1."""
+    rim = torch.ones_like(maps[0])
+    rim[1:-1, 1:-1] = False
+    return maps[:, rim].double().mean(1)

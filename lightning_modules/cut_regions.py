@@ -16,6 +16,7 @@ from lightning_modules.graph_cuts import (
     Regions,
     check_graph,
     check_segments,
+    patch_width,
     region_maps,
     say_features,
 )
@@ -56,19 +57,17 @@ class RegionSegmenter(StagedSegmenter):
         self.clusters = settings.num_clusters - int(settings.background)
         self.kind = settings.graph.kind
         crop = settings.regions.vectors == "crop" and self.kind == "deep"
-        width = 3 if self.kind == "colour" else self._crop_width() if crop else self._patch_width()
+        width = patch_width(self.backbone, settings.graph.features)
+        width = 3 if self.kind == "colour" else self._crop_width() if crop else width
         self.register_buffer("region_mean", torch.zeros(width))
         components = settings.regions.pca
         self.register_buffer("region_axes", torch.zeros(width, components) if components else None)
         self.register_buffer("region_centroids", torch.zeros(self.clusters, components or width))
         if self.kind == "deep":
-            say_features(self.backbone)
+            say_features(self.backbone, settings.graph.features)
 
     def _crop_width(self) -> int:
-        return self.backbone.channels[-1] if self.backbone.prefix else self.backbone.dim
-
-    def _patch_width(self) -> int:
-        return self.backbone.channels[-1] if self.backbone.has_attention else self.backbone.dim
+        return self.backbone.channels[-1] if self.backbone.class_token else self.backbone.dim
 
     # ------------------------------------------------------------------ the stage
 

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 KINDS = ("deep", "colour")
 """Of a graph: cosines of patch features (and neighbours in colour), or Gaussian weights of mean colours and places."""
+FEATURES = ("keys", "levels")
+"""Of patches: the keys of the last block, or the maps of `backbone.levels`."""
 MODES = ("fixed", "adaptive", "single")
 """Of segments: a fixed number, by the largest gap of the eigenvalues, or object and background by the second vector."""
 VECTORS = ("crop", "mean")
@@ -40,18 +42,34 @@ def patch_of(backbone: Backbone) -> int:
     return max(backbone.patch_multiple, min(backbone.strides))
 
 
-def patch_features(backbone: Backbone, images: Tensor) -> Tensor:
-    """Float32 maps [B,C,h,w]: keys of the last block, heads side by side; of a network without attention its levels."""
-    if not backbone.has_attention:
+def patch_features(backbone: Backbone, images: Tensor, kind: str = "keys") -> Tensor:
+    """Float32 maps [B,C,h,w]: keys of the last block, heads side by side, or the levels (see FEATURES); of a network
+    without attention always these."""
+    if kind == "levels" or not backbone.has_attention:
         return backbone.features(images).concat()
     found = backbone.features(images, qkv=True)
     keys = found.qkv[1][:, :, found.prefix :].float()  # [B,heads,N,d]
     return keys.permute(0, 1, 3, 2).flatten(1, 2).unflatten(2, found.map.shape[-2:])
 
 
-def say_features(backbone: Backbone) -> None:
-    """One line where a network has no keys."""
-    if not backbone.has_attention:
+def patch_width(backbone: Backbone, kind: str) -> int:
+    """C of `patch_features`."""
+    return backbone.channels[-1] if kind == "keys" and backbone.has_attention else backbone.dim
+
+
+def centred(maps: Tensor) -> Tensor:
+    """Unit features of patches [B,C,h,w] less their mean over the picture.
+
+    Features of a network lie in a narrow cone, so all cosines of a picture are high and its graph hardly tells patches
+    apart; around the mean, half of them are negative.
+    """
+    unit = F.normalize(maps, dim=1)
+    return unit - unit.mean((2, 3), keepdim=True)
+
+
+def say_features(backbone: Backbone, kind: str = "keys") -> None:
+    """One line where keys are asked of a network that has none."""
+    if kind == "keys" and not backbone.has_attention:
         log.info(
             "%s has no attention keys: graphs are made of its features (backbone.levels) themselves", backbone.name
         )
@@ -83,6 +101,7 @@ def check_graph(settings: Any) -> None:
     """Raises ConfigError for values of `method.graph` and `method.eigs` that cannot be run with."""
     graph, eigs = settings.graph, settings.eigs
     one_of("method.graph.kind", graph.kind, KINDS)
+    one_of("method.graph.features", graph.features, FEATURES)
     one_of("method.eigs.solver", eigs.solver, eigen.SOLVERS)
     if graph.scale < 1:
         raise ConfigError(f"method.graph.scale={graph.scale}: must be at least 1")
@@ -106,7 +125,8 @@ def graph_vectors(
             small_pictures(images, size), graph.sigma_features, graph.sigma_places, graph.radius
         )
     else:
-        maps = patch_features(backbone, images)
+        maps = patch_features(backbone, images, graph.features)
+        maps = centred(maps) if graph.centred else maps
         size = tuple(side * graph.scale for side in maps.shape[-2:])
         if graph.scale > 1:
             maps = spectral.upsampled(maps, size)
@@ -174,13 +194,14 @@ def segment(values: Tensor, vectors: Tensor, settings: Any, seed: int, index: in
 
 
 def region_vectors(
-    backbone: Backbone, image: Tensor, segments: Tensor, settings: Any, background: bool, kind: str = "deep"
+    backbone: Backbone, image: Tensor, segments: Tensor, method: Any, background: bool, kind: str = "deep"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Ids int64 [R], boxes int64 [R,4] (px of the image) and features float32 [R,D] of the regions of one picture.
 
     image [3,H,W], segments [h,w] over the whole of it. background: id 0 is a region like the others where this is
-    False. kind `colour`: mean colours of the patches inside, whatever `settings.vectors` says.
+    False. kind `colour`: mean colours of the patches inside, whatever `method.regions.vectors` says.
     """
+    settings = method.regions
     shifted = segments if background else segments + 1
     names, boxes = masks.region_boxes(shifted, settings.erode, settings.dilate)
     scale = torch.tensor([image.shape[2] / segments.shape[1], image.shape[1] / segments.shape[0]], device=image.device)
@@ -192,13 +213,16 @@ def region_vectors(
     if kind == "colour":
         maps = small_pictures(image[None], tuple(segments.shape))
     else:
-        maps = F.interpolate(patch_features(backbone, image[None]), segments.shape, mode="nearest")
+        maps = F.interpolate(
+            patch_features(backbone, image[None], method.graph.features), segments.shape, mode="nearest"
+        )
     inside = (segments == names[:, None, None]).flatten(1).float()
     return names, boxes, (inside @ maps[0].flatten(1).T) / inside.sum(1, keepdim=True).clamp(min=1)
 
 
 def crop_vectors(backbone: Backbone, image: Tensor, boxes: Tensor) -> Tensor:
-    """Features [R,C] of the boxes [R,4] of a picture [3,H,W], each a picture of its own: class tokens, else map means.
+    """Features [R,C] of the boxes [R,4] of a picture [3,H,W], each a picture of its own: class tokens, else map means
+    (also where the class token was not trained).
 
     Boxes of one shape go through the network together.
     """
@@ -214,7 +238,7 @@ def crop_vectors(backbone: Backbone, image: Tensor, boxes: Tensor) -> Tensor:
             top, left = min(top, image.shape[1] - height), min(left, image.shape[2] - width)
             crops.append(image[:, top : top + height, left : left + width])
         features = backbone.features(torch.stack(crops))
-        vectors = features.cls if features.cls is not None else features.concat().mean((2, 3))
+        vectors = features.cls if backbone.class_token else features.concat().mean((2, 3))
         found |= dict(zip(rows, vectors.float(), strict=True))
     return torch.stack([found[row] for row in range(len(boxes))]) if found else image.new_zeros(0, backbone.dim)
 
@@ -237,7 +261,8 @@ class Regions(MapStep):
 
     def settings(self) -> dict[str, Any]:
         own = {"segments": dict(self.method.segments), "regions": dict(self.method.regions) | {"pca": None}}
-        return own | {"seed": self.seed, "background": self.background, "kind": self.kind}
+        own |= {"seed": self.seed, "background": self.background, "kind": self.kind}
+        return own | {"class_token": self.backbone.class_token}
 
     def geometry(self) -> Geometry:
         return stage_geometry(self.method.stage, self.interpolation)
@@ -263,7 +288,7 @@ class Regions(MapStep):
             )
             segments = segment(values, vectors, self.method.segments, self.seed, index)
             names, boxes, features = region_vectors(
-                self.backbone, image, segments, self.method.regions, self.background, self.kind
+                self.backbone, image, segments, self.method, self.background, self.kind
             )
             fields = {"segments": segments.short(), "names": names.short(), "boxes": boxes.int(), "features": features}
             found.append(new_record(batch, row, images, tuple(segments.shape), **fields))
@@ -313,7 +338,7 @@ def region_maps(
     maps = []
     for image, values, vectors in zip(images, found.values.float(), found.vectors.float(), strict=True):
         segments = segment(values, vectors.unflatten(1, size), method.segments, seed, 0)
-        names, _, features = region_vectors(backbone, image, segments, method.regions, background, kind)
+        names, _, features = region_vectors(backbone, image, segments, method, background, kind)
         classes = space.assign(features) + int(background) if len(names) else names
         table = torch.zeros(int(segments.max()) + 1, dtype=torch.int64, device=image.device)
         table[names] = classes

@@ -1,8 +1,8 @@
 """TokenCut (Wang et al., CVPR 2022): the object of a picture by the normalised cut of its patch graph.
 
 Nothing is trained but the probes. Patches are joined where their keys are alike (cosine above tau); the second
-eigenvector splits them, the side of its largest entry is the object, and of it the component of that patch. Read out as
-val/foreground/* (`evaluation/foreground.py`). `run.py pseudo` keeps the masks of the training pictures, which other
+eigenvector splits them, one side is the object (`method.side`), and of it the component of its largest entry. Read out
+as val/foreground/* (`evaluation/foreground.py`). `run.py pseudo` keeps the masks of the training pictures, which other
 methods may start from. Method document deep_spectral.md 2; its refinement by a bilateral solver is not here.
 """
 
@@ -30,6 +30,7 @@ class TokenCut(ObjectFinder):
     def build(self) -> None:
         settings = self.cfg.method
         check_stage(settings.stage, self.backbone)
+        one_of("method.side", settings.side, spectral.SIDES)
         one_of("method.solver", settings.solver, eigen.SOLVERS)
         if not -1 < settings.tau < 1:
             raise ConfigError(f"method.tau={settings.tau:g}: a cosine, expected a number between -1 and 1")
@@ -44,9 +45,10 @@ class TokenCut(ObjectFinder):
 
     @torch.no_grad()
     def objects(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        settings, maps = self.cfg.method, patch_features(self.backbone, images)
+        settings = self.cfg.method
+        maps = patch_features(self.backbone, images)
         affinity = spectral.threshold_affinity(maps.flatten(2).mT, settings.tau, settings.eps, settings.binary)
-        found = spectral.token_cut(affinity, tuple(maps.shape[-2:]), solver=settings.solver).masks
+        found = spectral.token_cut(affinity, tuple(maps.shape[-2:]), solver=settings.solver, side=settings.side).masks
         size, patch = tuple(images.shape[-2:]), patch_of(self.backbone)
         return found, torch.stack([masks.tight_box(mask, patch, size) for mask in found])
 

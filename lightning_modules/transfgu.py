@@ -42,7 +42,7 @@ from models.class_token import token_kind, token_width
 from models.mask_decoder import MaskDecoder
 from pseudo_labels.cache import Records
 from pseudo_labels.steps import Results, Step
-from pseudo_labels.views import Soft, View
+from pseudo_labels.views import Soft, Strongest, View
 
 log = logging.getLogger(__name__)
 
@@ -64,10 +64,13 @@ class TransFGU(StagedSegmenter):
         if settings.stage.size is None:
             raise ConfigError("method.stage.size=null: windows need pictures of one size; set it in px, or [H,W]")
         self.backbone.check_size(stage_sides(settings.stage), "method.stage.size")
+        self.backbone.check_size(settings.crops.size, "method.crops.size")
         self.backbone.check_size(self.view_size, "method.augment.size")
         self.token = token_kind(self.backbone, settings.maps.token)
         if self.token == "pooled" and settings.maps.token == "auto":
-            log.info("%s has no class token that can be differentiated: its mean feature serves", self.backbone.name)
+            log.info(
+                "%s has no trained class token that can be differentiated: its mean feature serves", self.backbone.name
+            )
         self.banks = self._banks()
         count = sum(self.banks.values())
         self.register_buffer("concepts", torch.zeros(count, token_width(self.backbone, self.token)))
@@ -129,7 +132,9 @@ class TransFGU(StagedSegmenter):
         data.pseudo = Places(self.maps)
 
     def shown(self, results: Results) -> dict[str, View]:
-        return {"concept maps": Soft(results["maps"])}
+        maps = results["maps"]
+        strongest = {f"concept map {rank + 1}": Strongest(maps, rank) for rank in range(min(3, len(self.concepts)))}
+        return strongest | {"pseudo-labels": Soft(maps)}
 
     # ------------------------------------------------------------------ networks
 

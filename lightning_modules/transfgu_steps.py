@@ -62,7 +62,7 @@ class Crops(MapStep):
         self.cfg, self.crops, self.stage = cfg, cfg.method.crops, cfg.method.stage
         self.banks, self.token, self.seed = banks, token, int(cfg.seed)
         self.sides = tuple(self.crops.zoom * side for side in stage_sides(self.stage))
-        self.side = min(stage_sides(self.stage))
+        self.side = self.crops.size or min(stage_sides(self.stage))
         patch = patch_of(backbone)
         self.grid = tuple(-(-side // patch) for side in self.sides)
         boxes, _ = crop_boxes(*self.grid, list(self.crops.scales))
@@ -293,7 +293,8 @@ def check_crops(settings: Any) -> None:
     one_of("method.banks", settings.banks, BANKS)
     crops, maps = settings.crops, settings.maps
     positive = {
-        "crops.zoom": crops.zoom, "crops.batch_size": crops.batch_size, "maps.divisor": maps.divisor,
+        "crops.size": crops.size, "crops.zoom": crops.zoom, "crops.batch_size": crops.batch_size,
+        "maps.divisor": maps.divisor,
         "crops.max_per_image": crops.max_per_image, "crops.pictures": crops.pictures,
         "kmeans.iterations": settings.kmeans.iterations, "kmeans.restarts": settings.kmeans.restarts,
     }  # fmt: skip

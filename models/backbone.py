@@ -96,6 +96,7 @@ class Backbone(nn.Module):
         strides: pixels per patch of each level (in training, where it differs); `stride` is that of `Features.map`.
         patch_multiple: H and W of pictures must be multiples of it (1 for convolutional networks).
         prefix: tokens in front of the patches (0 for convolutional networks).
+        class_token: whether the network has one that was trained (`backbone.class_token`).
         heads: attention heads of a block (0 without attention).
         has_attention: whether `features(attention=True)` and `qkv=True` can be had.
         frozen: no gradients, evaluation mode whatever `train()` says.
@@ -213,6 +214,7 @@ class Backbone(nn.Module):
         self.stride = self.patch_multiple = int(net.feature_info[-1]["reduction"])
         self.channels, self.strides = [net.embed_dim] * len(self.order), [self.stride] * len(self.order)
         self.prefix = net.num_prefix_tokens
+        self.class_token = self.prefix > 0 and bool(cfg.get("class_token", True))
         attentions = [getattr(block, "attn", None) for block in net.blocks]
         self.has_attention = all(isinstance(a, Attention | AttentionRope | EvaAttention) for a in attentions)
         self.heads = attentions[0].num_heads if self.has_attention else 0
@@ -236,7 +238,7 @@ class Backbone(nn.Module):
         }
         self.channels, self.strides = [info[i][0] for i in self.order], [int(info[i][1]) for i in self.order]
         self.stride, self.patch_multiple, self.prefix, self.heads = self.strides[-1], 1, 0, 0
-        self.has_attention = False
+        self.has_attention = self.class_token = False
         if stages := getattr(self.net, "_stage_out_idx", None):  # only this family is not cut behind its last level
             self.net.blocks = self.net.blocks[: max(stages)]
         self.turned = str(getattr(self.net, "output_fmt", "")).endswith("NHWC")

@@ -16,7 +16,7 @@ from common.precision import exact
 from models.backbone import Backbone, Features
 
 KINDS = ("auto", "class", "pooled")
-"""Of the token of a picture: class token where the network has one and its path is known, else the pooled map."""
+"""Of the token of a picture; auto: the class token where it was trained and its path is known, else the pooled map."""
 
 
 @dataclass
@@ -43,12 +43,13 @@ def token_kind(backbone: Backbone, wanted: str) -> str:
     """`class` or `pooled`. Raises ConfigError where a class token is asked for that the network does not have."""
     one_of("method.maps.token", wanted, KINDS)
     known = _has_path(backbone)
+    usable = known and backbone.class_token
     if wanted == "class" and not known:
         raise ConfigError(
             f"method.maps.token=class: {backbone.network} has no class token behind blocks of a plain vision "
             "transformer; use method.maps.token=pooled, or another backbone"
         )
-    return "class" if known and wanted != "pooled" else "pooled"
+    return "class" if wanted == "class" or (wanted == "auto" and usable) else "pooled"
 
 
 def _has_path(backbone: Backbone) -> bool:

@@ -68,9 +68,7 @@ class Shades(View):
         self.number = number
 
     def labels(self, record: Record) -> np.ndarray:
-        vector = record.fields["eigenvectors"][self.number].astype(np.float64)
-        spread = vector.max() - vector.min()
-        return np.round(255 * (vector - vector.min()) / (spread if spread > 0 else 1)).astype(np.int64)
+        return shades(record.fields["eigenvectors"][self.number])
 
 
 class Painted(View):
@@ -133,6 +131,32 @@ class Soft(View):
         maps = record.fields["class_map"]
         best = maps.argmax(0)
         return best if self.background is None else np.where(maps.max(0) <= self.background, 0, best + 1)
+
+
+class Strongest(View):
+    """One of the concept maps of a picture for people, as 256 shades: 0 at its smallest entry, 255 at its largest.
+
+    rank: 0 is the concept with the largest sum over the picture, 1 the next, and so on.
+    """
+
+    def __init__(self, records: Records, rank: int) -> None:
+        super().__init__(records, ("class_map",))
+        self.rank = rank
+
+    def concept(self, record: Record) -> int:
+        """Which concept it is of this picture."""
+        sums = record.fields["class_map"].astype(np.float64).sum((1, 2))
+        return int(np.argsort(-sums, kind="stable")[min(self.rank, len(sums) - 1)])
+
+    def labels(self, record: Record) -> np.ndarray:
+        return shades(record.fields["class_map"][self.concept(record)])
+
+
+def shades(values: np.ndarray) -> np.ndarray:
+    """Values [h,w] as whole numbers from 0, the smallest, to 255, the largest."""
+    values = values.astype(np.float64)
+    spread = values.max() - values.min()
+    return np.round(255 * (values - values.min()) / (spread if spread > 0 else 1)).astype(np.int64)
 
 
 def first_rows(records: Records, name: str) -> np.ndarray:

@@ -35,7 +35,8 @@ SMALL_OF = {
     "method.transformer.dropout": "0",
     "method.stage.size": "48", "method.stage.batch_size": "2", "method.stage.shard": "6", "method.eigs.k": "5",
     "method.segments.count": "4", "method.segments.restarts": "1",
-    "method.crops.max_per_image": "6", "method.decoder.dim": "16", "method.decoder.heads": "2",
+    "method.crops.max_per_image": "6", "method.crops.size": "32",
+    "method.decoder.dim": "16", "method.decoder.heads": "2",
     "method.decoder.dropout": "0", "method.augment.size": "48", "method.restarts.start": "1",
     "method.restarts.intervals": "[1]",
 }  # fmt: skip

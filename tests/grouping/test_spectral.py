@@ -226,3 +226,34 @@ def test_more_components_than_there_are():
     with pytest.raises(ConfigError) as caught:
         spectral.region_classes(torch.randn(5, 10), 2, seed=0, components=6)
     assert str(caught.value) == "method.regions.pca=6: 5 regions of 10 channels have 5 components; lower it"
+
+
+def test_the_object_side_by_the_border():
+    """A small group in the middle, whose side has no border, though the largest entry may lie on the other."""
+    inside = torch.zeros(2, 7, 7, dtype=torch.bool)
+    inside[0, 2:5, 2:5] = True
+    inside[1] = True
+    inside[1, 2:5, 2:5] = False
+    rows = torch.nn.functional.one_hot(inside.flatten(1).long(), 2).float() + 0.01
+    affinity = spectral.threshold_affinity(rows, 0.2, 1e-5)
+    by_border = spectral.token_cut(affinity, (7, 7), side="border")
+    middle = torch.zeros(7, 7, dtype=torch.bool)
+    middle[2:5, 2:5] = True
+    assert torch.equal(by_border.masks, middle.expand(2, -1, -1))
+    for mask, seed in zip(by_border.masks, by_border.seeds.tolist(), strict=True):
+        assert mask.flatten()[seed]
+    assert torch.equal(spectral.border_share(middle[None]), torch.zeros(1, dtype=torch.float64))
+    assert torch.equal(spectral.border_share(~middle[None]), torch.ones(1, dtype=torch.float64))
+
+
+def test_the_border_side_is_the_peak_side_or_the_other_one():
+    rows = torch.randn(12, 64, 8, generator=torch.Generator().manual_seed(1))
+    affinity = spectral.threshold_affinity(rows, 0.2, 1e-5)
+    peak, border = (spectral.token_cut(affinity, (8, 8), side=side) for side in spectral.SIDES)
+    same = (peak.bipartition == border.bipartition).flatten(1).all(1)
+    assert same.any()
+    assert not same.all()
+    assert torch.equal(peak.bipartition[~same], ~border.bipartition[~same])
+    assert torch.equal(peak.masks[same], border.masks[same])
+    shares = spectral.border_share(border.bipartition)
+    assert (shares <= spectral.border_share(~border.bipartition)).all()

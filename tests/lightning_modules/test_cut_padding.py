@@ -56,7 +56,7 @@ def test_classes_of_regions_do_not_depend_on_the_batch(kind, items):
         if kind == "colour":
             picks = torch.tensor([[1.0, 0.3, 0.3], [1, 1, 1], [0, 1, 0], [0, 0, 1]])
         else:
-            picks = patch_features(model.backbone, batch["image"])[0].flatten(1).T[::10]
+            picks = patch_features(model.backbone, batch["image"], "levels")[0].flatten(1).T[::10]
         picks = picks[: len(model.region_centroids)]
         model.region_centroids.copy_(torch.nn.functional.normalize(picks, dim=1))
         together, classes = enlarged(model, batch), set()

@@ -47,7 +47,8 @@ def test_patch_features_are_the_keys_of_the_last_block(pictures):
 
 def test_a_network_without_attention_gives_its_features_and_says_so(pictures, caplog):
     caplog.set_level("INFO", logger="lightning_modules")
-    model = built("tokencut", "backbone=mobilenetv2", "backbone.weights=none", "backbone.levels=[1,4]")
+    network = ["backbone=mobilenetv2", "backbone.weights=none", "backbone.levels=[1,4]"]
+    model = built("tokencut", *network)
     maps = graph_cuts.patch_features(model.backbone, pictures)
     assert torch.equal(maps, model.backbone.features(pictures).concat())
     line = "mobilenetv2 has no attention keys: graphs are made of its features (backbone.levels)"
@@ -57,8 +58,23 @@ def test_a_network_without_attention_gives_its_features_and_says_so(pictures, ca
     assert (boxes[:, 2:] <= torch.tensor([64, 48])).all()
 
 
+def test_levels_are_what_the_codes_are_made_of(pictures):
+    backbone = built("tokencut").backbone
+    maps = graph_cuts.patch_features(backbone, pictures, "levels")
+    assert torch.equal(maps, backbone.features(pictures).concat())
+    assert graph_cuts.patch_width(backbone, "levels") == maps.shape[1] == 320
+    assert graph_cuts.patch_width(backbone, "keys") == 160
+
+
+def test_centred_features_lie_around_nothing(pictures):
+    maps = graph_cuts.centred(torch.rand(2, 5, 6, 8) + torch.tensor([9.0, 0, 0, 0, 0])[:, None, None])
+    assert torch.allclose(maps.mean((2, 3)), torch.zeros(2, 5), atol=1e-6)
+    unit = torch.nn.functional.normalize(maps.flatten(2), dim=1)
+    assert (unit.mT @ unit).min() < -0.5  # cosines were all above 0.9
+
+
 def test_tokencut_cuts_the_graph_of_the_keys(pictures):
-    model = built("tokencut")
+    model = built("tokencut", "method.side=peak")
     masks, boxes = model.objects(pictures)
     keys = graph_cuts.patch_features(model.backbone, pictures).flatten(2).mT
     cut = spectral.token_cut(spectral.threshold_affinity(keys, 0.2, 1e-5), (6, 8))
@@ -69,24 +85,27 @@ def test_tokencut_cuts_the_graph_of_the_keys(pictures):
 
 
 def test_crops_of_one_shape_go_together_and_are_those_alone(pictures):
-    backbone = built("deep_spectral").backbone
+    backbone = built("deep_spectral", "backbone.class_token=true").backbone
     boxes = torch.tensor([[0, 0, 16, 24], [8, 8, 24, 32], [16, 8, 40, 32], [48, 24, 64, 48]])
     together = graph_cuts.crop_vectors(backbone, pictures[0], boxes)
     for vector, (left, top, right, bottom) in zip(together, boxes.tolist(), strict=True):
         alone = backbone.features(pictures[:1, :, top:bottom, left:right]).cls[0]
         assert torch.allclose(vector, alone, atol=1e-5)
     assert graph_cuts.crop_vectors(backbone, pictures[0], boxes[:0]).shape == (0, 320)
+    untrained = built("deep_spectral").backbone  # the bundled weights have taught their patches alone
+    mean = untrained.features(pictures[:1, :, :24, :16]).concat().mean((2, 3))[0]
+    assert torch.allclose(graph_cuts.crop_vectors(untrained, pictures[0], boxes)[0], mean, atol=1e-5)
 
 
-@pytest.mark.parametrize("background", [True, False])
-def test_means_of_regions(pictures, background):
-    model = built("normalized_cut")
+@pytest.mark.parametrize(("background", "features"), [(True, "keys"), (False, "levels")])
+def test_means_of_regions(pictures, background, features):
+    model = built("normalized_cut", f"method.graph.features={features}")
     segments = torch.zeros(6, 8, dtype=torch.int64)
     segments[2:4, 3:5], segments[5] = 1, 3
-    settings = model.cfg.method.regions
+    settings = model.cfg.method
     names, _, vectors = graph_cuts.region_vectors(model.backbone, pictures[0], segments, settings, background)
     assert names.tolist() == ([1, 3] if background else [0, 1, 3])
-    keys = graph_cuts.patch_features(model.backbone, pictures[:1])[0]
+    keys = graph_cuts.patch_features(model.backbone, pictures[:1], features)[0]
     for name, vector in zip(names, vectors, strict=True):
         assert torch.allclose(vector, keys[:, segments == name].mean(1), atol=1e-5)
     _, _, colours = graph_cuts.region_vectors(model.backbone, pictures[0], segments, settings, background, "colour")
@@ -107,10 +126,10 @@ def test_colour_graph_finds_the_square(pictures):
 OPTIONS = {
     "eigenvectors": [
         ["graph.nonnegative=false"], ["graph.scale=2"], ["graph.colour_weight=5"], ["graph.normalized=false"],
-        ["eigs.k=4"],
+        ["eigs.k=4"], ["graph.features=keys"], ["graph.centred=false"],
     ],
     "regions": [
-        ["segments.mode=adaptive"], ["segments.count=3"], ["regions.vectors=mean"], ["regions.erode=2"],
+        ["segments.mode=adaptive"], ["segments.count=3"], ["regions.vectors=crop"], ["regions.erode=2"],
         ["regions.dilate=0"], ["background=true"],
     ],
     "clusters": [["regions.pca=3"]],
@@ -185,6 +204,8 @@ def test_a_picture_without_eigenvectors_has_no_regions_either():
 
 REFUSED = {
     ("deep_spectral", "method.graph.kind=edge"): "method.graph.kind=edge: not one of deep, colour",
+    ("deep_spectral", "method.graph.features=queries"): "method.graph.features=queries: not one of keys, levels",
+    ("tokencut", "method.side=left"): "method.side=left: not one of peak, border",
     ("deep_spectral", "method.graph.scale=0"): "method.graph.scale=0: must be at least 1",
     ("deep_spectral", "method.graph.radius=0"): "method.graph.radius=0: must be above 0",
     ("deep_spectral", "method.eigs.k=1"): "method.eigs.k=1: the first vector is constant; set 2 or more",

@@ -53,12 +53,19 @@ def test_the_path_ends_in_the_class_token(name):
     backbone = network(name, create=create)
     images = pictures(size=56)
     with torch.no_grad():
-        path = class_path(backbone, images, token_kind(backbone, "auto"))
+        path = class_path(backbone, images, "class")
         outputs = torch.einsum("bht,bhtd->bhd", path.attention, path.values).flatten(1)
         found, wanted = path.token(outputs), tokens(backbone, images, "class")
     torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(path.attention.sum(-1), torch.ones(path.attention.shape[:2]))
     assert path.prefix == backbone.prefix
+
+
+def test_a_class_token_that_was_not_trained_is_not_taken_by_itself():
+    """The bundled weights were taught by patches alone."""
+    assert token_kind(network("tiny"), "auto") == "pooled"
+    assert token_kind(network("tiny"), "class") == "class"
+    assert token_kind(network("tiny", class_token=True), "auto") == "class"
 
 
 def test_a_network_without_class_token_pools_its_map():
@@ -119,8 +126,9 @@ def test_windows_are_bounded_by_a_keyed_choice_and_none_comes_twice():
     assert len(boxes) == step.most == 6
     assert torch.equal(boxes, step.chosen(None, 4)[0])
     assert not torch.equal(boxes, step.chosen(None, 5)[0])
-    assert step.announce(10).startswith(f"at most 60 crops of 48 px (6 of the {len(step.windows)} windows of each of ")
+    assert step.announce(10).startswith(f"at most 60 crops of 32 px (6 of the {len(step.windows)} windows of each of ")
     assert "-" not in step.announce(10)
+    assert crops("all", "method.crops.size=null").announce(10).startswith("at most 60 crops of 48 px (")
 
 
 def test_a_subset_of_pictures_is_a_keyed_choice():
@@ -138,7 +146,7 @@ def test_tokens_of_crops_are_those_of_the_cut_pictures():
     with torch.no_grad():
         found = step.encode(image, boxes)
         y0, x0, y1, x1 = boxes[2].tolist()
-        cut = F.interpolate(image[None, :, y0:y1, x0:x1], (48, 48), mode="bilinear", align_corners=False)
+        cut = F.interpolate(image[None, :, y0:y1, x0:x1], (32, 32), mode="bilinear", align_corners=False)
         torch.testing.assert_close(found[2], tokens(step.backbone, cut, "class")[0], atol=1e-5, rtol=1e-4)
 
 

@@ -5,10 +5,13 @@ import pytest
 import torch
 
 from common.errors import ConfigError
+from common.palette import default_palette
+from common.spec import ClassMeta
 from datamodules.dataset import Collate, PictureDataset
 from datamodules.transforms import Geometry
+from engine.stage_panels import cell, painted
 from pseudo_labels.cache import Place, Record, Records, summary, write_shard
-from pseudo_labels.views import Painted, Saliency, Segments, Soft, enlarged
+from pseudo_labels.views import Painted, Saliency, Segments, Soft, Strongest, enlarged
 
 
 def records(folder, *found: dict, drop: str = "") -> Records:
@@ -84,6 +87,27 @@ def test_saliency_and_soft_maps(tmp_path):
     assert Saliency(found).read(1, (2, 2)).tolist() == [[1, 1], [0, 0]]
     assert Soft(found).read(0, (2, 2)).tolist() == [[1, 0], [0, 0]]
     assert Soft(found, background=0.25).read(0, (2, 2)).tolist() == [[2, 1], [0, 1]]
+
+
+def test_the_strongest_concepts_in_their_own_colours(tmp_path):
+    soft = np.array([[[0.0, 0.0], [0.0, 0.5]], [[1.0, 0.5], [0.0, 0.0]], [[0.1, 0.1], [0.1, 0.1]]], np.float16)
+    found = records(tmp_path, *[{"class_map": soft}] * 2, drop="failed")
+    first, last = Strongest(found, 0), Strongest(found, 7)  # fewer concepts than ranks: the weakest
+    assert first.read(0, (2, 2)).tolist() == [[255, 128], [0, 0]]
+    assert last.concept(found.read(0, ["class_map"])) == 2
+    assert not last.read(0, (2, 2)).any()  # the same everywhere
+    shown = cell(first, 0, (2, 2))
+    assert shown[0, 0].tolist() == list(default_palette(3)[1])
+    assert not shown[1].any()
+    assert not cell(first, 1, (2, 2)).any()
+
+
+def test_truth_in_the_colours_of_the_data_set():
+    meta = ClassMeta(("a", "b"), ((10, 20, 30), (40, 50, 60)))
+    assert painted(np.array([[1, 255], [0, 9]]), meta).tolist() == [
+        [[40, 50, 60], [24, 24, 28]],
+        [[10, 20, 30], [24, 24, 28]],
+    ]
 
 
 def test_maps_of_a_part_of_the_picture():

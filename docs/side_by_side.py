@@ -3,16 +3,20 @@
     python -m docs.side_by_side docs/results.png --count 5 "k-means=runs/a:kmeans" "Hidden Positives=runs/b:cluster"
 
 Columns: picture, truth, then one for each NAME=RUN:PROBE, coloured by the classes that the run matched its clusters to.
+For hsg a level of its hierarchy (segments, fine, coarse) may stand in the place of a probe.
 """
 
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import config
+from common.palette import default_palette
 from engine import setup
-from evaluation import panels, readout
+from evaluation import hierarchy, panels, readout
+from lightning_modules.hsg import MAPS
 
 
 def main(words: list[str] | None = None) -> None:
@@ -31,7 +35,9 @@ def main(words: list[str] | None = None) -> None:
         folder, _, probe = place.rpartition(":")
         checkpoint = setup.read_checkpoint(Path(folder) / "checkpoints" / "last.ckpt")
         cfg, data = setup.build_data(config.restore(checkpoint["labelfree"]["config"], ["data.eval_batch_size=1"]))
-        meta, mappings[name] = data.meta, checkpoint["labelfree"]["clusters"][probe]
+        meta = data.meta
+        if probe not in MAPS:
+            mappings[name] = checkpoint["labelfree"]["clusters"][probe]
         model = setup.restore_model(checkpoint, cfg)
         step = max(1, len(data.source("val")) // args.count)
         chosen = range(step // 2, len(data.source("val")), step)[: args.count]
@@ -39,8 +45,14 @@ def main(words: list[str] | None = None) -> None:
         found = [batch for i, batch in enumerate(data.loader("val")) if i in chosen]
         rows = rows or [panels.Row(batch["image"][0], {}, batch["label"][0]) for batch in found]
         for row, batch in zip(rows, found, strict=True):
+            image, valid = batch["image"], batch["valid"]
             with torch.inference_mode():
-                row.maps[name] = readout.predict(model.read(batch["image"])[1][probe], batch["image"].shape[-2:])[0]
+                if probe in MAPS:
+                    level = model.levels(image, valid)[MAPS.index(probe)]
+                    ids = hierarchy.pixel_maps([level], valid)[0][0].numpy()
+                    row.maps[name] = np.array(default_palette(ids.max() + 1), np.uint8)[ids]
+                else:
+                    row.maps[name] = readout.predict(model.read(image)[1][probe], image.shape[-2:])[0]
     panels.save(args.output, rows, meta, mappings, cell=args.cell)
 
 

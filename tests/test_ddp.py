@@ -87,12 +87,14 @@ IN_TEST_SLOW = ("deep_spectral", "normalized_cut", "tokencut")
 
 
 def with_held_norms(parent: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Run, Path]:
-    """HSG by one process, and the folder of its run by two, without what multiplies rounding (held_norms.py)."""
+    """HSG by one process, and the folder of its run by two, without what multiplies rounding: with held norms
+    (held_norms.py), and balanced groups, whose segments do not lie between two (collapse 1, as published)."""
+    words = ["method.weights.collapse=1"]
     script = parent / "held.py"
     script.write_text(held_norms.SCRIPT)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    alone = run_two("hsg", parent / "one", script=script, processes=1)
-    return Run(alone, read_json(alone / "metrics.json")), run_two("hsg", parent, script=script)
+    alone = run_two("hsg", parent / "one", *words, script=script, processes=1)
+    return Run(alone, read_json(alone / "metrics.json")), run_two("hsg", parent, *words, script=script)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ OF_METHOD = {
     "dino": ["method.head.out_dim=64", "method.crops.local_count=2", "data.train_size=128"],
 }
 
-WHOLE = ("resnet50", "resnet101", "selfpatch_vits16", "tiny")
+WHOLE = ("resnet18", "resnet50", "resnet101", "selfpatch_vits16", "tiny")
 """Backbones whose depth is not set here: they have none, their file lists the arguments that may be given, or they are
 small and read at late blocks."""
 

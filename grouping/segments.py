@@ -32,7 +32,8 @@ ORDERS = ("key", "appearance")
 _BLOCK_BYTES = 256 << 20
 """Bytes of the block of similarities."""
 _CACHE_BYTES = 2 << 20
-"""Bytes of vectors that a CPU takes through all rounds at a time, whole pictures; other devices take all at once."""
+"""Bytes of vectors that each thread of a CPU takes through all rounds at a time, whole pictures; other devices take all
+at once."""
 
 
 # Where a picture starts: grid and location.
@@ -151,7 +152,7 @@ def spherical_kmeans(
     work = partial(_rounds, count=count, iterations=iterations, places=places, skip=skip, block_bytes=block_bytes)
     if vectors.device.type != "cpu":
         return work(vectors, labels, valid)
-    height = max(1, _CACHE_BYTES // max(1, vectors[:1].nbytes))
+    height = max(1, _CACHE_BYTES // max(1, vectors[:1].nbytes)) * torch.get_num_threads()
     valids = [None] * len(labels) if valid is None else valid.split(height)
     parts = zip(vectors.split(height), labels.split(height), valids, strict=False)
     return torch.cat([work(*part) for part in parts])

@@ -15,14 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 import config
 from common.errors import ConfigError
 from datamodules.scene_drawing import META, draw_scene
 from engine import naming, predicting, setup, windows
-from evaluation import readout
+from evaluation import matching, readout
 
 DEFAULTS = {"ckpt": "", "overlaps": "0.75,0.85", "window": "128", "scene": "3", "first": "0", "threads": "1"}
 SIZE = 512
@@ -57,15 +56,12 @@ def miou(ids: np.ndarray, label: np.ndarray) -> float:
     classes = len(META.names)
     sides = (max(int(ids.max()) + 1, classes), classes)
     counts = np.bincount((ids.astype(int) * classes + label).ravel(), minlength=sides[0] * sides[1]).reshape(sides)
-    shares = counts / np.maximum(counts.sum(1, keepdims=True) + counts.sum(0, keepdims=True) - counts, 1)
-    found = np.zeros(classes)
-    clusters, matched = linear_sum_assignment(-shares)
-    found[matched] = shares[clusters, matched]
-    return 100 * found[counts.sum(0) > 0].mean()
+    found = matching.score(counts, "hungarian_iou", extra="drop").iou
+    return float(np.asarray(found)[counts.sum(0) > 0].mean())
 
 
 def report(
-    name: str, table: Tensor, label: np.ndarray, window: int, unit: int, overlaps: list[float], kind: str
+    name: str, table: Tensor, label: np.ndarray, window: int, unit: int, overlaps: list[float], transformer: bool
 ) -> None:
     """Print a line for each overlap."""
     grid, scores_of = looked_up(table, unit)
@@ -73,7 +69,7 @@ def report(
 
     def ids_of(overlap: float, shift: tuple[int, int]) -> np.ndarray:
         offset = (shift[0] * unit, shift[1] * unit)
-        scores, padded = windows.blended(grid, scores_of, window, unit, overlap, offset, kind)
+        scores, padded = windows.blended(grid, scores_of, window, unit, overlap, offset, transformer)
         return readout.predict(scores, padded)[0].numpy()
 
     densest = ids_of(1 - unit / window, (0, 0))
@@ -101,14 +97,13 @@ def main(words: list[str]) -> int:
     model = setup.restore_model(checkpoint, cfg)
     probe, unit, window = naming.choose_probe(cfg, model), model.backbone.unit, int(settings["window"])
     overlaps = [float(part) for part in settings["overlaps"].split(",")]
-    kind = "transformer" if model.backbone.transformer else "convolutional"
     pictures = {
         f"scene {settings['scene']}": draw_scene(0, "val", int(settings["scene"]), SIZE, SIZE),
         f"mosaic {settings['first']}": mosaic(int(settings["first"])),
     }
     for name, (picture, label) in pictures.items():
         table = every_window(picture, lambda seen: predicting.read(model, seen)[1][probe], window, unit)
-        report(name, table, label, window, unit, overlaps, kind)
+        report(name, table, label, window, unit, overlaps, model.backbone.transformer)
     return 0
 
 

@@ -9,11 +9,9 @@ For hsg a level of its hierarchy (segments, fine, coarse) may stand in the place
 import argparse
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import config
-from common.palette import default_palette
 from engine import setup
 from evaluation import hierarchy, panels, readout
 from lightning_modules.hsg import MAPS
@@ -29,14 +27,16 @@ def main(words: list[str] | None = None) -> None:
     args = parser.parse_args(words)
     setup.begin()
     rows: list[panels.Row] = []
-    mappings, meta = {}, None
+    mappings, levels, meta = {}, [], None
     for column in args.columns:
         name, _, place = column.partition("=")
         folder, _, probe = place.rpartition(":")
         checkpoint = setup.read_checkpoint(Path(folder) / "checkpoints" / "last.ckpt")
         cfg, data = setup.build_data(config.restore(checkpoint["labelfree"]["config"], ["data.eval_batch_size=1"]))
         meta = data.meta
-        if probe not in MAPS:
+        if probe in MAPS:
+            levels.append(name)
+        else:
             mappings[name] = checkpoint["labelfree"]["clusters"][probe]
         model = setup.restore_model(checkpoint, cfg)
         step = max(1, len(data.source("val")) // args.count)
@@ -49,11 +49,10 @@ def main(words: list[str] | None = None) -> None:
             with torch.inference_mode():
                 if probe in MAPS:
                     level = model.levels(image, valid)[MAPS.index(probe)]
-                    ids = hierarchy.pixel_maps([level], valid)[0][0].numpy()
-                    row.maps[name] = np.array(default_palette(ids.max() + 1), np.uint8)[ids]
+                    row.maps[name] = hierarchy.pixel_maps([level], valid)[0][0]
                 else:
                     row.maps[name] = readout.predict(model.read(image)[1][probe], image.shape[-2:])[0]
-    panels.save(args.output, rows, meta, mappings, cell=args.cell)
+    panels.save(args.output, rows, meta, mappings, groups=levels, cell=args.cell)
 
 
 if __name__ == "__main__":

@@ -151,10 +151,9 @@ def windowed_ids(
     offset: tuple[int, int] = (0, 0),
 ) -> np.ndarray:
     """Ids [H,W] at `size` of a picture as the network sees it, uint8 [H',W',3]; `offset`: see `windows.blended`."""
-    kind = "transformer" if model.backbone.transformer else "convolutional"
-    side, overlap = cfg.predict.window, cfg.predict.overlap
+    own, backbone = cfg.predict, model.backbone
     scores, padded = windows.blended(
-        seen, scores_of, side, model.backbone.unit, overlap, offset, kind=kind, device=model.device
+        seen, scores_of, own.window, backbone.unit, own.overlap, offset, backbone.transformer, model.device
     )
     frame = tuple(round(side * own / shown) for side, own, shown in zip(padded, size, seen.shape, strict=False))
     return windows.bands(readout.strips(scores, frame), size, scores.shape[1])

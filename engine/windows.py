@@ -26,11 +26,12 @@ log = logging.getLogger(__name__)
 
 BATCH = 8
 """Windows that the network sees at once."""
-OVERLAP = {"transformer": 0.85, "convolutional": 0.75}
-"""Without a wish. What a transformer says of a patch varies more from window to window, so it takes more of them."""
-POWER = {"transformer": 1, "convolutional": 2}
-"""Of half a sine wave, by which a window counts. Padding spoils the edges of a convolutional network's windows most; a
-transformer's differ everywhere, and a broader weight averages more of them."""
+OVERLAP = {True: 0.85, False: 0.75}
+"""Of transformers and of others, without a wish. What a transformer says of a patch varies more from window to window,
+so it takes more of them."""
+POWER = {True: 1, False: 2}
+"""Of half a sine wave, by which a window of a transformer counts, and of another network. Padding spoils the edges of a
+convolutional network's windows most; a transformer's differ everywhere, and a broader weight averages more of them."""
 SLOPE = (math.sqrt(5) - 1) / 2
 """Of the lattice, the golden ratio: its points, projected onto either axis, lie as evenly as can be."""
 
@@ -96,7 +97,7 @@ def blended(
     unit: int,
     overlap: float | None = None,
     offset: tuple[int, int] = (0, 0),
-    kind: str = "convolutional",
+    transformer: bool = False,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, tuple[int, int]]:
     """Scores of a picture uint8 [H,W,3] by windows: ([1,K,h,w] on the CPU, (H', W') of the padded picture they cover).
@@ -106,11 +107,11 @@ def blended(
         window: side of a window, px; rounded up to a multiple of `unit`, and no larger than the picture needs.
         unit: windows begin at multiples of it: the patch, or the coarsest stride.
         overlap: share of a side that neighbours have in common, 0 to below 1: about 1 / (1 - overlap)^2 windows see a
-            patch, and at least two (a lattice without gaps is not sparser). None: as `kind` needs it.
+            patch, and at least two (a lattice without gaps is not sparser). None: see OVERLAP.
         offset: rows and columns by which the lattice of windows is shifted, px; rounded down to multiples of `unit`.
-        kind: of network, "transformer" or "convolutional".
+        transformer: whether the network is one.
     """
-    overlap = OVERLAP[kind] if overlap is None else overlap
+    overlap = OVERLAP[transformer] if overlap is None else overlap
     height, width = (-(-side // unit) * unit for side in picture.shape[:2])
     sides = [min(-(-window // unit) * unit, side) for side in (height, width)]
     patches = [(height // unit, width // unit), tuple(side // unit for side in sides), tuple(o // unit for o in offset)]
@@ -124,7 +125,7 @@ def blended(
         if total is None:
             total = torch.zeros(found.shape[1], height // stride, width // stride)
             weights = torch.zeros(height // stride, width // stride)
-            rows, columns = (bell(count, POWER[kind]) for count in found.shape[2:])
+            rows, columns = (bell(count, POWER[transformer]) for count in found.shape[2:])
             taper, cells = rows[:, None] * columns, unit // stride
         for ((top, left), share), maps in zip(part, found, strict=True):
             rows = slice(top * cells, top * cells + maps.shape[1])

@@ -85,6 +85,7 @@ class ClusterSurvey:
         rows, columns = int(valid.any(1).sum()), int(valid.any(0).sum())
         stride = image.shape[1] / ids.shape[0]
         self.seen += 1
+        small: tuple[Tensor, Tensor] | None = None  # made where a cluster keeps the picture, once for all of them
         for cluster in np.unique(ids[inside]).tolist():
             own = inside & (ids == cluster)
             self.patches[cluster] += own.sum()
@@ -99,8 +100,8 @@ class ClusterSurvey:
                 self._keep(kind, cluster, value, limit, Exemplar(name, abs(value), int(others.flat[place]), crop, box))
             share = 100 * float(own.sum() / inside.sum())
             if not self._worse("scene", cluster, share, SCENES):
-                shown = scene(image, scores, (rows, columns), cluster)
-                self._keep("scene", cluster, share, SCENES, Scene(name, share, shown))
+                small = small or shrunk(image, scores, (rows, columns))
+                self._keep("scene", cluster, share, SCENES, Scene(name, share, faded(*small, cluster)))
 
     def _worse(self, kind: str, cluster: int, value: float, limit: int) -> bool:
         heap = self._heaps[kind][cluster]
@@ -130,16 +131,20 @@ class ClusterSurvey:
         return np.divide(self.cosines, self.patches, out=np.full(self.clusters, np.nan), where=self.patches > 0)
 
 
-def scene(image: Tensor, scores: Tensor, size: tuple[int, int], cluster: int) -> np.ndarray:
-    """A picture [3,H,W], of which `size` is no padding, made small, and faded where its cluster (by scores [K,h,w]) is
-    another one: uint8 [h',w',3]."""
+def shrunk(image: Tensor, scores: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """A picture [3,H,W], of which `size` is no padding, made small, [3,h',w'], and its clusters by scores [K,h,w]:
+    int64 [h',w']."""
     scale = min(1.0, SCENE / max(size))
     frame = [max(1, round(scale * side)) for side in image.shape[1:]]
     rows, columns = (max(1, round(scale * side)) for side in size)
     small = F.interpolate(image[None].float(), size=frame, mode="bilinear", antialias=True)[0, :, :rows, :columns]
-    own = (readout.predict(scores[None], (frame[0], frame[1]))[0, :rows, :columns] == cluster).to(small.device)
-    faded = 0.7 + 0.2 * small.mean(0, keepdim=True)
-    return (torch.where(own, small, faded).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    return small, readout.predict(scores[None], (frame[0], frame[1]))[0, :rows, :columns].to(small.device)
+
+
+def faded(small: Tensor, ids: Tensor, cluster: int) -> np.ndarray:
+    """A picture [3,h,w], faded where its cluster is another one: uint8 [h,w,3]."""
+    others = 0.7 + 0.2 * small.mean(0, keepdim=True)
+    return (torch.where(ids == cluster, small, others).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
 def cut(image: Tensor, patch: tuple[int, int], stride: float) -> tuple[np.ndarray, tuple[int, int, int, int]]:

@@ -135,7 +135,7 @@ def differing(scores_of: Callable[[torch.Tensor], torch.Tensor], overlap: float 
     image, _ = draw_scene(0, "val", 3, 208, 208)
     found = []
     for shift in shifts:
-        scores, padded = windows.blended(image, scores_of, 128, 8, overlap, shift, "transformer")
+        scores, padded = windows.blended(image, scores_of, 128, 8, overlap, shift, transformer=True)
         found.append(windows.bands(readout.strips(scores, padded), image.shape[:2], 12))
     return max((one != other).mean() for one, other in itertools.combinations(found, 2))
 

@@ -54,6 +54,8 @@ NULLABLE = {
     "method.crops.size": int,
     "method.crops.max_per_image": int,
     "method.crops.pictures": int,
+    "method.maps.power": (float, str),
+    "method.restarts.epoch": int,
     "method.things": int,
     "method.pool.size": int,
     "method.augment.size": (int, list),
@@ -72,7 +74,7 @@ NULLABLE = {
 CHANGEABLE = ("backbone.weights", "backbone.precision", "backbone.acknowledge_licence")
 """Keys of method and backbone that may be set anew for a checkpoint."""
 
-NEVER_NULL = ("data.train_size", "data.eval_size", "trainer.devices")
+NEVER_NULL = ("data.train_size", "data.eval_size", "trainer.devices", "method.maps.power")
 
 IN_PHASES = ("method.", "optim.", "data.")
 """Beginnings of the keys that a phase may change."""

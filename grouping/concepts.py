@@ -31,7 +31,12 @@ def kept_mass(values: Tensor, share: float = 0.8) -> Tensor:
 
 
 def class_row_gradient(
-    attention: Tensor, values: Tensor, centroids: Tensor, token: Callable[[Tensor], Tensor], divisor: int = 1
+    attention: Tensor,
+    values: Tensor,
+    centroids: Tensor,
+    token: Callable[[Tensor], Tensor],
+    divisor: int = 1,
+    power: float = 1.0,
 ) -> Tensor:
     """Gradient of each concept's loss by the class token's attention, mean over heads, patches only: [B,K,T-1].
 
@@ -42,6 +47,9 @@ def class_row_gradient(
         token: the class token [B,D'] from its head outputs [B,D] (projection, residual, MLP, norm; the identity where
             there is none). Rows must not depend on each other.
         divisor: the released loss is a mean over the loader's batch, so its gradient is smaller by it.
+        power: of the token's length that its product with a concept is divided by. 1, the released cosine, takes the
+            token's own direction out of the gradient: what a concept has in common with the whole picture is no
+            evidence for it. With 0 the evidence of a place is all that it has in common with the concept.
     """
     with exact(attention.device):
         attention, values = real(attention.detach()), real(values.detach())
@@ -49,10 +57,11 @@ def class_row_gradient(
         concepts = F.normalize(real(centroids.detach()), dim=1)
         with torch.enable_grad():
             outputs.requires_grad_()
-            cosines = F.normalize(token(outputs), dim=1) @ concepts.T
-        eye = torch.eye(len(concepts), dtype=cosines.dtype, device=cosines.device)
-        seeds = -eye[:, None, :].expand(-1, len(cosines), -1) / divisor  # one row a concept
-        small = torch.autograd.grad(cosines, outputs, seeds, is_grads_batched=True)[0]  # [K,B,D]
+            found = token(outputs)
+            likeness = found @ concepts.T / found.norm(dim=1, keepdim=True).clamp(min=1e-12) ** power
+        eye = torch.eye(len(concepts), dtype=likeness.dtype, device=likeness.device)
+        seeds = -eye[:, None, :].expand(-1, len(likeness), -1) / divisor  # one row a concept
+        small = torch.autograd.grad(likeness, outputs, seeds, is_grads_batched=True)[0]  # [K,B,D]
         small = small.unflatten(2, values.shape[1::2])
         return torch.einsum("kbhd,bhtd->bkt", small, values[:, :, 1:]) / values.shape[1]
 

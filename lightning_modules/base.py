@@ -157,8 +157,13 @@ class UnsupervisedSegmenter(Evaluated):
     def prepare(self, loader: Callable[..., Any]) -> None:
         """Once before the first step of a new run (not after a resume); `loader` is `unlabelled_loader`."""
 
+    @property
+    def epoch_steps(self) -> int:
+        """Steps from one `on_epoch` to the next: a pass over the training pictures."""
+        return max(1, self.trainer.datamodule.steps_per_epoch)
+
     def on_epoch(self, loader: Callable[..., Any]) -> None:
-        """At the start of every pass over the training pictures."""
+        """Before the first step, and after every `epoch_steps`."""
 
     def after_step(self) -> None:
         """After the optimiser's step: banks and momentum copies."""
@@ -258,7 +263,7 @@ class UnsupervisedSegmenter(Evaluated):
         return distributed.anywhere(skip, self.device)
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
-        if self.global_step % max(1, self.trainer.datamodule.steps_per_epoch) == 0:
+        if self.global_step % self.epoch_steps == 0:
             self.on_epoch(self.unlabelled_loader)
         for group in self.optimizers().optimizer.param_groups:
             group |= scheduled(group, self.global_step - self.first_step, self.total_steps - self.first_step)

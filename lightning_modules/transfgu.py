@@ -7,7 +7,10 @@ takes the student's weights and the student starts anew. Scored as val/own/*. Me
 
 Here, and not as released: colours are drawn for each picture and crops in continuous sizes, labels of a crop are means
 of bilinear samples at its pixels, the divisor of the gradient is a key, a crop without evidence is left out
-(`method.empty`), and the class axis is permuted by one keyed draw for all processes.
+(`method.empty`), and the class axis is permuted by one keyed draw for all processes. Networks without a trained class
+token have a pooled one, which asks for three things of its own (`method.crops.tokens`, `method.kmeans.length`,
+`method.maps.power`): a window's token is the mean of the picture's own map, tokens are clustered at one length, and
+what a concept has in common with the whole picture counts as evidence.
 """
 
 import copy
@@ -25,17 +28,8 @@ from common.spec import Geometric, Photometric, ViewSpec
 from datamodules.base import SegmentationDataModule
 from lightning_modules.base import Loss
 from lightning_modules.staged import StagedSegmenter, check_stage
-from lightning_modules.transfgu_steps import (
-    BACKGROUND,
-    FOREGROUND,
-    ConceptMaps,
-    Concepts,
-    Crops,
-    Places,
-    check_crops,
-    maps_at,
-    stage_sides,
-)
+from lightning_modules.transfgu_crops import BACKGROUND, FOREGROUND, Crops, PooledCrops, stage_sides
+from lightning_modules.transfgu_steps import ConceptMaps, Concepts, Places, check_crops, maps_at, resolved
 from losses import concepts
 from models.backbone import Features
 from models.class_token import token_kind, token_width
@@ -70,6 +64,11 @@ class TransFGU(StagedSegmenter):
         if self.token == "pooled" and settings.maps.token == "auto":
             log.info(
                 "%s has no trained class token that can be differentiated: its mean feature serves", self.backbone.name
+            )
+        if settings.crops.tokens == "pooled" and self.token == "class":
+            raise ConfigError(
+                "method.crops.tokens=pooled: a class token belongs to a whole pass, not to a window of it; use "
+                "method.crops.tokens=encoded, or method.maps.token=pooled"
             )
         self.banks = self._banks()
         count = sum(self.banks.values())
@@ -120,9 +119,11 @@ class TransFGU(StagedSegmenter):
     # ------------------------------------------------------------------ the stage
 
     def steps(self, data: SegmentationDataModule) -> list[Step]:
+        pooled = resolved(self.cfg.method.crops.tokens, self.token, "encoded", "pooled") == "pooled"
+        crops = PooledCrops if pooled else Crops
         return [
-            Crops(self.backbone, self.cfg, self.bank_mode, self.token),
-            Concepts(self.cfg, self.banks),
+            crops(self.backbone, self.cfg, self.bank_mode, self.token),
+            Concepts(self.cfg, self.banks, self.token),
             ConceptMaps(self.backbone, self.cfg, len(self.concepts), self.token),
         ]
 
@@ -238,13 +239,16 @@ class TransFGU(StagedSegmenter):
 
     # ------------------------------------------------------------------ teacher and student
 
+    @property
+    def epoch_steps(self) -> int:
+        """As set, else that of `repeat` passes."""
+        settings = self.cfg.method.restarts
+        return settings.epoch or settings.repeat * super().epoch_steps
+
     def on_epoch(self, loader: Callable[..., Any]) -> None:
         """Method document section 9: at the start of some epochs the student teaches and a new one begins."""
         settings = self.cfg.method.restarts
-        number = self.global_step // self.trainer.datamodule.steps_per_epoch
-        if number % settings.repeat:
-            return
-        epoch = number // settings.repeat
+        epoch = self.global_step // self.epoch_steps
         interval = settings.intervals[min(epoch // 10, len(settings.intervals) - 1)]
         if epoch < settings.start or epoch % interval:
             self.since_restart += 1
@@ -277,8 +281,8 @@ def check_training(settings: Any) -> None:
     """Raises ConfigError for values of the training part that cannot be run with."""
     one_of("method.empty", settings.empty, EMPTY)
     restarts, augment = settings.restarts, settings.augment
-    for name, value in (("start", restarts.start), ("repeat", restarts.repeat)):
-        if value < 1:
+    for name, value in (("start", restarts.start), ("repeat", restarts.repeat), ("epoch", restarts.epoch)):
+        if value is not None and value < 1:
             raise ConfigError(f"method.restarts.{name}={value}: must be at least 1")
     if not restarts.intervals or min(restarts.intervals) < 1:
         raise ConfigError(

@@ -73,7 +73,7 @@ def tokens(backbone: Backbone, images: Tensor, kind: str) -> Tensor:
 
 def class_path(backbone: Backbone, images: Tensor, kind: str) -> ClassPath:
     """One forward pass: what the class token's row of the last block (of the last of `backbone.levels`) sees."""
-    return _class(backbone, images) if kind == "class" else _pooled(backbone.features(images))
+    return _class(backbone, images) if kind == "class" else pooled_path(backbone.features(images))
 
 
 def _class(backbone: Backbone, images: Tensor) -> ClassPath:
@@ -98,7 +98,8 @@ def _class(backbone: Backbone, images: Tensor) -> ClassPath:
     return ClassPath(row[:, :, 0].softmax(-1), values, token, found.prefix, tuple(found.map.shape[-2:]))
 
 
-def _pooled(found: Features) -> ClassPath:
+def pooled_path(found: Features) -> ClassPath:
+    """What the mean of a map sees, of features that are there already."""
     maps = found.concat()
     rows = maps.flatten(2).mT  # [B,N,C]
     lengths = rows.norm(dim=2)

@@ -1,5 +1,6 @@
 """Concept maps against one backward per concept through the class token's path."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -7,19 +8,21 @@ from torch import nn
 from grouping import concepts
 
 
-def test_all_concepts_at_once_equal_one_backward_each():
+@pytest.mark.parametrize("power", [1.0, 0.5, 0.0])
+def test_all_concepts_at_once_equal_one_backward_each(power):
     generator = torch.Generator().manual_seed(0)
     attention = torch.randn(2, 3, 10, 10, generator=generator).softmax(3).requires_grad_()
     values, centroids = torch.randn(2, 3, 10, 4, generator=generator), torch.randn(5, 12, generator=generator)
     path = nn.Sequential(nn.Linear(12, 12), nn.GELU(), nn.LayerNorm(12))
-    found = concepts.class_row_gradient(attention[:, :, 0], values, centroids, path, divisor=2)
+    found = concepts.class_row_gradient(attention[:, :, 0], values, centroids, path, divisor=2, power=power)
     assert path[0].weight.grad is None
     for number, centroid in enumerate(centroids):
         token = path((attention @ values)[:, :, 0].flatten(1))
-        loss = (1 - F.cosine_similarity(token, centroid[None])).mean()
+        token = token / token.norm(dim=1, keepdim=True) ** power
+        loss = (1 - token @ F.normalize(centroid, dim=0)).mean()
         wanted = torch.autograd.grad(loss, attention)[0].mean(1)[:, 0, 1:]
         torch.testing.assert_close(found[:, number], wanted, rtol=1e-4, atol=1e-7)
-    alone = concepts.class_row_gradient(attention[1:, :, 0], values[1:], centroids, path)
+    alone = concepts.class_row_gradient(attention[1:, :, 0], values[1:], centroids, path, power=power)
     torch.testing.assert_close(alone[0], 2 * found[1], rtol=1e-4, atol=1e-7)
 
 

@@ -15,8 +15,9 @@ from datamodules.transforms import Replay, replay
 from engine import setup
 from lightning_modules import transfgu_steps as steps
 from lightning_modules.transfgu import TransFGU
+from lightning_modules.transfgu_crops import BACKGROUND, FOREGROUND, Crops, PooledCrops
 from models.backbone import Backbone
-from models.class_token import class_path, token_kind, tokens
+from models.class_token import ClassPath, class_path, token_kind, tokens
 from pseudo_labels.cache import Record
 from tests.conftest import small_words
 
@@ -96,12 +97,24 @@ def test_pooled_maps_find_the_half_that_a_concept_looks_like():
     assert maps[1, :, -1].mean() > maps[1, :, 0].mean()
 
 
+def test_a_pooled_token_keeps_the_concept_that_fills_the_picture():
+    """Its cosine with that concept cannot grow, so that the released gradient finds it nowhere."""
+    rows = F.normalize(torch.tensor([[3.0, 1.0, 0.0], [3.0, -1.0, 0.0], [3.0, 0.0, 1.0], [3.0, 0.0, -1.0]]), dim=1)
+    attention = torch.cat([torch.zeros(1), torch.full((4,), 0.25)])[None, None]
+    path = ClassPath(attention, F.pad(rows, (0, 0, 1, 0))[None, None], lambda outputs: outputs, 1, (2, 2))
+    concept, other = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
+    released = steps.maps_of(path, torch.stack([concept, other]), 1, 0.8)[0]
+    found = steps.maps_of(path, torch.stack([concept, other]), 1, 0.8, 0.0)[0]
+    assert released.argmax(0).flatten().tolist() == [1, 0, 1, 0]
+    assert found.argmax(0).flatten().tolist() == [0, 0, 0, 0]
+
+
 # Crops.
 
 
-def crops(banks: str = "split", *words: str) -> steps.Crops:
+def crops(banks: str = "split", *words: str) -> Crops:
     cfg = config.compose([*WORDS, *words])
-    return steps.Crops(network(), cfg, banks, "class")
+    return Crops(network(), cfg, banks, "class")
 
 
 def test_kinds_of_crops_follow_the_foreground():
@@ -112,11 +125,11 @@ def test_kinds_of_crops_follow_the_foreground():
     pixels = F.interpolate(mask[None, None].float(), step.sides)[0, 0]
     for (y0, x0, y1, x1), kind in zip(boxes.tolist(), kinds.tolist(), strict=True):
         share = float(pixels[y0:y1, x0:x1].mean())
-        assert share > 0.5 if kind == steps.FOREGROUND else share < 0.2
+        assert share > 0.5 if kind == FOREGROUND else share < 0.2
     assert 0 < len(boxes) < len(step.windows)
     alone, kind = crops("foreground", "method.crops.max_per_image=null").chosen(mask, 0)
-    assert torch.equal(alone, boxes[kinds == steps.FOREGROUND])
-    assert (kind == steps.FOREGROUND).all()
+    assert torch.equal(alone, boxes[kinds == FOREGROUND])
+    assert (kind == FOREGROUND).all()
 
 
 def test_windows_are_bounded_by_a_keyed_choice_and_none_comes_twice():
@@ -150,6 +163,35 @@ def test_tokens_of_crops_are_those_of_the_cut_pictures():
         torch.testing.assert_close(found[2], tokens(step.backbone, cut, "class")[0], atol=1e-5, rtol=1e-4)
 
 
+def test_pooled_windows_are_means_of_the_pictures_own_map():
+    cfg = config.compose([*WORDS, "method.crops.max_per_image=null"])
+    step = PooledCrops(network(), cfg, "all", "pooled")
+    images = pictures(2, 48)
+    with torch.no_grad():
+        maps = step.backbone.features(images).concat()
+        boxes, _ = step.chosen(None, 0)
+        _, encode = step.seen(images)
+        found = encode(1, boxes)
+    assert step.sides == (48, 48)
+    assert boxes.max() == 48
+    for row, (y0, x0, y1, x1) in zip(found, (boxes // 8).tolist(), strict=True):
+        torch.testing.assert_close(row, maps[1, :, y0:y1, x0:x1].mean((1, 2)), atol=1e-5, rtol=1e-4)
+    assert step.announce(10).startswith(f"at most {10 * len(boxes)} windows, {len(boxes)} of the")
+    assert not {"side", "passes"} & set(step.settings())
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        ([], PooledCrops),
+        (["method.maps.token=class"], Crops),
+        (["method.crops.tokens=encoded"], Crops),
+    ],
+)
+def test_pooled_tokens_are_had_without_a_pass_for_each_window(words, kind):
+    assert type(built(*words).steps(None)[0]) is kind
+
+
 # Concepts.
 
 
@@ -168,7 +210,7 @@ def test_things_and_stuff_are_clustered_apart_and_things_come_first():
     centres = np.eye(5, 6, dtype=np.float32) * 9
     features = (centres.repeat(20, 0) + 0.1 * rng.standard_normal((100, 6))).astype(np.float32)
     kinds = np.repeat([1, 1, 0, 0, 0], 20).astype(np.int8)
-    step = steps.Concepts(config.compose(WORDS), {steps.FOREGROUND: 2, steps.BACKGROUND: 3})
+    step = steps.Concepts(config.compose(WORDS), {FOREGROUND: 2, BACKGROUND: 3}, "class")
     found = step.table({"crops": Bank(features, kinds)}, torch.device("cpu"))
     nearest = torch.cdist(found["centroids"], torch.from_numpy(centres)).argmin(1)
     assert set(nearest[:2].tolist()) == {0, 1}
@@ -180,6 +222,26 @@ def test_things_and_stuff_are_clustered_apart_and_things_come_first():
         "method.num_clusters: the 1 foreground crops do not make 2 concepts; lower it, raise "
         "method.crops.max_per_image, or give more pictures"
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "token", "wanted"),
+    [
+        ([], "class", {"raw", 1.0}),
+        ([], "pooled", {"unit", 0.0}),
+        (["method.kmeans.length=raw", "method.maps.power=1"], "pooled", {"raw", 1.0}),
+        (["method.kmeans.length=unit", "method.maps.power=0"], "class", {"unit", 0.0}),
+    ],
+)
+def test_length_and_power_follow_the_kind_of_token(words, token, wanted):
+    cfg = config.compose([*WORDS, *words])
+    concepts = steps.Concepts(cfg, {FOREGROUND: 2}, token)
+    maps = steps.ConceptMaps(network(), cfg, 2, token)
+    assert {concepts.settings()["kmeans"]["length"], maps.settings()["power"]} == wanted
+    two_lengths = np.array([[1, 0], [9, 0], [0, 1], [0, 9]], np.float32).repeat([10, 90, 10, 10], 0)
+    found = concepts.table({"crops": Bank(two_lengths, np.ones(120, np.int8))}, torch.device("cpu"))
+    lengths = found["centroids"].norm(dim=1).tolist()
+    assert (lengths == pytest.approx([1, 1])) == ("unit" in wanted)
 
 
 # Maps in a batch.
@@ -304,6 +366,7 @@ def test_a_restart_makes_the_student_the_teacher():
         (["method.restarts.start=2", "method.restarts.intervals=[2]"], [2, 4, 6]),
         (["method.restarts.start=1", "method.restarts.intervals=[3,2]"], [3, 6]),
         (["method.restarts.start=1", "method.restarts.intervals=[1]", "method.restarts.repeat=3"], [3, 6]),
+        (["method.restarts.start=1", "method.restarts.intervals=[2]", "method.restarts.epoch=10"], [4]),
     ],
 )
 def test_epochs_in_which_students_start_anew(words, taught, monkeypatch):
@@ -314,7 +377,8 @@ def test_epochs_in_which_students_start_anew(words, taught, monkeypatch):
     for step in range(0, 40, 5):
         monkeypatch.setattr(TransFGU, "trainer", loop(data(5), step))
         monkeypatch.setattr(TransFGU, "global_step", step)
-        model.on_epoch(None)
+        if step % model.epoch_steps == 0:
+            model.on_epoch(None)
     assert found == taught
 
 
@@ -338,11 +402,20 @@ def test_masks_and_codes_of_one_picture_come_from_one_pass(monkeypatch):
     ("words", "message"),
     [
         (["method.banks=both"], "method.banks=both: not one of auto, all, foreground, split"),
+        (["method.crops.tokens=x"], "method.crops.tokens=x: not one of auto, encoded, pooled"),
+        (
+            ["method.crops.tokens=pooled", "method.maps.token=class"],
+            "method.crops.tokens=pooled: a class token belongs to a whole pass, not to a window of it; use "
+            "method.crops.tokens=encoded, or method.maps.token=pooled",
+        ),
+        (["method.kmeans.length=x"], "method.kmeans.length=x: not one of auto, raw, unit"),
+        (["method.maps.power=x"], "method.maps.power=x: expected auto, or a number from 0 to 1"),
         (["method.empty=x"], "method.empty=x: not one of ignore, first"),
         (["method.maps.divisor=0"], "method.maps.divisor=0: must be at least 1"),
         (["method.maps.share=0"], "method.maps.share=0: expected a share above 0, at most 1"),
         (["method.crops.foreground=1"], "method.crops.foreground=1: expected a share from 0 to below 1"),
         (["method.crops.max_per_image=0"], "method.crops.max_per_image=0: must be at least 1"),
+        (["method.restarts.epoch=0"], "method.restarts.epoch=0: must be at least 1"),
         (["method.restarts.start=0"], "method.restarts.start=0: must be at least 1"),
         (
             ["method.restarts.intervals=[2,0]"],

@@ -1,8 +1,9 @@
 """Concept maps of TransFGU: where a picture supports each concept, from the gradient of its class token.
 
-The loss of concept c is 1 - cos(class token, centroid c). It depends on the last attention through the class token's
-row alone, so its gradient by that row is (gradient at the class token's head outputs) . (value vectors): the small
-vectors of all concepts come from one batched vector-Jacobian product, without a backward through the network.
+The loss of concept c is 1 - cos(class token, centroid c), or with another `power` a product of the two. It depends on
+the last attention through the class token's row alone, so its gradient by that row is (gradient at the class token's
+head outputs) . (value vectors): the small vectors of all concepts come from one batched vector-Jacobian product,
+without a backward through the network.
 
 Glossary: B pictures, K concepts, H heads, T = 1 + h w tokens (the class token first), d channels of a head, D = H d.
 Source: Yin et al., TransFGU (ECCV 2022); method documents transfgu.md 5 and speed.md 4.13.

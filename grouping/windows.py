@@ -1,4 +1,4 @@
-"""Sliding windows over a grid of patches: the crops whose class tokens TransFGU clusters.
+"""Sliding windows over a grid of patches: the crops whose tokens TransFGU clusters.
 
 Source: Yin et al., TransFGU (ECCV 2022); method document transfgu.md 3.
 """

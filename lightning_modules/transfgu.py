@@ -58,14 +58,16 @@ class TransFGU(StagedSegmenter):
         if settings.stage.size is None:
             raise ConfigError("method.stage.size=null: windows need pictures of one size; set it in px, or [H,W]")
         self.backbone.check_size(stage_sides(settings.stage), "method.stage.size")
-        self.backbone.check_size(settings.crops.size, "method.crops.size")
         self.backbone.check_size(self.view_size, "method.augment.size")
         self.token = token_kind(self.backbone, settings.maps.token)
         if self.token == "pooled" and settings.maps.token == "auto":
             log.info(
                 "%s has no trained class token that can be differentiated: its mean feature serves", self.backbone.name
             )
-        if settings.crops.tokens == "pooled" and self.token == "class":
+        self.windows = resolved(settings.crops.tokens, self.token, "encoded", "pooled")
+        if self.windows == "encoded":
+            self.backbone.check_size(settings.crops.size, "method.crops.size")
+        elif self.token == "class":
             raise ConfigError(
                 "method.crops.tokens=pooled: a class token belongs to a whole pass, not to a window of it; use "
                 "method.crops.tokens=encoded, or method.maps.token=pooled"
@@ -119,8 +121,7 @@ class TransFGU(StagedSegmenter):
     # ------------------------------------------------------------------ the stage
 
     def steps(self, data: SegmentationDataModule) -> list[Step]:
-        pooled = resolved(self.cfg.method.crops.tokens, self.token, "encoded", "pooled") == "pooled"
-        crops = PooledCrops if pooled else Crops
+        crops = PooledCrops if self.windows == "pooled" else Crops
         return [
             crops(self.backbone, self.cfg, self.bank_mode, self.token),
             Concepts(self.cfg, self.banks, self.token),
@@ -284,6 +285,11 @@ def check_training(settings: Any) -> None:
     for name, value in (("start", restarts.start), ("repeat", restarts.repeat), ("epoch", restarts.epoch)):
         if value is not None and value < 1:
             raise ConfigError(f"method.restarts.{name}={value}: must be at least 1")
+    if restarts.epoch is not None and restarts.repeat != 1:
+        raise ConfigError(
+            f"method.restarts.repeat={restarts.repeat}: counts passes over the pictures, but method.restarts.epoch="
+            f"{restarts.epoch} counts steps; set method.restarts.epoch=null"
+        )
     if not restarts.intervals or min(restarts.intervals) < 1:
         raise ConfigError(
             f"method.restarts.intervals={list(restarts.intervals)}: expected epochs, each at least 1, and one of them"

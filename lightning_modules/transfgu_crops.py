@@ -31,8 +31,9 @@ def stage_sides(settings: Any) -> tuple[int, int]:
 
 
 class Crops(MapStep):
-    """Fields `features` float32 [R,D] (tokens, as they are), `boxes` int32 [R,4] (y0 x0 y1 x1, exclusive, px of the
-    picture that the windows are cut from) and `kinds` int8 [R]; dropped as `no_crop` where no window belongs to a bank.
+    """Fields `features` float32 [R,D] (tokens, as they are), `boxes` int32 [R,4] (y0 x0 y1 x1, exclusive, px of a
+    picture `zoom` times as large as the stage's) and `kinds` int8 [R]; dropped as `no_crop` where no window belongs to
+    a bank.
 
     Each window is encoded as a square picture of its own, as released, and none twice: windows of several scales that
     are the same count once. banks: `all`, `foreground` or `split`. Without `all` a window is foreground where more than
@@ -49,7 +50,7 @@ class Crops(MapStep):
         super().__init__(backbone)
         self.cfg, self.crops, self.stage = cfg, cfg.method.crops, cfg.method.stage
         self.banks, self.token, self.seed = banks, token, int(cfg.seed)
-        self.sides = tuple(self.zoom * side for side in stage_sides(self.stage))
+        self.sides = tuple(self.crops.zoom * side for side in stage_sides(self.stage))
         self.side = self.crops.size or min(stage_sides(self.stage))
         patch = patch_of(backbone)
         self.grid = tuple(-(-side // patch) for side in self.sides)
@@ -57,19 +58,14 @@ class Crops(MapStep):
         self.windows = list(dict.fromkeys(map(tuple, boxes.tolist())))
 
     @property
-    def zoom(self) -> int:
-        """How much larger than the stage's pictures those are that windows are cut from."""
-        return self.crops.zoom
-
-    @property
     def most(self) -> int:
         """R at most."""
         return min(len(self.windows), self.crops.max_per_image or len(self.windows))
 
     def settings(self) -> dict[str, Any]:
-        own = {name: self.crops[name] for name in ("foreground", "background", "max_per_image", "pictures")}
+        own = {name: self.crops[name] for name in ("zoom", "foreground", "background", "max_per_image", "pictures")}
         drawn = self.most < len(self.windows) or self.crops.pictures is not None
-        own |= {"banks": self.banks, "token": self.token, "scales": list(self.crops.scales), "zoom": self.zoom}
+        own |= {"banks": self.banks, "token": self.token, "scales": list(self.crops.scales)}
         return own | self.encoding() | {"seed": self.seed if drawn else None}
 
     def encoding(self) -> dict[str, Any]:
@@ -123,7 +119,7 @@ class Crops(MapStep):
         boxes[:, 2:] = torch.minimum(boxes[:, 2:] + patch, torch.tensor(self.sides)) - self.lost
         kinds = torch.full((len(boxes),), FOREGROUND)
         if mask is not None:
-            shares = box_shares(mask.cpu(), boxes, self.sides)
+            shares = self.shares(mask, boxes)
             fore, back = shares > self.crops.foreground, 1 - shares > self.crops.background
             kinds = torch.where(fore, FOREGROUND, BACKGROUND)
             kept = fore if self.banks == "foreground" else fore | back
@@ -133,6 +129,10 @@ class Crops(MapStep):
             rows = np.sort(draw.permutation(len(boxes))[: self.most])
             boxes, kinds = boxes[rows], kinds[rows]
         return boxes, kinds
+
+    def shares(self, mask: Tensor, boxes: Tensor) -> Tensor:
+        """What share of each box is foreground, float64 [R] on the CPU."""
+        return box_shares(mask.cpu(), boxes, self.sides)
 
     def encode(self, image: Tensor, boxes: Tensor) -> Tensor:
         """Tokens [R,D] of boxes of a picture [3,H,W], each as a square picture of its own."""
@@ -151,17 +151,16 @@ class PooledCrops(Crops):
 
     The picture is the one that maps of concepts are made of. Windows that are encoded by themselves are larger there
     than in the picture and have borders of their own; convolutions answer to both, and centroids of such tokens are
-    not where features of the picture are. Borders of the window are whole patches.
+    not where features of the picture are.
     """
 
     lost = 0
 
-    @property
-    def zoom(self) -> int:
-        return 1
-
     def encoding(self) -> dict[str, Any]:
         return {"pooled": True}
+
+    def geometry(self) -> Geometry:
+        return Geometry(stage_sides(self.stage), "none", self.cfg.data.interpolation)
 
     def announce(self, count: int) -> str:
         return (
@@ -172,15 +171,33 @@ class PooledCrops(Crops):
     def seen(self, images: Tensor) -> tuple[Tensor | None, Callable[[int, Tensor], Tensor]]:
         features = self.backbone.features(images)
         masks, maps = None if self.banks == "all" else foreground(pooled_path(features)), features.concat()
-        return masks, lambda row, boxes: box_means(maps[row], -(-boxes // patch_of(self.backbone)))
+        return masks, lambda row, boxes: self.means(maps[row], boxes).float()
+
+    def shares(self, mask: Tensor, boxes: Tensor) -> Tensor:
+        return self.means(mask[None], boxes)[:, 0].cpu()
+
+    def means(self, maps: Tensor, boxes: Tensor) -> Tensor:
+        """`box_means` of a map that covers the picture."""
+        cells = torch.tensor([side / pixels for side, pixels in zip(maps.shape[1:], self.sides, strict=True)] * 2)
+        return box_means(maps, boxes * cells.double())
 
 
 def box_means(maps: Tensor, boxes: Tensor) -> Tensor:
-    """Means [R,C] of a map [C,h,w] in boxes int64 [R,4] (y0 x0 y1 x1, exclusive, patches)."""
+    """Means [R,C] of a map [C,h,w] in boxes [R,4] (y0 x0 y1 x1, cells, whole or not: a cell counts by the part of it
+    that is inside), float64."""
+    boxes = boxes.double().to(maps.device)
     sums = F.pad(maps.double().cumsum(1).cumsum(2), (1, 0, 1, 0))
-    y0, x0, y1, x1 = boxes.to(maps.device).T
-    inside = sums[:, y1, x1] - sums[:, y0, x1] - sums[:, y1, x0] + sums[:, y0, x0]
-    return (inside / ((y1 - y0) * (x1 - x0))).T.float()
+    low = boxes.long().clamp(max=torch.tensor(maps.shape[1:] * 2, device=maps.device) - 1)
+    part = boxes - low
+
+    def to(row: int, column: int) -> Tensor:  # the sum of what lies above and left of a corner of each box, [C,R]
+        y, x, down, right = low[:, row], low[:, column], part[:, row], part[:, column]
+        above = sums[:, y, x] * (1 - right) + sums[:, y, x + 1] * right
+        below = sums[:, y + 1, x] * (1 - right) + sums[:, y + 1, x + 1] * right
+        return above * (1 - down) + below * down
+
+    inside = to(2, 3) - to(0, 3) - to(2, 1) + to(0, 1)
+    return (inside / ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))).T
 
 
 def foreground(path: ClassPath) -> Tensor:

@@ -40,9 +40,9 @@ FINE = 8
 class Concepts(ReduceStep):
     """`centroids` float32 [K,D]: means of the tokens of each cluster, those of the foreground's bank first.
 
-    counts: clusters of each bank, by its kind. token: of `token_kind`; norms give class tokens nearly one length, as
-    they are a pooled token's length says most of all how much there is in a crop. Lloyd's iterations over all tokens,
-    which are in memory at once; the release takes mini-batches for Cityscapes and LIP.
+    counts: clusters of each bank, by its kind. token: of `token_kind`. Class tokens come from a norm and
+    have nearly one length; that of a pooled token mostly says how much there is in a crop. Lloyd's iterations over all
+    tokens, which are in memory at once; the release takes mini-batches for Cityscapes and LIP.
     """
 
     name = "concepts"

@@ -136,7 +136,8 @@ class Soft(View):
 class Strongest(View):
     """One of the concept maps of a picture for people, as 256 shades: 0 at its smallest entry, 255 at its largest.
 
-    rank: 0 is the concept with the largest sum over the picture, 1 the next, and so on.
+    rank: 0 is the concept that is the largest at most places, as in `Soft`, 1 the next, and so on; of equals the one
+    with the larger sum over the picture comes first.
     """
 
     def __init__(self, records: Records, rank: int) -> None:
@@ -145,8 +146,9 @@ class Strongest(View):
 
     def concept(self, record: Record) -> int:
         """Which concept it is of this picture."""
-        sums = record.fields["class_map"].astype(np.float64).sum((1, 2))
-        return int(np.argsort(-sums, kind="stable")[min(self.rank, len(sums) - 1)])
+        maps = record.fields["class_map"].astype(np.float64)
+        places = np.bincount(maps.argmax(0).ravel(), minlength=len(maps))
+        return int(np.lexsort((-maps.sum((1, 2)), -places))[min(self.rank, len(maps) - 1)])
 
     def labels(self, record: Record) -> np.ndarray:
         return shades(record.fields["class_map"][self.concept(record)])

@@ -163,21 +163,50 @@ def test_tokens_of_crops_are_those_of_the_cut_pictures():
         torch.testing.assert_close(found[2], tokens(step.backbone, cut, "class")[0], atol=1e-5, rtol=1e-4)
 
 
+def pooled(backbone: Backbone, banks: str, *words: str) -> PooledCrops:
+    cfg = config.compose([*WORDS, "method.crops.max_per_image=null", *words])
+    return PooledCrops(backbone, cfg, banks, "pooled")
+
+
 def test_pooled_windows_are_means_of_the_pictures_own_map():
-    cfg = config.compose([*WORDS, "method.crops.max_per_image=null"])
-    step = PooledCrops(network(), cfg, "all", "pooled")
-    images = pictures(2, 48)
+    step = pooled(network(), "all")
     with torch.no_grad():
-        maps = step.backbone.features(images).concat()
+        maps = step.backbone.features(pictures()).concat()
         boxes, _ = step.chosen(None, 0)
-        _, encode = step.seen(images)
-        found = encode(1, boxes)
-    assert step.sides == (48, 48)
-    assert boxes.max() == 48
-    for row, (y0, x0, y1, x1) in zip(found, (boxes // 8).tolist(), strict=True):
-        torch.testing.assert_close(row, maps[1, :, y0:y1, x0:x1].mean((1, 2)), atol=1e-5, rtol=1e-4)
+        found = step.seen(pictures())[1](1, boxes)
+    assert maps.shape[-2:] == (6, 6)
+    assert step.geometry().size == (48, 48)
+    assert boxes.max() == 96  # of the grid of a picture twice as large
+    fine = maps[1].repeat_interleave(16, 1).repeat_interleave(16, 2)
+    for row, (y0, x0, y1, x1) in zip(found, boxes.tolist(), strict=True):
+        torch.testing.assert_close(row, fine[:, y0:y1, x0:x1].mean((1, 2)), atol=1e-5, rtol=1e-4)
     assert step.announce(10).startswith(f"at most {10 * len(boxes)} windows, {len(boxes)} of the")
     assert not {"side", "passes"} & set(step.settings())
+
+
+def test_kinds_of_pooled_windows_follow_a_map_that_is_no_multiple_of_the_picture():
+    """200 px and a stride of 32: the map has 7 cells, the grid of windows 13."""
+    step = pooled(network("resnet18"), "split", "method.stage.size=200")
+    with torch.no_grad():
+        masks, tokens_of = step.seen(pictures(2, 200))
+        assert masks.shape == (2, 7, 7)
+        boxes, kinds = step.chosen(masks[1], 0)
+        assert torch.isfinite(tokens_of(1, boxes)).all()
+    assert boxes.max() == 400
+    assert set(kinds.tolist()) == {FOREGROUND, BACKGROUND}
+    fine = F.interpolate(masks[1][None, None].double(), (2800, 2800), mode="nearest")[0, 0]
+    for (y0, x0, y1, x1), kind in zip((7 * boxes).tolist(), kinds.tolist(), strict=True):
+        share = float(fine[y0:y1, x0:x1].mean())
+        assert share > 0.5 - 1e-9 if kind == FOREGROUND else share < 0.2 + 1e-9
+
+
+def test_a_map_of_few_cells_has_windows_too():
+    """Those of the defaults: 128 px and a stride of 32."""
+    step = pooled(network("resnet18"), "all", "method.stage.size=128", "method.crops.scales=[0.5,0.4,0.3,0.2]")
+    boxes, _ = step.chosen(None, 0)
+    assert len(boxes) == len(step.windows) == 94
+    with torch.no_grad():
+        assert torch.isfinite(step.seen(pictures(1, 128))[1](0, boxes)).all()
 
 
 @pytest.mark.parametrize(
@@ -415,6 +444,11 @@ def test_masks_and_codes_of_one_picture_come_from_one_pass(monkeypatch):
         (["method.maps.share=0"], "method.maps.share=0: expected a share above 0, at most 1"),
         (["method.crops.foreground=1"], "method.crops.foreground=1: expected a share from 0 to below 1"),
         (["method.crops.max_per_image=0"], "method.crops.max_per_image=0: must be at least 1"),
+        (
+            ["method.restarts.epoch=5", "method.restarts.repeat=20"],
+            "method.restarts.repeat=20: counts passes over the pictures, but method.restarts.epoch=5 counts steps; set "
+            "method.restarts.epoch=null",
+        ),
         (["method.restarts.epoch=0"], "method.restarts.epoch=0: must be at least 1"),
         (["method.restarts.start=0"], "method.restarts.start=0: must be at least 1"),
         (

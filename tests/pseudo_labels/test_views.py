@@ -102,6 +102,12 @@ def test_the_strongest_concepts_in_their_own_colours(tmp_path):
     assert not cell(first, 1, (2, 2)).any()
 
 
+def test_concepts_of_many_places_come_before_large_ones(tmp_path):
+    soft = np.array([[[0.8, 0.8], [0.8, 0.8]], [[0.9, 0.0], [0.0, 0.0]], [[0.0, 0.9], [0.9, 0.9]]], np.float16)
+    record = records(tmp_path, {"class_map": soft}).read(0, ["class_map"])
+    assert [Strongest(None, rank).concept(record) for rank in range(3)] == [2, 1, 0]
+
+
 def test_truth_in_the_colours_of_the_data_set():
     meta = ClassMeta(("a", "b"), ((10, 20, 30), (40, 50, 60)))
     assert painted(np.array([[1, 255], [0, 9]]), meta).tolist() == [

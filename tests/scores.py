@@ -1,10 +1,17 @@
-"""Mean scores of three seeds, for the recorded bands of slow tests."""
+"""Mean scores of some seeds, for recorded bands: of whole runs, and of the pseudo-labels of offline stages."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
+import torch
+
 import config
-from engine import training
+from common.spec import IGNORE
+from engine import setup, training
+from engine.stage import Stage
+from evaluation import matching
 
 SEEDS = (0, 1, 2)
 
@@ -19,3 +26,24 @@ def score(folder: Path, method: str, key: str, *words: str) -> float:
         return training.train(config.compose([*run, "trainer.progress=none", "evaluation.panels=0", *words]))[key]
 
     return mean(one(seed) for seed in SEEDS)
+
+
+def stage_score(folder: Path, method: str, *words: str, seeds: Sequence[int] = SEEDS) -> float:
+    """Mean mIoU of the pseudo-labels of all training pictures, which have labels, clusters matched to classes."""
+    return mean(_pseudo_labels(folder, [f"method={method}", f"seed={seed}", *words]) for seed in seeds)
+
+
+def _pseudo_labels(folder: Path, words: Sequence[str]) -> float:
+    quiet = ["data.workers=0", "trainer=cpu", "trainer.progress=none", f"cache.dir={folder}"]
+    cfg, data = setup.build_data(config.compose([*words, *quiet]))
+    model = setup.build_model(cfg, data.meta)
+    setup.connect(model, data)
+    results = Stage(cfg, data, model).run()
+    view, source, classes = model.shown(results)["pseudo-labels"], data.source("train"), data.meta.num_classes
+    counts = torch.zeros(classes * classes, dtype=torch.int64)
+    for index in range(len(source)):
+        truth = source.read(index)[1].astype(np.int64)
+        found = view.read(index, truth.shape).astype(np.int64)
+        known = (truth != IGNORE) & (found != IGNORE)
+        counts += torch.bincount(torch.from_numpy((found * classes + truth)[known]), minlength=len(counts))
+    return matching.score(counts.view(classes, classes)).miou

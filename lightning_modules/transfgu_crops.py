@@ -185,19 +185,15 @@ class PooledCrops(Crops):
 def box_means(maps: Tensor, boxes: Tensor) -> Tensor:
     """Means [R,C] of a map [C,h,w] in boxes [R,4] (y0 x0 y1 x1, cells, whole or not: a cell counts by the part of it
     that is inside), float64."""
-    boxes = boxes.double().to(maps.device)
-    sums = F.pad(maps.double().cumsum(1).cumsum(2), (1, 0, 1, 0))
-    low = boxes.long().clamp(max=torch.tensor(maps.shape[1:] * 2, device=maps.device) - 1)
-    part = boxes - low
+    y0, x0, y1, x1 = boxes.double().to(maps.device).T
 
-    def to(row: int, column: int) -> Tensor:  # the sum of what lies above and left of a corner of each box, [C,R]
-        y, x, down, right = low[:, row], low[:, column], part[:, row], part[:, column]
-        above = sums[:, y, x] * (1 - right) + sums[:, y, x + 1] * right
-        below = sums[:, y + 1, x] * (1 - right) + sums[:, y + 1, x + 1] * right
-        return above * (1 - down) + below * down
+    def parts(low: Tensor, high: Tensor, count: int) -> Tensor:  # of each row or column inside each box, [R,count]
+        cells = torch.arange(count, device=maps.device)
+        return (torch.minimum(high[:, None], cells + 1) - torch.maximum(low[:, None], cells)).clamp(min=0)
 
-    inside = to(2, 3) - to(0, 3) - to(2, 1) + to(0, 1)
-    return (inside / ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))).T
+    down, across = parts(y0, y1, maps.shape[1]), parts(x0, x1, maps.shape[2])
+    sums = torch.einsum("rh,chw,rw->rc", down, maps.double(), across)
+    return sums / (down.sum(1) * across.sum(1))[:, None]
 
 
 def foreground(path: ClassPath) -> Tensor:

@@ -4,6 +4,7 @@ Pictures are resized as released (Pillow's nearest) or bilinear with antialias, 
 is ever invented.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,6 +175,11 @@ def resized_size(height: int, width: int, size: int | tuple[int, int], crop: str
     return _cover(height, width, tuple(size))
 
 
+def both_sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """H and W of a size: one number for both, or [H,W]."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def crop_pair(
     image: np.ndarray,
     label: np.ndarray | None,
@@ -184,7 +190,7 @@ def crop_pair(
     """The second half of `resize_and_crop`."""
     if crop in ("none", "keep", NATIVE):
         return image, label
-    target = (size, size) if isinstance(size, int) else tuple(size)
+    target = both_sides(size)
     free = image.shape[0] - target[0], image.shape[1] - target[1]
     if crop == "center":
         top, left = round(free[0] / 2), round(free[1] / 2)

@@ -26,9 +26,10 @@ from common import chance, distributed
 from common.errors import ConfigError, one_of
 from common.spec import Geometric, Photometric, ViewSpec
 from datamodules.base import SegmentationDataModule
+from datamodules.transforms import both_sides
 from lightning_modules.base import Loss
 from lightning_modules.staged import StagedSegmenter, check_stage
-from lightning_modules.transfgu_crops import BACKGROUND, FOREGROUND, Crops, PooledCrops, stage_sides
+from lightning_modules.transfgu_crops import BACKGROUND, FOREGROUND, Crops, PooledCrops
 from lightning_modules.transfgu_steps import ConceptMaps, Concepts, Places, check_crops, maps_at, resolved
 from losses import concepts
 from models.backbone import Features
@@ -57,7 +58,7 @@ class TransFGU(StagedSegmenter):
         self.refuse_padding()
         if settings.stage.size is None:
             raise ConfigError("method.stage.size=null: windows need pictures of one size; set it in px, or [H,W]")
-        self.backbone.check_size(stage_sides(settings.stage), "method.stage.size")
+        self.backbone.check_size(both_sides(settings.stage.size), "method.stage.size")
         self.backbone.check_size(self.view_size, "method.augment.size")
         self.token = token_kind(self.backbone, settings.maps.token)
         if self.token == "pooled" and settings.maps.token == "auto":
@@ -145,13 +146,8 @@ class TransFGU(StagedSegmenter):
         """H and W, px, of what the student sees: as set, else half of the training picture."""
         size = self.cfg.method.augment.size
         if size is not None:
-            return (size, size) if isinstance(size, int) else tuple(size)
-        return tuple(side // 2 for side in self._train_size)
-
-    @property
-    def _train_size(self) -> tuple[int, int]:
-        size = self.cfg.data.train_size
-        return (size, size) if isinstance(size, int) else tuple(size)
+            return both_sides(size)
+        return tuple(side // 2 for side in both_sides(self.cfg.data.train_size))
 
     @property
     def views(self) -> dict[str, ViewSpec]:
@@ -159,7 +155,7 @@ class TransFGU(StagedSegmenter):
         augment = self.cfg.method.augment
         names = ("brightness", "contrast", "saturation", "hue", "jitter_p", "gray_p", "blur_p", "blur_kernel")
         colour = Photometric(**{name: augment[name] for name in names}, blur_sigma=tuple(augment.blur_sigma))
-        height, width = self._train_size
+        height, width = both_sides(self.cfg.data.train_size)
         shape = {"size": self.view_size, "ratio": (width / height, width / height), "flip_p": augment.flip_p}
         crop = Geometric(scale=tuple(share**2 for share in augment.sides), **shape)
         return {"augmented": ViewSpec(colour, crop)}

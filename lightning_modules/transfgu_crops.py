@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import chance
-from datamodules.transforms import Geometry
+from datamodules.transforms import Geometry, both_sides
 from grouping.windows import crop_boxes
 from lightning_modules.graph_cuts import patch_of
 from models.backbone import Backbone
@@ -23,11 +23,6 @@ from pseudo_labels.steps import MapStep, new_record
 
 FOREGROUND, BACKGROUND = 1, 0
 """Kinds of crops; where they are not told apart all are FOREGROUND."""
-
-
-def stage_sides(settings: Any) -> tuple[int, int]:
-    """H and W, px, of pictures in the stage."""
-    return (settings.size, settings.size) if isinstance(settings.size, int) else tuple(settings.size)
 
 
 class Crops(MapStep):
@@ -50,8 +45,8 @@ class Crops(MapStep):
         super().__init__(backbone)
         self.cfg, self.crops, self.stage = cfg, cfg.method.crops, cfg.method.stage
         self.banks, self.token, self.seed = banks, token, int(cfg.seed)
-        self.sides = tuple(self.crops.zoom * side for side in stage_sides(self.stage))
-        self.side = self.crops.size or min(stage_sides(self.stage))
+        self.sides = tuple(self.crops.zoom * side for side in both_sides(self.stage.size))
+        self.side = self.crops.size or min(both_sides(self.stage.size))
         patch = patch_of(backbone)
         self.grid = tuple(-(-side // patch) for side in self.sides)
         boxes, _ = crop_boxes(*self.grid, list(self.crops.scales))
@@ -119,7 +114,7 @@ class Crops(MapStep):
         boxes[:, 2:] = torch.minimum(boxes[:, 2:] + patch, torch.tensor(self.sides)) - self.lost
         kinds = torch.full((len(boxes),), FOREGROUND)
         if mask is not None:
-            shares = self.shares(mask, boxes)
+            shares = box_means(mask[None], boxes, self.sides)[:, 0].cpu()
             fore, back = shares > self.crops.foreground, 1 - shares > self.crops.background
             kinds = torch.where(fore, FOREGROUND, BACKGROUND)
             kept = fore if self.banks == "foreground" else fore | back
@@ -129,10 +124,6 @@ class Crops(MapStep):
             rows = np.sort(draw.permutation(len(boxes))[: self.most])
             boxes, kinds = boxes[rows], kinds[rows]
         return boxes, kinds
-
-    def shares(self, mask: Tensor, boxes: Tensor) -> Tensor:
-        """What share of each box is foreground, float64 [R] on the CPU."""
-        return box_shares(mask.cpu(), boxes, self.sides)
 
     def encode(self, image: Tensor, boxes: Tensor) -> Tensor:
         """Tokens [R,D] of boxes of a picture [3,H,W], each as a square picture of its own."""
@@ -160,7 +151,7 @@ class PooledCrops(Crops):
         return {"pooled": True}
 
     def geometry(self) -> Geometry:
-        return Geometry(stage_sides(self.stage), "none", self.cfg.data.interpolation)
+        return Geometry(both_sides(self.stage.size), "none", self.cfg.data.interpolation)
 
     def announce(self, count: int) -> str:
         return (
@@ -169,43 +160,26 @@ class PooledCrops(Crops):
         )
 
     def seen(self, images: Tensor) -> tuple[Tensor | None, Callable[[int, Tensor], Tensor]]:
-        features = self.backbone.features(images)
-        masks, maps = None if self.banks == "all" else foreground(pooled_path(features)), features.concat()
-        return masks, lambda row, boxes: self.means(maps[row], boxes).float()
-
-    def shares(self, mask: Tensor, boxes: Tensor) -> Tensor:
-        return self.means(mask[None], boxes)[:, 0].cpu()
-
-    def means(self, maps: Tensor, boxes: Tensor) -> Tensor:
-        """`box_means` of a map that covers the picture."""
-        cells = torch.tensor([side / pixels for side, pixels in zip(maps.shape[1:], self.sides, strict=True)] * 2)
-        return box_means(maps, boxes * cells.double())
+        maps = self.backbone.features(images).concat()
+        masks = None if self.banks == "all" else foreground(pooled_path(maps))
+        return masks, lambda row, boxes: box_means(maps[row], boxes, self.sides).float()
 
 
-def box_means(maps: Tensor, boxes: Tensor) -> Tensor:
-    """Means [R,C] of a map [C,h,w] in boxes [R,4] (y0 x0 y1 x1, cells, whole or not: a cell counts by the part of it
-    that is inside), float64."""
-    y0, x0, y1, x1 = boxes.double().to(maps.device).T
+def box_means(maps: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Means float64 [R,C] of a map [C,h,w] over boxes [R,4] (y0 x0 y1 x1, exclusive, px) of the picture of `size` that
+    it covers: a cell counts by the part of it that is inside."""
+    y0, x0, y1, x1 = boxes.to(maps.device).T
 
-    def parts(low: Tensor, high: Tensor, count: int) -> Tensor:  # of each row or column inside each box, [R,count]
-        cells = torch.arange(count, device=maps.device)
-        return (torch.minimum(high[:, None], cells + 1) - torch.maximum(low[:, None], cells)).clamp(min=0)
+    def parts(low: Tensor, high: Tensor, count: int, side: int) -> Tensor:  # px of each cell inside each box, [R,count]
+        edges = torch.arange(count + 1, device=maps.device, dtype=torch.float64) * (side / count)
+        return (torch.minimum(high[:, None], edges[1:]) - torch.maximum(low[:, None], edges[:-1])).clamp(min=0)
 
-    down, across = parts(y0, y1, maps.shape[1]), parts(x0, x1, maps.shape[2])
+    down, across = parts(y0, y1, maps.shape[1], size[0]), parts(x0, x1, maps.shape[2], size[1])
     sums = torch.einsum("rh,chw,rw->rc", down, maps.double(), across)
-    return sums / (down.sum(1) * across.sum(1))[:, None]
+    return sums / ((y1 - y0) * (x1 - x0))[:, None]
 
 
 def foreground(path: ClassPath) -> Tensor:
     """Patches whose attention is above the picture's mean: bool [B,h,w]."""
     attention = path.patch_attention
     return attention > attention.mean((1, 2), keepdim=True)
-
-
-def box_shares(mask: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Share of the pixels of each box [R,4] (y0 x0 y1 x1, exclusive) that a mask [h,w] covers, enlarged to `size`."""
-    pixels = F.interpolate(mask[None, None].double(), size, mode="nearest")[0, 0]
-    sums = F.pad(pixels.cumsum(0).cumsum(1), (1, 0, 1, 0))
-    y0, x0, y1, x1 = boxes.T
-    inside = sums[y1, x1] - sums[y0, x1] - sums[y1, x0] + sums[y0, x0]
-    return inside / ((y1 - y0) * (x1 - x0))

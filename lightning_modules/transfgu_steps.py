@@ -13,11 +13,11 @@ from torch import Tensor
 
 from common.errors import ConfigError, one_of
 from common.precision import exact
-from datamodules.transforms import Geometry
+from datamodules.transforms import Geometry, both_sides
 from grouping.concepts import class_row_gradient, concept_maps
 from grouping.segments import segment_means
 from lightning_modules.graph_cuts import patch_of
-from lightning_modules.transfgu_crops import FOREGROUND, stage_sides
+from lightning_modules.transfgu_crops import FOREGROUND
 from models.backbone import Backbone
 from models.class_token import ClassPath, class_path
 from pseudo_labels.cache import Record, Records
@@ -40,9 +40,9 @@ FINE = 8
 class Concepts(ReduceStep):
     """`centroids` float32 [K,D]: means of the tokens of each cluster, those of the foreground's bank first.
 
-    counts: clusters of each bank, by its kind. token: of `token_kind`. Class tokens come from a norm and
-    have nearly one length; that of a pooled token mostly says how much there is in a crop. Lloyd's iterations over all
-    tokens, which are in memory at once; the release takes mini-batches for Cityscapes and LIP.
+    counts: clusters of each bank, by its kind. token: of `token_kind`. Class tokens come from a norm and have nearly
+    one length; that of a pooled token mostly says how much there is in a crop. Lloyd's iterations over all tokens,
+    which are in memory at once; the release takes mini-batches for Cityscapes and LIP.
     """
 
     name = "concepts"
@@ -97,11 +97,11 @@ class ConceptMaps(MapStep):
         return own | {"token": self.token, "power": self.power}
 
     def geometry(self) -> Geometry:
-        return Geometry(stage_sides(self.cfg.method.stage), "none", self.cfg.data.interpolation)
+        return Geometry(both_sides(self.cfg.method.stage.size), "none", self.cfg.data.interpolation)
 
     def record_bytes(self) -> int:
         patch = patch_of(self.backbone)
-        height, width = (-(-side // patch) for side in stage_sides(self.cfg.method.stage))
+        height, width = (-(-side // patch) for side in both_sides(self.cfg.method.stage.size))
         return 2 * self.concepts * height * width + 1000
 
     def begin(self, results: Results) -> None:

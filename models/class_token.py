@@ -13,7 +13,7 @@ from torch import Tensor
 
 from common.errors import ConfigError, one_of
 from common.precision import exact
-from models.backbone import Backbone, Features
+from models.backbone import Backbone
 
 KINDS = ("auto", "class", "pooled")
 """Of the token of a picture; auto: the class token where it was trained and its path is known, else the pooled map."""
@@ -73,7 +73,7 @@ def tokens(backbone: Backbone, images: Tensor, kind: str) -> Tensor:
 
 def class_path(backbone: Backbone, images: Tensor, kind: str) -> ClassPath:
     """One forward pass: what the class token's row of the last block (of the last of `backbone.levels`) sees."""
-    return _class(backbone, images) if kind == "class" else pooled_path(backbone.features(images))
+    return _class(backbone, images) if kind == "class" else pooled_path(backbone.features(images).concat())
 
 
 def _class(backbone: Backbone, images: Tensor) -> ClassPath:
@@ -98,9 +98,8 @@ def _class(backbone: Backbone, images: Tensor) -> ClassPath:
     return ClassPath(row[:, :, 0].softmax(-1), values, token, found.prefix, tuple(found.map.shape[-2:]))
 
 
-def pooled_path(found: Features) -> ClassPath:
-    """What the mean of a map sees, of features that are there already."""
-    maps = found.concat()
+def pooled_path(maps: Tensor) -> ClassPath:
+    """What the mean of a map [B,C,h,w] sees."""
     rows = maps.flatten(2).mT  # [B,N,C]
     lengths = rows.norm(dim=2)
     shares = lengths / lengths.sum(1, keepdim=True).clamp(min=1e-12)

@@ -9,7 +9,7 @@ import pytest
 import config
 from engine import training
 from tests.conftest import small_words
-from tests.scores import score, stage_score
+from tests.scores import AS_CLASS_TOKENS, score, stage_score
 
 pytestmark = pytest.mark.realdata
 
@@ -113,5 +113,4 @@ def test_concept_maps_of_a_network_without_a_class_token(pictures, weights, tmp_
     words = ["data=folder", f"data.root={pictures}/coco200", *network]
     ours = stage_score(tmp_path, "transfgu", *words)
     assert CONCEPTS_BAND[0] <= ours <= CONCEPTS_BAND[1]
-    as_class = ["method.crops.tokens=encoded", "method.kmeans.length=raw", "method.maps.power=1"]
-    assert ours >= stage_score(tmp_path, "transfgu", *words, *as_class) + MARGIN_OF_POOLED
+    assert ours >= stage_score(tmp_path, "transfgu", *words, *AS_CLASS_TOKENS) + MARGIN_OF_POOLED

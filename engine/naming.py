@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from omegaconf import DictConfig
 from torch import Tensor
@@ -47,6 +48,13 @@ class Legend:
         for number, name in enumerate(self.names):
             found.setdefault(name, []).append(number)
         return found
+
+    def joined(self) -> np.ndarray:
+        """int64 [K]: the first cluster of each cluster's name, so that clusters of one name have one id."""
+        first = np.arange(len(self.names))
+        for numbers in self.classes().values():
+            first[numbers] = numbers[0]
+        return first
 
 
 def choose_probe(cfg: DictConfig, model: UnsupervisedSegmenter) -> str:

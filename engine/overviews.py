@@ -1,8 +1,8 @@
 """What `predict` says about all pictures together: areas, an overview, and a page of all overlays with their names."""
 
 import csv
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -26,27 +26,40 @@ STYLE = """
 """
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A picture: name of its results, its file, and the pixels of each class."""
+
+    name: str
+    file: str
+    height: int
+    width: int
+    pixels: list[int]
+
+
 class Areas:
     """Pixels of every class (clusters of one name together) in every picture."""
 
     def __init__(self, legend: Legend) -> None:
         self.classes = legend.classes()
         self.clusters = len(legend.names)
-        self.rows: list[list[Any]] = []
+        self.rows: list[Measured] = []
 
-    def add(self, name: str, ids: np.ndarray) -> list[int]:
-        """One picture's ids [H,W]; returns the pixels of each class."""
+    def add(self, name: str, file: str, ids: np.ndarray) -> list[int]:
+        """One picture's ids [H,W]: `name` of its results, `file` in the folder. Returns the pixels of each class."""
         counts = sum(np.bincount(band.ravel(), minlength=self.clusters) for band in np.array_split(ids, 16))
         own = [int(counts[numbers].sum()) for numbers in self.classes.values()]
-        self.rows.append([name, *ids.shape, *own])
+        self.rows.append(Measured(name, file, *ids.shape, own))
         return own
 
     def save(self, path: Path) -> None:
-        """A row a picture: its name, height and width, and the pixels of each class."""
+        """A row a picture: its file, height and width, the pixels of each class, then percent of the picture."""
         with whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as handle:
             writer = csv.writer(handle, lineterminator="\n")
-            writer.writerow(["picture", "height", "width", *self.classes])
-            writer.writerows(self.rows)
+            writer.writerow(["picture", "height", "width", *self.classes, *(f"{name} %" for name in self.classes)])
+            for row in self.rows:
+                share = [f"{100 * count / (row.height * row.width):.2f}" for count in row.pixels]
+                writer.writerow([row.file, row.height, row.width, *row.pixels, *share])
 
 
 def present(legend: Legend, pixels: list[int]) -> tuple[list[tuple[Colour, str]], int]:
@@ -68,6 +81,7 @@ class Overview:
     def __init__(self, legend: Legend, pictures: int, alpha: float) -> None:
         self.legend = legend
         self.colours = np.array(legend.colours, dtype=np.uint8).reshape(-1, 3)
+        self.joined = legend.joined()
         self.alpha = alpha
         self.every = max(1, pictures // SHOWN)
         self.rows: list[panels.Row] = []
@@ -77,7 +91,7 @@ class Overview:
         if number % self.every or len(self.rows) >= SHOWN:
             return
         step = max(1, min(ids.shape) // 400)
-        small, seen = ids[::step, ::step], np.ascontiguousarray(picture[::step, ::step])
+        small, seen = self.joined[ids[::step, ::step]], np.ascontiguousarray(picture[::step, ::step])
         maps = {"segments": self.colours[small], "overlay": panels.overlay(seen, small, self.colours, self.alpha)}
         named, others = present(self.legend, pixels)
         if others:
@@ -92,21 +106,22 @@ class Overview:
 def overlays_page(title: str, legend: Legend, areas: Areas, probe: str, checkpoint: Path) -> str:
     """A page that stands beside `overlay/`: every overlay, as it is there, with the classes in it and their shares."""
     parts = []
-    for name, height, width, *pixels in areas.rows:
-        link = f"overlay/{quote(name)}.png"
-        named, others = present(legend, pixels)
+    for row in areas.rows:
+        link = f"overlay/{quote(row.name)}.png"
+        named, others = present(legend, row.pixels)
         rest = f'<span class="rest">{others} more below {NAMED:g} %</span>' if others else ""
         chips = "".join(f"<span>{page.swatch(colour)}{page.escape(text)}</span>" for colour, text in named)
-        parts.append(
-            f'<figure><a href="{link}"><img src="{link}" alt="{page.escape(name)}" width="{width}" height="{height}" '
-            f'loading="lazy"></a><figcaption>{page.escape(name)}</figcaption><div class="legend">{chips}{rest}</div>'
-            "</figure>"
+        image = (
+            f'<img src="{link}" alt="{page.escape(row.file)}" width="{row.width}" height="{row.height}" loading="lazy">'
         )
+        caption = f"<figcaption>{page.escape(row.file)}</figcaption>"
+        below = f'<div class="legend">{chips}{rest}</div>'
+        parts.append(f'<figure><a href="{link}">{image}</a>{caption}{below}</figure>')
     classes = legend.classes()
     names = page.legend(list(classes), [legend.colours[ids[0]] for ids in classes.values()])
     lead = (
         f"{len(parts)} pictures under the {len(legend.names)} clusters of probe {probe}. A click on a picture opens it "
-        "in its own size; <code>areas.csv</code> has all areas in pixels."
+        "in its own size; <code>areas.csv</code> has all areas, in pixels and percent."
     )
     if legend.source is None:
         command = f"run.py clusters ckpt={page.escape(checkpoint)}"

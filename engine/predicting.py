@@ -1,6 +1,7 @@
 """`run.py predict`: cluster maps of any folder of pictures, at their own size and under their own names."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from datamodules.folder import FolderSource, pictures_below
 from datamodules.reading import UnreadableError, read_picture
 from datamodules.transforms import Geometry
 from engine import naming, setup, windows
-from engine.naming import Colour
+from engine.naming import Legend
 from engine.overviews import Areas, Overview, overlays_page
 from evaluation import panels, readout, report
 from evaluation.crf import as_bytes
@@ -41,7 +42,8 @@ def predict(
 
     Ids are those of the probe (`predict.probe`), the same for every picture and every call. `names`: a names file
     (see engine/naming.py), `none`, or None for the one that `clusters` wrote for this checkpoint, where it is there.
-    areas.csv has a row a picture and a column a name: pixels. A picture that cannot be read is named and left out.
+    areas.csv has a row a picture and two columns a name: pixels, and percent of the picture. Clusters of one name are
+    one region in overlays, without a border between them. A picture that cannot be read is named and left out.
     Returns what clusters.json holds.
     """
     setup.begin()
@@ -58,8 +60,9 @@ def predict(
     unreadable: dict[str, str] = {}
     for number, picture, ids in source_of(cfg, model, pictures, probe, unreadable):
         name = pictures.id(number)
-        write(output, name, picture, ids, legend.colours, cfg.predict.overlay_alpha)
-        overview.add(number, name, picture, ids, areas.add(name, ids))
+        write(output, name, picture, ids, legend, cfg.predict.overlay_alpha)
+        file = Path(os.path.relpath(pictures.entries[number].picture, source.expanduser())).as_posix()
+        overview.add(number, name, picture, ids, areas.add(name, file, ids))
         done += 1
         if done % max(1, len(pictures) // 10) == 0:
             log.info("%d of %d pictures", done, len(pictures))
@@ -196,15 +199,15 @@ def cluster_ids(model: UnsupervisedSegmenter, batch: dict[str, Any], probe: str)
     return windows.bands(readout.strips(maps, frame), (height, width), maps.shape[1])
 
 
-def write(output: Path, name: str, picture: np.ndarray, ids: np.ndarray, colours: list[Colour], alpha: float) -> None:
-    """The index map and the overlay of one picture [H,W,3]."""
+def write(output: Path, name: str, picture: np.ndarray, ids: np.ndarray, legend: Legend, alpha: float) -> None:
+    """The index map and the overlay of one picture [H,W,3]; outlines run between names, not between clusters."""
     index, over = output / "index" / f"{name}.png", output / "overlay" / f"{name}.png"
     for path in (index, over):
         path.parent.mkdir(parents=True, exist_ok=True)
-    panels.index_png(index, ids, colours)
-    drawn = np.empty_like(picture)
+    panels.index_png(index, ids, legend.colours)
+    regions, drawn = legend.joined()[ids], np.empty_like(picture)
     for first in range(0, len(ids), BAND):  # a band at a time, with the row above it for the outlines
         above = max(0, first - 1)
-        part = panels.overlay(picture[above : first + BAND], ids[above : first + BAND], colours, alpha)
+        part = panels.overlay(picture[above : first + BAND], regions[above : first + BAND], legend.colours, alpha)
         drawn[first : first + BAND] = part[first - above :]
     Image.fromarray(drawn).save(over)

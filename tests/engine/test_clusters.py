@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import run
-from engine import cluster_count, naming
+from engine import cluster_count, naming, predicting
 from engine.overviews import Areas, present
 
 pytestmark = pytest.mark.train
@@ -83,13 +83,17 @@ def test_edited_names_are_kept_and_used_by_predict(named, folder, pictures, tmp_
     assert [content["clusters"][i]["name"] for i in (3, 5)] == ["wet, sand"] * 2
     assert [content["clusters"][i]["colour"] for i in (3, 5)] == [[16, 32, 48]] * 2  # one class, one colour
     areas = rows(tmp_path / "o" / "areas.csv")
-    assert [row["picture"] for row in areas] == ["a", "sub/b"]
+    assert [row["picture"] for row in areas] == ["a.png", "sub/b.png"]
     for row in areas:
-        ids = np.asarray(Image.open(tmp_path / "o" / "index" / f"{row['picture']}.png"))
+        ids = np.asarray(Image.open(tmp_path / "o" / "index" / row["picture"]))
         assert int(row["wet, sand"]) == np.isin(ids, (3, 5)).sum()
-        counted = [int(value) for key, value in row.items() if key not in ("picture", "height", "width")]
+        assert float(row["wet, sand %"]) == pytest.approx(100 * np.isin(ids, (3, 5)).mean(), abs=0.005)
+        counted = [
+            int(value) for key, value in row.items() if key not in ("picture", "height", "width") and "%" not in key
+        ]
         assert len(counted) == 11
         assert sum(counted) == ids.size == int(row["height"]) * int(row["width"])
+        assert sum(float(value) for key, value in row.items() if "%" in key) == pytest.approx(100, abs=0.06)
     overview = Image.open(tmp_path / "o" / "overview.png").convert("RGB")
     assert overview.width > 900  # picture, segments, overlay
     page = (tmp_path / "o" / "overlays.html").read_text()
@@ -98,10 +102,10 @@ def test_edited_names_are_kept_and_used_by_predict(named, folder, pictures, tmp_
     cards = re.findall(r'<figure><a href="(.*?)"><img src="(.*?)".*?<figcaption>(.*?)</figcaption>(.*?)</figure>', page)
     assert [card[2] for card in cards] == [row["picture"] for row in areas]
     for row, (link, shown, _, legend) in zip(areas, cards, strict=True):
-        assert link == shown == f"overlay/{row['picture']}.png"
+        assert link == shown == f"overlay/{row['picture']}"
         assert (tmp_path / "o" / link).is_file()
         total = int(row["height"]) * int(row["width"])
-        large = {name: int(row[name]) for name in list(row)[3:] if 100 * int(row[name]) >= total}
+        large = {name: int(row[name]) for name in list(row)[3:14] if 100 * int(row[name]) >= total}
         names = re.findall(r"</span>(.*?) \((\d+) %\)</span>", legend)
         assert {name: int(share) for name, share in names} == {
             name: round(100 * count / total) for name, count in large.items()
@@ -121,7 +125,7 @@ def test_the_page_of_overlays_opens_pictures_of_any_name(named, tmp_path):
     assert (tmp_path / "o" / unquote(link)).is_file()
     assert not set(link) & set(" #<&")
     assert f"<code>run.py clusters ckpt={named}</code>" in page
-    assert "<figcaption>50% #1 &amp; &lt;b&gt;ä</figcaption>" in page
+    assert "<figcaption>50% #1 &amp; &lt;b&gt;ä.png</figcaption>" in page
 
 
 def test_small_classes_are_counted_and_not_named():
@@ -130,8 +134,18 @@ def test_small_classes_are_counted_and_not_named():
     )
     areas = Areas(legend)
     ids = np.repeat([0, 1, 2, 3], [300, 995, 700, 5]).reshape(40, 50)
-    assert areas.add("x", ids) == [1000, 995, 5, 0]
+    assert areas.add("x", "x.jpg", ids) == [1000, 995, 5, 0]
     assert present(legend, [1000, 995, 5, 0]) == ([((1, 1, 1), "sky (50 %)"), ((2, 2, 2), "road (50 %)")], 1)
+
+
+def test_clusters_of_one_name_have_no_border_between_them(tmp_path):
+    legend = naming.Legend(["sky", "road", "sky"], [(0, 0, 200), (200, 0, 0), (0, 0, 200)])
+    ids = np.repeat([0, 2, 1], 8)[None].repeat(600, 0)  # more rows than are drawn at once
+    predicting.write(tmp_path, "x", np.full((600, 24, 3), 128, np.uint8), ids, legend, 0.5)
+    drawn = np.asarray(Image.open(tmp_path / "overlay" / "x.png")).astype(int)
+    assert (drawn[:, :16] == drawn[0, 0]).all()
+    assert (drawn[:, 16] != drawn[:, 17]).any(-1).all()
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "index" / "x.png")), ids)  # they stay apart here
 
 
 def error(capsys, *words: str) -> str:

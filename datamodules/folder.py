@@ -24,7 +24,8 @@ from common.palette import default_palette
 from common.spec import ClassMeta
 from datamodules.base import SegmentationDataModule
 from datamodules.listed import Entry, ListedSource
-from datamodules.reading import ENDINGS, check_label, is_picture, read_classes, read_label
+from datamodules.opening import ENDINGS
+from datamodules.reading import check_label, is_picture, read_classes, read_label
 
 log = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 from scipy.io import loadmat
 
 from common.errors import DataError
+from datamodules import opening
+from datamodules.opening import ENDINGS, opened
 
-ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-"""What counts as a picture, in any case of letters."""
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -51,13 +51,13 @@ def is_picture(name: str) -> bool:
 def read_picture(path: str | Path) -> np.ndarray:
     """The picture as uint8 [H,W,3], as a viewer shows it. Raises UnreadableError."""
     try:
-        with Image.open(path) as opened:
-            opened.load()
-            return _rgb(_upright(opened))
+        with opened(path) as image:
+            image.load()
+            return _rgb(_upright(image))
     except MemoryError:
         raise
     except Exception as error:  # the decoders raise whatever they like: OSError, SyntaxError, struct.error, …
-        raise UnreadableError(path, _reason(error)) from error
+        raise UnreadableError(path, opening.reason(error)) from error
 
 
 def read_label(path: str | Path, what: str = "a label holds one class id per pixel") -> np.ndarray:
@@ -67,17 +67,17 @@ def read_label(path: str | Path, what: str = "a label holds one class id per pix
     Raises UnreadableError for a broken file, DataError for a colour picture.
     """
     try:
-        with Image.open(path) as opened:
-            opened.load()
-            mode = opened.mode
+        with opened(path) as image:
+            image.load()
+            mode = image.mode
             if mode in ("L", "P", "1"):
-                return np.asarray(opened).astype(np.uint8)
+                return np.asarray(image).astype(np.uint8)
             if mode == "I" or mode.startswith("I;16"):
-                return np.asarray(opened).astype(np.int32)
+                return np.asarray(image).astype(np.int32)
     except MemoryError:
         raise
     except Exception as error:
-        raise UnreadableError(path, _reason(error)) from error
+        raise UnreadableError(path, opening.reason(error)) from error
     raise DataError(
         f"{path}: {what}, but this is a picture of mode {mode}; save the ids as a grey or palette png of 8 or 16 bit"
     )
@@ -86,15 +86,15 @@ def read_label(path: str | Path, what: str = "a label holds one class id per pix
 def read_first_channel(path: str | Path) -> np.ndarray:
     """uint8 [H,W]: red of an RGB png, where KITTI-STEP keeps the class. Raises UnreadableError, DataError."""
     try:
-        with Image.open(path) as opened:
-            opened.load()
-            if opened.mode in ("RGB", "RGBA"):
-                return np.asarray(opened)[..., 0]
-            mode = opened.mode
+        with opened(path) as image:
+            image.load()
+            if image.mode in ("RGB", "RGBA"):
+                return np.asarray(image)[..., 0]
+            mode = image.mode
     except MemoryError:
         raise
     except Exception as error:
-        raise UnreadableError(path, _reason(error)) from error
+        raise UnreadableError(path, opening.reason(error)) from error
     raise DataError(
         f"{path}: a panoptic map is an RGB png with the class in its red channel, but this is a picture of mode {mode}"
     )
@@ -115,7 +115,7 @@ def read_mat(path: str | Path, variable: str) -> np.ndarray:
     except KeyError as error:
         raise UnreadableError(path, f"it holds no variable {error.args[0]}") from error
     except Exception as error:
-        raise UnreadableError(path, _reason(error)) from error
+        raise UnreadableError(path, opening.reason(error)) from error
     if value.ndim not in (2, 3) or value.size == 0:
         raise UnreadableError(path, f"{variable} is no picture but an array of shape {value.shape}")
     return value
@@ -127,15 +127,15 @@ def header_size(path: str | Path) -> tuple[int, int]:
     A png whose orientation stands behind its pixels is taken as it lies. Raises UnreadableError.
     """
     try:
-        with Image.open(path) as opened:
-            width, height = opened.size
+        with opened(path) as image:
+            width, height = image.size
             # Pillow turns a tif itself, and would decode a whole png to find its orientation
-            turned = opened.format not in ("PNG", "TIFF") and _orientation(opened) >= 5
+            turned = image.format not in ("PNG", "TIFF") and _orientation(image) >= 5
             return (width, height) if turned else (height, width)
     except MemoryError:
         raise
     except Exception as error:
-        raise UnreadableError(path, _reason(error)) from error
+        raise UnreadableError(path, opening.reason(error)) from error
 
 
 def check_label(
@@ -170,7 +170,7 @@ def read_classes(path: str | Path) -> tuple[str, ...]:
     try:
         names = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as json ({_reason(error)}); {rule}") from error
+        raise DataError(f"{path}: cannot be read as json ({opening.reason(error)}); {rule}") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) > 255:
         found = f"a list of {len(names)}" if isinstance(names, list) else f"a {type(names).__name__}"
         raise DataError(f"{path}: holds {found}; {rule}")
@@ -204,12 +204,6 @@ def _rgb(image: Image.Image) -> np.ndarray:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return np.asarray(image.convert("RGB"))
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "empty, or not a kind of picture that is known"
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _pixels(array: np.ndarray) -> str:

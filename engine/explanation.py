@@ -9,10 +9,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
-from PIL import Image
 from torch import Tensor
 
 from common import chance
+from datamodules.opening import opened
 from engine.naming import Legend
 from evaluation import embedding, figures, page, panels, readout
 from evaluation.figures import Heat, Spot
@@ -188,8 +188,8 @@ def page_of(folder: Path, content: dict[str, Any], cfg: DictConfig, others: int,
     for section in sections:
         parts.append(f"<h2>{page.escape(section.title)}</h2><p>{page.escape(section.text)}</p>")
         if section.figure is not None:
-            with Image.open(folder / section.figure) as opened:
-                shown = page.picture(opened.convert("RGB"), section.title, lossless=section.lossless)
-                narrowest = min(opened.width, LEGIBLE)
+            with opened(folder / section.figure) as image:
+                shown = page.picture(image.convert("RGB"), section.title, lossless=section.lossless)
+                narrowest = min(image.width, LEGIBLE)
             parts.append(f'<div class="scroll" style="--narrowest:{narrowest}px">{shown}</div>')
     return page.document(title, "\n".join(parts), ".scroll img { min-width: var(--narrowest); }")

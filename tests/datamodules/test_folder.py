@@ -10,6 +10,7 @@ from PIL import Image
 from common.errors import ConfigError, DataError
 from datamodules.base import available, load_datamodule
 from datamodules.folder import FolderDataModule, pictures_below
+from datamodules.opening import ENDINGS
 from tests.datamodules.pictures import config, labelled_folder, noise, save, write_classes
 
 
@@ -195,7 +196,7 @@ def test_links_in_a_circle_end(tmp_path):
 
 # ---- errors, to the letter ----
 
-LOOKED = "looked for files ending in .bmp, .jpeg, .jpg, .png, .tif, .tiff, .webp, in small or capital letters"
+LOOKED = f"looked for files ending in {', '.join(ENDINGS)}, in small or capital letters"
 
 
 def test_no_root(tmp_path):

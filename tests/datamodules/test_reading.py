@@ -168,7 +168,8 @@ def test_the_error_survives_pickling():
 def test_names():
     assert reading.is_picture("A.JPG")
     assert not reading.is_picture("._a.jpg")
-    assert not reading.is_picture("a.gif")
+    assert reading.is_picture("a.gif")
+    assert not reading.is_picture("a.eps")
     assert not reading.is_picture("jpg")
 
 

@@ -28,6 +28,8 @@ negative similarities (PyTorch)."""
 LOCATIONS = ("centred", "linspace", "relative")
 """Coordinates: linspace 0..1 with both ends, minus 0.5 (PyTorch); without the 0.5; index / size (TensorFlow)."""
 ORDERS = ("key", "appearance")
+CELL_PIXELS = ("corner", "centre")
+"""Which pixel of a map stands for a cell, see `at_cells`."""
 
 _BLOCK_BYTES = 256 << 20
 """Bytes of the block of similarities."""
@@ -98,12 +100,26 @@ def locations(size: tuple[int, int], rule: str = "centred", device: torch.device
     return places - 0.5 if rule == "centred" else places
 
 
-def at_cells(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps of ids or flags [B,H,W] at the centres of h x w cells (`size`): [B,h,w], nearest."""
-    axes = [
-        ((2 * torch.arange(cells, device=maps.device) + 1) * side).div(2 * cells, rounding_mode="floor")
-        for cells, side in zip(size, maps.shape[-2:], strict=True)
-    ]
+def at_cells(maps: Tensor, size: tuple[int, int], pixel: str = "centre") -> Tensor:
+    """Maps of ids or flags [B,H,W] at h x w cells (`size`): [B,h,w].
+
+    pixel: `centre`, the pixel in the middle of a cell; or `corner`, its top left one, which torch's `nearest` takes,
+    and so the releases of SegSort and HSG. A convolution of stride 2 with padding on both sides has its outputs at
+    pixels 0, 2, 4, …: at a stride of 16 cell 7 of such a network looks at the surroundings of pixel 112, its corner. A
+    patch of a transformer looks at pixels 112 to 127, around its centre.
+
+    Raises:
+        ConfigError: another pixel than those of CELL_PIXELS.
+    """
+    one_of("cell_pixel", pixel, CELL_PIXELS)
+    axes = []
+    for cells, side in zip(size, maps.shape[-2:], strict=True):
+        if pixel == "corner":
+            places = torch.arange(side, dtype=torch.float32)[None, None]
+            axis = F.interpolate(places, size=cells, mode="nearest")[0, 0].long()  # torch's own rounding
+        else:
+            axis = ((2 * torch.arange(cells) + 1) * side).div(2 * cells, rounding_mode="floor")
+        axes.append(axis.to(maps.device))
     return maps[:, axes[0][:, None], axes[1][None, :]]
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.errors import ConfigError
+from common.errors import ConfigError, one_of
 from common.spec import OUTSIDE, Geometric, Photometric, RegionSpec, ViewSpec
 from grouping.gathered import GatheredSegments, gather_segments
-from grouping.segments import Segments, at_cells, sort_pixels, sorting
+from grouping.segments import CELL_PIXELS, Segments, at_cells, sort_pixels, sorting
 from lightning_modules.base import UnsupervisedSegmenter
 from lightning_modules.regions import region_spec
 from models.backbone import Features
@@ -42,6 +42,12 @@ class PixelSorter(UnsupervisedSegmenter):
         self.sorting = sorting(settings.kmeans, "method.kmeans")
         check_shared(settings)
         self.regions = None if settings.regions.source == "none" else region_spec(settings.regions)
+        self.cell_pixel = settings.cell_pixel
+        if (
+            self.cell_pixel == "auto"
+        ):  # a stride padded on one side alone (TensorFlow's `same`) moves cells past the centre
+            around_corner = not self.backbone.transformer and self.cfg.backbone.pad_type != "same"
+            self.cell_pixel = "corner" if around_corner else "centre"
         self.code_dim = settings.dim
         self.head = pixel_head(dim=settings.dim, in_dim=self.backbone.dim, **settings.head)
 
@@ -85,11 +91,15 @@ class PixelSorter(UnsupervisedSegmenter):
         names = list(self.views)
         codes = self.embed(self.features(adjacent(views, names)))
         size, regions = tuple(codes.shape[-2:]), None
-        valid = at_cells(adjacent(views, names, ".valid"), size)
+        valid = self.at_cells(views, ".valid", size)
         if self.regions is not None:
-            regions = at_cells(adjacent(views, names, ".regions"), size)
+            regions = self.at_cells(views, ".regions", size)
             valid = valid & (regions != OUTSIDE)
         return Cells(codes, valid, regions)
+
+    def at_cells(self, views: dict[str, Any], what: str, size: tuple[int, int]) -> Tensor:
+        """A map of all views of a batch (`.valid`, `.regions`, `.label`) at h x w cells: [B*V,h,w]."""
+        return at_cells(adjacent(views, list(self.views), what), size, self.cell_pixel)
 
     def region_keys(self, views: dict[str, Any], regions: Tensor) -> Tensor:
         """Contour regions [B*V,h,w] as keys that tell the regions of all pictures apart, and agree between views."""
@@ -110,6 +120,7 @@ def adjacent(views: dict[str, Any], names: list[str], what: str = "") -> Tensor:
 def check_shared(settings: Any) -> None:
     """Raises ConfigError for values of the keys of both methods that cannot be run with."""
     kmeans = settings.kmeans
+    one_of("method.cell_pixel", settings.cell_pixel, ("auto", *CELL_PIXELS))
     if settings.views < 1:
         raise ConfigError(f"method.views={settings.views}: must be at least 1")
     zoom = list(settings.crop.zoom)

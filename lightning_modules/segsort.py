@@ -16,9 +16,8 @@ from common import distributed
 from common.errors import ConfigError, one_of
 from common.spec import IGNORE
 from grouping.gathered import GatheredSegments
-from grouping.segments import at_cells
 from lightning_modules.base import Loss
-from lightning_modules.pixel_sorting import PixelSorter, adjacent
+from lightning_modules.pixel_sorting import PixelSorter
 from losses.vmf import MAX_KAPPA, vmf, vmf_nca
 from models.backbone import Features
 from retrieval.memory import MemoryBank
@@ -50,7 +49,7 @@ class SegSort(PixelSorter):
         names, cells = list(self.views), self.cells(views)
         valid, cut, keys = cells.valid, cells.regions, None
         if self.uses_labels:
-            keys = at_cells(adjacent(views, names, ".label"), tuple(cells.codes.shape[-2:]))
+            keys = self.at_cells(views, ".label", tuple(cells.codes.shape[-2:]))
             valid = valid & (keys != IGNORE)
             cut = keys if cut is None else cut * (IGNORE + 1) + keys  # a segment has one class and one region
         elif self.cfg.method.loss == "vmf_nca":

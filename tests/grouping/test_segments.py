@@ -250,3 +250,26 @@ def test_the_first_of_equal_centres_wins():
     for empty in segments.EMPTY:
         found = segments.spherical_kmeans(vectors, labels, 6, 1, empty=empty)
         assert found[:, :4].tolist() == [[1, 1, 2, 2]] * 2
+
+
+@pytest.mark.parametrize(("side", "cells"), [(224, 14), (448, 28), (100, 7), (225, 15), (13, 13), (5, 9), (336, 42)])
+def test_the_corner_of_a_cell_is_the_pixel_of_torchs_nearest(side, cells):
+    """The releases of SegSort and HSG bring region maps to the grid of cells with it."""
+    maps = torch.arange(2 * side * side).view(2, side, side)
+    expected = F.interpolate(maps[:, None].double(), size=(cells, cells), mode="nearest")[:, 0].long()
+    assert torch.equal(segments.at_cells(maps, (cells, cells), "corner"), expected)
+
+
+def test_cells_of_a_convolution_lie_around_corners_and_patches_around_centres():
+    """Where a cell looks, measured: the gradient of one cell with respect to the picture is centred there."""
+    convolutions = torch.nn.Sequential(*[torch.nn.Conv2d(1, 1, 3, stride=2, padding=1, bias=False) for _ in range(4)])
+    patches = torch.nn.Conv2d(1, 1, 16, stride=16, bias=False)
+    rows = torch.arange(224).view(1, 224, 1).expand(1, 224, 224)
+    for network, pixel, middle in ((convolutions, "corner", 112.0), (patches, "centre", 119.5)):
+        for weight in network.parameters():
+            torch.nn.init.ones_(weight)
+        picture = torch.zeros(1, 1, 224, 224, requires_grad=True)
+        network(picture)[0, 0, 7, 7].backward()
+        mass = picture.grad[0].sum(2).double() / picture.grad.sum()
+        assert (mass * rows[:, :, 0]).sum() == pytest.approx(middle)
+        assert abs(int(segments.at_cells(rows, (14, 14), pixel)[0, 7, 7]) - middle) <= 0.5

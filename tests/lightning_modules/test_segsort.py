@@ -51,6 +51,29 @@ def segments_of(codes: torch.Tensor, *keys: torch.Tensor) -> tuple[torch.Tensor,
     return unit, rows, torch.stack([F.normalize(unit[row].sum(0), dim=0) for row in rows])
 
 
+@pytest.mark.parametrize(
+    ("words", "row"),
+    [
+        (["backbone=resnet18", "backbone.weights=none"], 0),
+        (["backbone=mobilenetv2", "backbone.weights=none"], 1),
+        ([], 1),
+        (["method.cell_pixel=corner"], 0),
+        (["backbone=resnet18", "backbone.weights=none", "method.cell_pixel=centre"], 1),
+    ],
+    ids=["convolutions", "padded on one side", "patches", "corner", "centre"],
+)
+def test_a_cell_gets_the_region_of_the_pixel_that_it_looks_at(words, row, monkeypatch):
+    """Cells of two pixels: convolutions look at the first of them (as the release samples), patches around both."""
+    model = build("method.views=1", "method.labels.enabled=true", *words)
+    views, _ = made(model, monkeypatch)
+    pixels = torch.arange(2 * 8 * 8).view(2, 8, 8)
+    views |= {"view0.regions": pixels, "view0.label": pixels, "view0.valid": pixels % 2 == row}
+    cells = model.cells(views)
+    assert torch.equal(cells.regions, pixels[:, row::2, row::2])
+    assert torch.equal(model.at_cells(views, ".label", (4, 4)), cells.regions)
+    assert cells.valid.all()
+
+
 def test_the_unsupervised_loss_is_the_formula_of_the_document(monkeypatch):
     """4.1: minus log softmax over all segments of the batch of kappa mu.v at the own one, a mean over cells."""
     model = build("method.loss=vmf", "method.views=1")
@@ -279,6 +302,7 @@ def test_bf16_follows_float32(plain_three, tmp_path):
         (["method.labels.banks=-1"], "method.labels.banks=-1: must not be negative"),
         (["method.augment.hue=0.7"], "method.augment.hue=0.7: expected a number from 0 to 0.5"),
         (["method.crop.flip_p=2"], "method.crop.flip_p=2: expected a number from 0 to 1"),
+        (["method.cell_pixel=top"], "method.cell_pixel=top: not one of auto, corner, centre"),
         (["method.head.kind=aspp"], "method.head.kind=aspp: not one of pointwise, pyramid"),
         (["method.head.norm=layer"], "method.head.norm=layer: not one of batch, group, none"),
         (

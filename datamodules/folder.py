@@ -12,7 +12,6 @@ may lack a label. Further folders beside `images` and `labels` are not looked at
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from datamodules.base import SegmentationDataModule
 from datamodules.listed import Entry, ListedSource
 from datamodules.opening import ENDINGS
 from datamodules.reading import check_label, is_picture, read_classes, read_label
+from datamodules.walking import files_below
 
 log = logging.getLogger(__name__)
 
@@ -174,10 +174,11 @@ def _common_names(trees: list[Tree], labelled: set[str]) -> tuple[str, ...]:
 
 def _entries(images: Path, labels: Path | None, key: str) -> list[Entry]:
     """The pictures below `images` in the order of their relative paths, each with the label of its relative stem."""
-    pictures = _files(images, is_picture)
+    pictures = files_below(images, is_picture)
     if not pictures:
         raise _no_pictures(key, images, "any depth")
-    ids = _files(labels, lambda name: name.lower().endswith(".png")) if labels is not None and labels.is_dir() else []
+    found = labels is not None and labels.is_dir()
+    ids = files_below(labels, lambda name: name.lower().endswith(".png")) if found else []
     by_stem = {os.path.splitext(name)[0]: name for name in ids}
     stems = [os.path.splitext(name)[0] for name in pictures]
     if by_stem and not by_stem.keys() & set(stems):
@@ -196,22 +197,8 @@ def _entries(images: Path, labels: Path | None, key: str) -> list[Entry]:
     ]
 
 
-def _files(folder: Path, wanted: Callable[[str], bool]) -> list[str]:
-    """Relative paths, with "/", of the wanted files below a folder; links are followed, each folder is entered once."""
-    found, entered = [], set()
-    for path, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(path)
-        if real in entered:
-            folders.clear()
-            continue
-        entered.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
-        found += [Path(path, name).relative_to(folder).as_posix() for name in names if wanted(name)]
-    return sorted(found)
-
-
 def _has_pictures(folder: Path) -> bool:
-    return folder.is_dir() and bool(_files(folder, is_picture))
+    return folder.is_dir() and bool(files_below(folder, is_picture))
 
 
 def _no_pictures(key: str, folder: Path, where: str) -> DataError:

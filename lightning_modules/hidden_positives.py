@@ -251,7 +251,10 @@ class HiddenPositives(UnsupervisedSegmenter):
         self.pool.refill(self._pool_codes(0))
 
     def _pool_codes(self, step: int) -> Callable[[Tensor], Tensor]:
-        """The momentum head for rows [m,C], with draws of its own: dropout is on while the release fills its pool."""
+        """The momentum head for rows [m,C], with draws of its own: dropout is on while the release fills its pool.
+
+        The head drops its two inputs itself; the rows come to it as they are (make_reference_pool.py of the release).
+        """
         dropout, blocks = self.cfg.method.dropout, itertools.count()
 
         def mask(use: str, rows: Tensor, block: int) -> Tensor | None:
@@ -260,8 +263,6 @@ class HiddenPositives(UnsupervisedSegmenter):
 
         def codes(rows: Tensor) -> Tensor:
             block = next(blocks)
-            if dropout.outputs:
-                rows = drop_channels(rows, mask("features", rows, block))
             found = self.momentum_head(rows, (mask("linear", rows, block), mask("nonlinear", rows, block)))
             return drop_channels(found, mask("codes", found, block) if dropout.outputs else None)
 

@@ -1,17 +1,24 @@
 """Adapters for `hidden_positives.*`: the released functions of HP, replayed by ours."""
 
+import tempfile
+from pathlib import Path
+from unittest.mock import patch
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_modules import hidden_positives
 from losses import contrastive
 from losses.consistency import consistency as consistency_loss
 from losses.local_positives import attention_weights, neighbour_mix, neighbourhood, row_attention
 from models.heads import ProjectionHead, SegmentationHead
 from models.momentum import Momentum
-from retrieval.memory import pool_from_maps
+from retrieval.memory import REFILL_ROWS, pool_from_maps
+from tests.reference import training as replay
 
 Case = dict[str, np.ndarray]
+TERMS = ("linear", "nonlinear")
 
 
 def _tensor(array: np.ndarray) -> Tensor:
@@ -158,3 +165,158 @@ def lambda_schedule(case: Case) -> Case:
     warmup, maximum = int(case["cfg_warmup"]), int(case["cfg_max_iterations"])
     values = [contrastive.lambda_schedule(int(step), warmup, maximum) for step in case["in_iteration"]]
     return {"out_lambda": np.array(values, np.float64)}
+
+
+def training(case: Case) -> Case:
+    """Whole steps of the released loop, its renewals of the pools and its evaluation, by the real method."""
+    classes = len(case["in_initial__linear_probe.classifier.weight"])
+    images = replay.pictures(case["in_images"])
+    batches = [
+        replay.batch(images[step], case["in_labels"][step], augmented=_tensor(case["in_augmented"][step]))
+        for step in range(len(images))
+    ]
+    draws = Draws(case)
+    steps_per_epoch = int(case["cfg_steps_per_epoch"])
+    data = replay.Recorded(batches, steps_per_epoch, draws.pass_of, images.shape[1])
+    total_steps = int(case["cfg_epochs"]) * steps_per_epoch
+    with tempfile.TemporaryDirectory() as name, patch.multiple(hidden_positives, **draws.functions()):
+        folder = Path(name)
+        model = replay.method(case, _words(case), folder, classes)
+        model.momentum_head.copy.load_state_dict(model.head.state_dict())
+        # Where alpha is 0 the release looks at the second view all the same and its loss is recorded.
+        aside = None if model.cfg.method.alpha > 0 else lambda model: {"consistency": _consistency(model, batches)}
+        steps = replay.train(model, data, folder, total_steps, watch=_pool, before=aside)
+        found = _scores(case, model, steps)
+
+    logged, seen = steps.logged, steps.seen
+    terms = {"linear": "linear_probe", "cluster": "cluster_probe"} | {
+        name: name for name in ("lambda", "contrastive", "consistency", "total")
+    }
+    results = {f"out_{name}": logged.get(ours, seen.get(ours)) for name, ours in terms.items()}
+    norms = [
+        torch.stack([rows[name].norm() for name in rows if name.startswith("head.")]).norm() for rows in steps.gradients
+    ]
+    results |= {
+        "out_grad_norm": torch.stack(norms).numpy(),
+        "out_pool_ag": model.pool.agnostic_rows().numpy(),
+        "out_pool_sp": seen["pool"],
+    }
+    return results | found | steps.first_gradients() | steps.after()
+
+
+def _words(case: Case) -> list[str]:
+    names = {
+        "method.dim": "dim",
+        "method.temperature": "tau",
+        "method.alpha": "alpha",
+        "method.rho": "rho",
+        "method.ema": "ema_m",
+        "method.lambda_warmup": "warmup",
+        "method.lhp.sigma": "sigma",
+        "method.pool.size": "pool_size",
+        "method.pool.renew_every": "renew_interval",
+        "method.dropout.p": "dropout_p",
+        "optim.head.lr": "lr_net",
+        "optim.head.weight_decay": "weight_decay_net",
+        "optim.head.clip_norm": "grad_norm",
+        "optim.projection.lr": "lr_projection",
+        "optim.linear_probe.lr": "lr_linear",
+        "optim.cluster_probe.lr": "lr_cluster",
+    }
+    return [
+        "method=hidden_positives",
+        f"method.num_clusters={len(case['in_initial__cluster_probe.clusters'])}",
+        *(f"{key}={case[f'cfg_{name}'].item()}" for key, name in names.items()),
+        f'method.loss_version="{int(case["cfg_loss_version"])}"',
+        f"method.reweighting={bool(case['cfg_reweighting'])}",
+        f"method.dropout.outputs={'in_keep_features_out' in case}",
+        "method.lhp.attention=backbone",
+        "method.pool.refill=release",
+        "method.pool.half=true",
+        "evaluation.cluster_init=normal",
+    ]
+
+
+class Draws:
+    """The draws of a case under the names and arguments of the functions that draw them in the method."""
+
+    USES = {
+        f"hp.dropout.{ours}": name
+        for ours, name in (
+            *((f"{part}.{term}", f"{part}_{term}") for part in ("head", "momentum", "augmented") for term in TERMS),
+            ("features", "features_out"),
+            ("momentum_out", "momentum_out"),
+            ("mixed_out", "mixed_out"),
+        )
+    }
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.p = case, float(case["cfg_dropout_p"])
+        self.fillings = {0: 0} | {int(step): n + 1 for n, step in enumerate(case["in_renewal_steps"])}
+
+    def functions(self) -> dict:
+        """The method's functions that draw, by name."""
+        return {
+            "own_channel_masks": self.own_channel_masks,
+            "channel_masks": self.channel_masks,
+            "random_positions": self.random_positions,
+            "random_candidates": self.random_candidates,
+        }
+
+    def pass_of(self, purpose: str) -> Tensor:
+        """The pictures that a pool is filled from; purposes are hp.pool.0 and hp.pool.renewal.<step>."""
+        return replay.pictures(self.case["in_pool_images"][self.fillings[int(purpose.rsplit(".", 1)[1])]])
+
+    def own_channel_masks(self, seed: int, purpose: str, step: int, maps: Tensor, p: float) -> Tensor | None:
+        return replay.kept(self.case, f"in_keep_{self.USES[purpose]}", self.p)[step] if self.p > 0 else None
+
+    def channel_masks(
+        self, seed: int, purpose: str, step: int, rows: int, channels: int, p: float, device: str = "cpu"
+    ) -> Tensor:
+        """In a pool: of the momentum head's inputs and codes (hp.pool.<use>.<block>, at a step), or of the features of
+        picture `step` in the task-agnostic pool (hp.pool.0.agnostic)."""
+        _, _, use, place = purpose.split(".")
+        if place == "agnostic":
+            return replay.kept(self.case, "in_pool_keep_ag", self.p)[step : step + 1]
+        first = int(place) * REFILL_ROWS
+        return replay.kept(self.case, f"in_pool_keep_sp_{use}", self.p)[self.fillings[step], first : first + rows]
+
+    def random_positions(self, seed: int, purpose: str, step: int, count: int, cells: int) -> Tensor:
+        """Of picture `step` of a pass. No released pool is made of the ring of recent patches: it gets any."""
+        if purpose == "hp.ring":
+            return torch.zeros(count, dtype=torch.int64)
+        *_, at, kind = purpose.split(".")
+        if kind == "agnostic":
+            return _tensor(self.case["in_pool_position_ag"])[step : step + 1]
+        return _tensor(self.case["in_pool_position_sp"])[self.fillings[int(at)], step : step + 1]
+
+    def random_candidates(
+        self, seed: int, step: int, cells: int, total: int, rho: float, device: str = "cpu", part: int = 0
+    ) -> Tensor | None:
+        return None if rho >= 1 else _tensor(self.case["in_candidates"])[step]
+
+
+def _pool(model: hidden_positives.HiddenPositives) -> dict[str, Tensor]:
+    """The task-specific pool of a step: it is renewed before anything is compared with it."""
+    return {"pool": model.pool.specific_rows()}
+
+
+@torch.no_grad()
+def _consistency(model: hidden_positives.HiddenPositives, batches: list[dict]) -> Tensor:
+    """What the consistency term of the step to come would be."""
+    views = batches[model.global_step]
+    codes = []
+    for view, use in (("image", "head"), ("augmented", "augmented")):
+        features = model.backbone.features(views[view]).concat()
+        codes.append(model.projection(model.head(features, model._head_masks(use, features))))
+    return consistency_loss(*codes)
+
+
+def _scores(case: Case, model: hidden_positives.HiddenPositives, steps: replay.Steps) -> Case:
+    """Nothing where a case was cut before its evaluation."""
+    if "in_val_images" not in case:
+        return {}
+    found = replay.scores(model, steps, replay.pictures(case["in_val_images"]), case["in_val_labels"])
+    return {
+        "out_scores": np.array([x for probe in ("cluster", "linear") for x in (found[probe].miou, found[probe].acc)])
+    }

@@ -21,7 +21,7 @@ def test_case(path):
 def test_every_kind_of_the_foundation_has_a_case():
     kinds = {path.stem.rsplit(".", 1)[0] for path in PATHS}
     wanted = {
-        "hidden_positives": "ghp_contrastive backbone_head_lhp reference_pool consistency lambda_schedule",
+        "hidden_positives": "ghp_contrastive backbone_head_lhp reference_pool consistency lambda_schedule training",
         "backbones": "pos_embed",
         "stego": "cluster_lookup linear_probe corr_helper corr_loss super_perm sample crf_aux_loss seg_head knn",
         "evaluation_protocol": "unsupervised_metrics overcluster_metrics flip_predict loader_transform five_crop_boxes "

@@ -220,15 +220,17 @@ def show(metrics: dict) -> None:
     from lightning.pytorch.utilities import rank_zero_only
     from rich.console import Console
 
-    from evaluation import report
+    from evaluation import headline, report
 
     if rank_zero_only.rank != 0:
         return
     what = f"{metrics['method']} on {metrics['data']} with {metrics['backbone']}"
     title = f"{what}, seed {metrics['seed']}, step {metrics['steps']}"
+    title += f" ({metrics['checkpoint']})" if "checkpoint" in metrics else ""
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(title, style="bold", highlight=False)
     console.print(report.final_table(metrics))
+    console.print(headline.sentence(metrics), highlight=False)
     if "published/source" in metrics:
         console.print(f"published: {metrics['published/source']}", highlight=False)
     rule = metrics.get("selection/rule")

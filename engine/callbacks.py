@@ -4,6 +4,7 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -235,16 +236,28 @@ class ProgressLines(Callback):
         step, total = trainer.global_step, pl_module.total_steps
         if trainer.is_global_zero and (step % max(1, total // self.lines) == 0 or step == total):
             speed = (time.perf_counter() - self._started) / max(1, step - self._first)
-            loss, left = float(trainer.callback_metrics.get("loss", math.nan)), clock(speed * (total - step))
-            log.info("step %d/%d  loss %.4f  %.2f s/step  about %s left", step, total, loss, speed, left)
+            (name, loss), left = shown_loss(trainer.callback_metrics), clock(speed * (total - step))
+            log.info("step %d/%d  %s %.4f  %.2f s/step  about %s left", step, total, name, loss, speed, left)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             values = numbers(trainer.callback_metrics, "val/")
-            shown = [
-                f"{name[4:]} {value:.1f}" for name, value in values.items() if name.endswith(("acc", "miou", "entropy"))
-            ]
-            log.info("validation at step %d: %s", trainer.global_step, "  ".join(shown))
+            lead = f"val/{pl_module.headline}/"
+            ordered = sorted(values.items(), key=lambda item: not item[0].startswith(lead))
+            shown = [f"{name[4:]} {value:.1f}" for name, value in ordered if name.endswith(("acc", "miou", "entropy"))]
+            log.info("validation at step %d: %s", reached(trainer, pl_module), "  ".join(shown))
+
+
+def reached(trainer: L.Trainer, model: L.LightningModule) -> int:
+    """The step that the weights are of: that of the checkpoint where they come from one, in `eval`."""
+    return trainer.global_step if model.restored_step is None else model.restored_step
+
+
+def shown_loss(metrics: Mapping[str, Any]) -> tuple[str, float]:
+    """Name and value of the loss that lines and bars show, both as metrics.csv has them under train/: the method's;
+    the cluster probe's where the method trains nothing."""
+    name = "loss" if "train/loss" in metrics else "cluster_probe"
+    return name, float(metrics.get(f"train/{name}", math.nan))
 
 
 def clock(seconds: float) -> str:

@@ -41,15 +41,17 @@ class Selection:
 
 
 def choose(cfg: DictConfig, model: UnsupervisedSegmenter) -> Selection:
-    """The rule of `evaluation.select`; `auto` without labels is the last step.
+    """The rule of `evaluation.select`; `auto` is the headline's mIoU, and the last step without labels or where the
+    method trains nothing.
 
     Raises ConfigError for a score that validation during training does not have (val/kmeans/* comes at the end).
     """
     wanted = cfg.evaluation.select
-    if wanted == "auto":
-        return Selection(("val/cluster/miou",) if model.meta.has_labels else ())
     probes = [probe for probe in model.probe_names() if probe != "kmeans"] if model.meta.has_labels else []
     known = [f"val/{probe}/{name}" for probe in probes for name in ("acc", "miou")] + list(LABEL_FREE)
+    if wanted == "auto":
+        headline = f"val/{model.headline}/miou"
+        return Selection((headline,) if model.trains and headline in known else ())
     rules = [name for name, keys in RULES.items() if set(keys) <= set(known)]
     if wanted in rules:
         return Selection(RULES[wanted], wanted)

@@ -233,4 +233,5 @@ def restore_model(
     model = build_model(cfg, stored_meta(checkpoint) if meta is None else meta, linear_probe)
     model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
+    model.restored_step = int(checkpoint["global_step"])
     return model.eval()

@@ -1,11 +1,14 @@
 """The parts of metrics.json: flat keys, scores in percent, null where there is nothing."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from datamodules.base import SegmentationDataModule
 from evaluation.report import plain
+from lightning_modules import registry
 from lightning_modules.base import UnsupervisedSegmenter
 
 
@@ -48,12 +51,22 @@ def facts(cfg: DictConfig, model: UnsupervisedSegmenter, steps: int) -> dict[str
     """What was trained, on what, and for how long."""
     return {
         "method": cfg.method.name,
+        "headline": model.headline,
+        "num_clusters": cfg.method.num_clusters,
         "uses_labels": model.uses_labels,
         "data": cfg.data.name,
         "backbone": cfg.backbone.name,
         "seed": cfg.seed,
         "steps": steps,
     }
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The content of metrics.json; of a run from before it named its headline, with that of its method."""
+    metrics = json.loads(path.read_text())
+    if "headline" not in metrics and metrics.get("method") in registry.names():
+        metrics["headline"] = registry.method_class(metrics["method"]).headline
+    return metrics
 
 
 def at_resolution(found: dict[str, Any], size: int | list[int]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """`run.py train`: from a configuration to a finished run folder."""
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +45,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     folder = open_run(cfg)
     if folder.state == "finished":
         log.info("%s is finished; nothing to do (run.overwrite=true trains it again)", folder.path)
-        return json.loads(folder.metrics.read_text())
+        return summary.read(folder.metrics)
     base, begun = cfg, 0
     total = setup.total_steps(cfg, data)
     steps = phases.plan(base, total)
@@ -85,6 +84,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         log.info("stopped at step %d of %d; the same command goes on", trainer.global_step, total)
         raise KeyboardInterrupt from None
     if trainer.is_global_zero:
+        for logger in loggers:
+            logger.summarise(metrics)
         write_files(model, pictures, folder.path, loggers)
         if model.trains_backbone:
             exporting.export_backbone(folder.path, cfg, data, model, metrics)

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from common.files import write_text
 from common.spec import IGNORE, ClassMeta
+from evaluation import headline
 from evaluation.panels import Row, as_ids, as_picture
 
 UNMATCHED_ID = IGNORE - 1
@@ -58,6 +59,13 @@ class StepLogger(WandbLogger):
         self.experiment.log({**self._row, "trainer/global_step": self._step}, step=self._step, commit=True)
         self._row, self._handed = {}, self._step
         write_text(self._file, f"{self._handed}\n")
+
+    @rank_zero_only
+    def summarise(self, metrics: Mapping[str, Any]) -> None:
+        """What the run leads with in W&B's table: the headline score, and its key in metrics.json."""
+        key = headline.key_of(metrics)
+        if key is not None:
+            self.experiment.summary.update({"headline": metrics[key], "headline_key": key})
 
     @rank_zero_only
     def finish(self) -> None:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from common.files import write_text
 from common.spec import ClassMeta
-from evaluation import panels
+from evaluation import headline, panels
 from evaluation.matching import UNMATCHED, Scores, partition
 
 PROBES = ("cluster", "kmeans", "own", "regions", "linear", "linear_posthoc", "retrieval")
@@ -66,7 +66,8 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
 
 
 def final_table(metrics: Mapping[str, Any], title: str = "") -> Table:
-    """The table at the end of a run: a row a probe, columns acc and mIoU, and the same of the best checkpoint.
+    """The table at the end of a run: a row a probe, columns acc and mIoU, and the same of the best checkpoint. The
+    headline probe stands first.
 
     Reads `val/<probe>/acc|miou` and `best/<probe>/acc|miou` of the flat metrics; without labels it shows the label-free
     keys instead. The best columns are left out where there are none, or where the last step is the best by rule; those
@@ -89,7 +90,8 @@ def final_table(metrics: Mapping[str, Any], title: str = "") -> Table:
     for stage in stages:
         for probe in _probes(metrics, stage, names):
             cells = [metrics.get(f"{source}/{probe}/{name}") for source in (stage, *beside) for name in names]
-            table.add_row(*[stage.partition("@")[2]] * sized, probe, *(number(cell) for cell in cells))
+            bold = "bold" if probe == headline.probe_of(metrics) else None
+            table.add_row(*[stage.partition("@")[2]] * sized, probe, *(number(cell) for cell in cells), style=bold)
         table.add_section()
     return table
 
@@ -165,7 +167,8 @@ def write_scores(folder: str | Path, results: Mapping[str, Scores], meta: ClassM
 def _probes(metrics: Mapping[str, Any], wanted: str, names: tuple[str, ...]) -> list[str]:
     keys = [key.split("/") for key in metrics if key.count("/") == 2]
     found = list(dict.fromkeys(probe for stage, probe, name in keys if stage == wanted and name in names))
-    return sorted(found, key=lambda probe: PROBES.index(probe) if probe in PROBES else len(PROBES))
+    found.sort(key=lambda probe: PROBES.index(probe) if probe in PROBES else len(PROBES))
+    return headline.first(headline.probe_of(metrics), found)
 
 
 def _digits(value: float) -> str:

@@ -52,7 +52,7 @@ class Comparison(Queue):
         title = named.get("name") or f"{'+'.join(methods)[:60] or 'runs'}-{mark}"
         if not re.fullmatch(r"[\w][\w.+-]*", title):
             raise ConfigError(f"name={title}: expected a plain folder name")
-        super().__init__("comparison", parent / "compare" / title, [], "val/cluster/miou")
+        super().__init__("comparison", parent / "compare" / title, [], None)
         self.given = [Path(folder) for folder in folders]
         for folder in self.given:
             read_run(folder)  # what cannot be compared ends before the first training

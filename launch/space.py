@@ -38,6 +38,9 @@ DISTRIBUTIONS = {
 }
 """Distributions that are drawn here, with the keys they need; those with q take `q`, categorical `probabilities`."""
 
+HEADLINE = {"name": "headline", "goal": "maximize"}
+"""The metric of a file that names none: the score that the method is known by (`Sweep.following` puts it in)."""
+
 DEFAULTS = {"mu": 0.0, "sigma": 1.0, "q": 1.0}
 
 
@@ -62,6 +65,10 @@ class Sweep:
     @property
     def maximized(self) -> bool:
         return self.tree["metric"]["goal"] == "maximize"
+
+    def following(self, target: str) -> "Sweep":
+        """The same with another score as its target."""
+        return Sweep(self.path, {**self.tree, "metric": {**self.tree["metric"], "name": target}})
 
     def command(self, words: list[str]) -> list[str]:
         """W&B's command with more words in front of the trial's own."""
@@ -109,6 +116,7 @@ def read(path: Path) -> Sweep:
     for key in tree:
         if key not in KEYS:
             raise ConfigError(f"{path}: {key}: no such key; {did_you_mean(str(key), KEYS)}")
+    tree = {"metric": HEADLINE, **tree}
     for key in ("command", "method", "metric", "parameters"):
         if not tree.get(key):
             raise ConfigError(f"{path}: {key}: is needed; compare it with configs/sweep/hidden_positives.yaml")

@@ -23,6 +23,7 @@ import config
 from common.errors import ConfigError, LabelfreeError
 from common.files import whole
 from engine.run_folder import mark
+from evaluation import headline
 from launch import space
 from launch.space import Sweep
 from launch.submit import ROOT, count
@@ -81,6 +82,13 @@ class LocalSweep(Queue):
         return table
 
 
+def headline_of(sweep: Sweep, words: list[str]) -> str:
+    """The key of the score that the method of these trials is known by."""
+    from lightning_modules import registry
+
+    return headline.expected(registry.method_class(config.compose([*sweep.words, *words]).method.name).headline)
+
+
 def why_here(offline: bool) -> str | None:
     """Why the trials are run here and not by W&B; None where W&B can be asked."""
     from engine.setup import has_wandb_key
@@ -135,6 +143,9 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError("sweep: is needed; write sweep=hidden_positives or another file of configs/sweep")
         rest = [f"{key}={value}" for key, value in named.items()]
         sweep, trials = space.read(space.find(name)), None if raw is None else count("trials", raw, 1)
+        if sweep.target == space.HEADLINE["name"]:
+            sweep = sweep.following(headline_of(sweep, rest))
+            print(f"target: {sweep.target}, the headline score of the method; it reads labels")
         first, parts = part_of(part)
         reason = "part" if part else why_here(offline)
         if reason is None:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import AGAIN, ConfigError
+from engine import summary
+from evaluation import headline
 from launch.submit import ROOT
 
 STOPPED = (AGAIN, 128 + signal.SIGTERM, 128 + signal.SIGUSR1, 130, -signal.SIGUSR1, -signal.SIGTERM)
@@ -33,12 +35,16 @@ class Trial:
     score: float | None = None
     seconds: float | None = None
     note: str = field(default="")
+    target: str | None = None
+    """The key of the score."""
 
-    def look(self, target: str) -> None:
-        """Take the state and the score from the run folder."""
-        metrics = self.folder / "metrics.json"
-        if metrics.is_file():
-            self.state, self.score = "finished", json.loads(metrics.read_text()).get(target)
+    def look(self, target: str | None) -> None:
+        """Take the state and the score from the run folder; `target`: the key of the score, None: the headline."""
+        path = self.folder / "metrics.json"
+        if path.is_file():
+            metrics = summary.read(path)
+            self.state, self.target = "finished", target or headline.key_of(metrics)
+            self.score = metrics.get(self.target)
         environment = self.folder / "environment.json"
         if self.state == "finished" and environment.is_file():
             self.seconds = json.loads(environment.read_text())["seconds"]
@@ -58,9 +64,10 @@ ORPHANED = _stop_with_parent if sys.platform == "linux" else None
 
 
 class Queue:
-    """Trials below a folder. `title`: what the first printed line calls them; `target`: the score that is reported."""
+    """Trials below a folder. `title`: what the first printed line calls them; `target`: the key of the score that is
+    reported, None: the headline of each."""
 
-    def __init__(self, title: str, folder: Path, trials: list[Trial], target: str) -> None:
+    def __init__(self, title: str, folder: Path, trials: list[Trial], target: str | None) -> None:
         self.title, self.folder, self.trials, self.target = title, folder, trials, target
         self.process: subprocess.Popen | None = None
         self.asked = 0
@@ -121,7 +128,7 @@ class Queue:
         """One line about a trial that has ended."""
         if trial.state == "finished":
             print(
-                f"trial {trial.folder.name}: {self.target} {shown(trial.score)} ({trial.seconds:.0f} s)",
+                f"trial {trial.folder.name}: {trial.target or 'score'} {shown(trial.score)} ({trial.seconds:.0f} s)",
                 flush=True,
             )
         elif trial.state == "failed":

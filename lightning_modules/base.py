@@ -59,15 +59,24 @@ class UnsupervisedSegmenter(Evaluated):
     probes still learn), `wants_attention` (ask the backbone for the attention logits of its last block),
     `wants_features` (False: `loss` gets no features of `image`, because it looks at views alone and returns codes of
     one), `trains_backbone` (the backbone changes, by gradient or as a momentum copy; the run then exports it; None:
-    as backbone.frozen says), `exports` (what its weights are, for the card of the export).
+    as backbone.frozen says), `exports` (what its weights are, for the card of the export), `headline` (the probe that
+    the method's score is read from: `own` where it has classes of its own, else `cluster`, unless it names another),
+    `title` (its name in papers).
     """
 
+    title = ""
+    headline = "cluster"
     uses_labels = False
     trains = True
     wants_attention = False
     wants_features = True
     trains_backbone: bool | None = False
     exports = "the weights"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "scores" in vars(cls) and "headline" not in vars(cls):
+            cls.headline = "own"
 
     def __init__(self, cfg: DictConfig, meta: ClassMeta, linear_probe: bool = True) -> None:
         super().__init__()
@@ -82,6 +91,8 @@ class UnsupervisedSegmenter(Evaluated):
         self.has_own_scores = type(self).scores is not UnsupervisedSegmenter.scores
         self.build_evaluation(linear_probe)
         self.first_step, self.total_steps = 0, cfg.trainer.max_steps or 1  # of the run, or of its phase
+        self.restored_step: int | None = None
+        """Of a model that was made from a checkpoint, outside training: the checkpoint's step."""
         self.neighbour_table: str | None = None
         self.kept_features: dict[str, FeatureStore] = {}
 
@@ -241,9 +252,10 @@ class UnsupervisedSegmenter(Evaluated):
             parts["linear_probe"] = self.linear_probe.loss(codes, *labels)
         total = sum(parts.values()) + (loss.total * 0 if skip else loss.total)
         logged = {"loss": loss.total, **loss.parts, **parts} if self.trains else parts
-        logged = {f"train/{name}": value for name, value in logged.items()}
-        self.log_dict(self._over_ranks(logged), batch_size=len(batch["image"]))
-        self.log("loss", total.detach(), prog_bar=True, logger=False, batch_size=len(batch["image"]))
+        logged = self._over_ranks({f"train/{name}": value for name, value in logged.items()})
+        self.log_dict(logged, batch_size=len(batch["image"]))
+        shown = "loss" if self.trains else "cluster_probe"
+        self.log(shown, logged[f"train/{shown}"], prog_bar=True, logger=False, batch_size=len(batch["image"]))
         return total
 
     def _over_ranks(self, values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ from pseudo_labels.steps import Results
 class DeepSpectral(RegionSegmenter, ObjectFinder):
     """Codes = what the head's classifier reads; without self-training, the L2-normalised features."""
 
+    title = "Deep Spectral"
     trains_backbone = None
     wants_features = False
     exports = "the backbone after self-training"

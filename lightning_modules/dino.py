@@ -34,6 +34,7 @@ LOOK_EVERY = 10
 class Dino(UnsupervisedSegmenter):
     """Codes = the teacher's features at `backbone.levels`. The student, its head and the mask token are trained."""
 
+    title = "DINO"
     trains_backbone = True
     exports = "the momentum teacher"
     wants_features = False

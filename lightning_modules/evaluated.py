@@ -23,6 +23,7 @@ class Evaluated(L.LightningModule):
     cfg: DictConfig
     meta: ClassMeta
     has_own_scores: bool
+    headline: str
     trains: bool
 
     def build_evaluation(self, linear_probe: bool) -> None:
@@ -51,7 +52,12 @@ class Evaluated(L.LightningModule):
 
     @property
     def main_probe(self) -> str:
-        """The clusters that figures and panels speak of: those of k-means where the method itself trains nothing."""
+        """The clusters that figures and panels speak of: the headline's, where that gives any, else `centroids`."""
+        return self.headline if self.headline in self.probe_names() else self.centroids
+
+    @property
+    def centroids(self) -> str:
+        """The probe whose centroids codes are compared with: k-means where the method itself trains nothing."""
         return "cluster" if self.trains else "kmeans"
 
     def probe_names(self) -> list[str]:
@@ -119,7 +125,7 @@ class Evaluated(L.LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Update the metrics; returns the id maps [B,H,W] of every read-out, and as `confidence` the cosines
-        [B,H,W] of the codes to their centroids (of `main_probe`, before it is fitted of the cluster probe)."""
+        [B,H,W] of the codes to their centroids (of `centroids`, before they are fitted of the cluster probe)."""
         codes, scores = self.read(batch["image"], None if self.window else self.features_of(batch))
         maps = {probe: readout.predict(values, batch["image"].shape[-2:]) for probe, values in scores.items()}
         for probe in self.label_free():
@@ -130,7 +136,7 @@ class Evaluated(L.LightningModule):
         if "label" in batch:
             for probe in maps:
                 self.confusion[probe].update(maps[probe], batch["label"])
-        _, cosine = readout.winners(scores.get(self.main_probe, scores["cluster"]), codes)
+        _, cosine = readout.winners(scores.get(self.centroids, scores["cluster"]), codes)
         return maps | further | {"confidence": readout.upsample(cosine[:, None], batch["image"].shape[-2:])[:, 0]}
 
     def _further(self, batch: dict[str, Any], codes: Tensor) -> dict[str, Tensor]:
@@ -186,7 +192,7 @@ class Evaluated(L.LightningModule):
             values |= report.flatten("val", probe, scores, groups, restricted=partition == "within")
         known = {name: value for name, value in values.items() if value is not None}
         self.log_dict(known, rank_zero_only=True)
-        shown = ("cluster/miou", "linear/miou") if self.validated else ("cluster/entropy",)
+        shown = (f"{self.headline}/miou", "linear/miou") if self.validated else ("cluster/entropy",)
         for name in shown:
             if f"val/{name}" in known:
                 self.log(name, known[f"val/{name}"], prog_bar=True, logger=False, rank_zero_only=True)

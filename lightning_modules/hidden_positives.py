@@ -53,6 +53,8 @@ log = logging.getLogger(__name__)
 class HiddenPositives(UnsupervisedSegmenter):
     """Codes s = head(features); probes read s. Only the head and the projection are trained."""
 
+    title = "Hidden Positives"
+
     def build(self) -> None:
         settings = self.cfg.method
         check_settings(settings, self.backbone)

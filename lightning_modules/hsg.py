@@ -40,6 +40,8 @@ class HSG(PixelSorter):
     """Codes = head(features), dense; probes read them. Trained: the head, both clustering transformers with their
     queries and positions, and, unless it is frozen, the backbone."""
 
+    title = "HSG"
+
     def build(self) -> None:
         settings = self.cfg.method
         super().build()

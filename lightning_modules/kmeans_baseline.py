@@ -15,6 +15,8 @@ from models.backbone import Features
 class KMeansBaseline(UnsupervisedSegmenter):
     """Codes = L2-normalised backbone features (all of `backbone.levels`), or patch colours."""
 
+    title = "k-means"
+    headline = "kmeans"
     trains = False
 
     def build(self) -> None:

@@ -21,6 +21,7 @@ from pseudo_labels.views import Segments, Shades, View
 class NormalizedCut(RegionSegmenter):
     """Codes = L2-normalised backbone features."""
 
+    title = "Normalized Cut"
     trains = False
 
     def build(self) -> None:

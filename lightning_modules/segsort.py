@@ -28,6 +28,8 @@ LOSSES = ("vmf", "vmf_nca")
 class SegSort(PixelSorter):
     """Codes = head(features), dense; probes read them. Trained: the head and, unless it is frozen, the backbone."""
 
+    title = "SegSort"
+
     def build(self) -> None:
         settings = self.cfg.method
         self.uses_labels = settings.labels.enabled

@@ -38,6 +38,8 @@ CRF_CONSTANTS = ("alpha", "beta", "gamma", "appearance", "smoothness", "shift")
 class Stego(UnsupervisedSegmenter):
     """Codes s = head(features); probes read s. Only the head is trained (and the decoder, where it has a weight)."""
 
+    title = "STEGO"
+
     def build(self) -> None:
         settings = self.cfg.method
         check_settings(settings)

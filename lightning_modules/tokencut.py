@@ -24,6 +24,8 @@ from pseudo_labels.views import Saliency, View
 class TokenCut(ObjectFinder):
     """Codes = L2-normalised backbone features; the cut is read out beside them."""
 
+    title = "TokenCut"
+    headline = "foreground"
     trains = False
     stage_in_training = False
 

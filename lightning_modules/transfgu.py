@@ -48,6 +48,7 @@ EMPTY = ("ignore", "first")
 class TransFGU(StagedSegmenter):
     """Codes = unit patch vectors of the mask transformer; scores = its masks."""
 
+    title = "TransFGU"
     wants_features = False
 
     def build(self) -> None:

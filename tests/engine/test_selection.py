@@ -11,9 +11,9 @@ from tests.conftest import run_small, small_words
 FOUR = {"val/cluster/miou": 10.0, "val/cluster/acc": 30.0, "val/linear/miou": 20.0, "val/linear/acc": 60.0}
 
 
-def chosen(select: str, labels: bool = True) -> Selection:
-    """The rule for the small baseline, on scenes, or on the same data without names."""
-    cfg, data = setup.build_data(config.compose(small_words("kmeans_baseline", f"evaluation.select={select}")))
+def chosen(select: str, labels: bool = True, method: str = "kmeans_baseline") -> Selection:
+    """The rule for a small run, on scenes, or on the same data without names."""
+    cfg, data = setup.build_data(config.compose(small_words(method, f"evaluation.select={select}")))
     meta = data.meta if labels else type(data.meta)()
     return selection.choose(cfg, setup.build_model(cfg, meta))
 
@@ -34,8 +34,11 @@ def test_the_sum_of_four_is_that_of_hidden_positives():
 
 
 def test_rules_of_one_score_and_of_none():
-    assert chosen("auto") == Selection(("val/cluster/miou",))
-    assert chosen("auto").rule == "highest val/cluster/miou"
+    assert chosen("auto") == Selection()  # the baseline trains nothing, so no step is better than another
+    for method, headline in (("stego", "cluster"), ("transfgu", "own")):
+        assert chosen("auto", method=method) == Selection((f"val/{headline}/miou",))
+        assert chosen("auto", labels=False, method=method) == Selection()
+    assert chosen("auto", method="stego").rule == "highest val/cluster/miou"
     assert chosen("val/linear/acc").uses_labels
     entropy = chosen("val/cluster/entropy", labels=False)
     assert (entropy.rule, entropy.uses_labels) == ("highest val/cluster/entropy", False)

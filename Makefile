@@ -1,7 +1,9 @@
 # Every target makes its own environment first: with uv where it is there, else with python3 -m venv and pip.
 # An environment of one's own: `make test PY=python` installs nothing.
 SHELL := bash
-METHOD ?= kmeans_baseline
+METHOD ?=
+SEED ?=
+STEPS ?=
 DATA ?=
 BACKBONE ?=
 TRAINER ?=
@@ -13,7 +15,7 @@ INPUT ?=
 OUTPUT ?=
 IMAGE ?=
 POINT ?=
-K ?= 8
+K ?=
 FROM ?=
 FILE ?=
 NODES ?= 1
@@ -22,7 +24,7 @@ SITE ?=
 METHODS ?=
 SEEDS ?=
 RUNS ?=
-NAME ?=
+NAME =
 DRY ?=
 SWEEP ?= $(METHOD)
 TRIALS ?=
@@ -36,8 +38,27 @@ else
 READY :=
 endif
 PYTHON3 ?= python3
-WORDS = $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(if $(or $(filter-out file undefined,$(origin METHOD)),$(if $(EXPERIMENT),,1)),method=$(METHOD)) \
-	$(if $(DATA),data=$(DATA)) $(if $(BACKBONE),backbone=$(BACKBONE)) $(if $(TRAINER),trainer=$(TRAINER)) $(ARGS)
+# What run.py is told of a training; NAME is read from make's command line alone, because shells have a variable of that name.
+GROUPS = $(if $(DATA),data=$(DATA)) $(if $(BACKBONE),backbone=$(BACKBONE)) \
+	$(if $(TRAINER),trainer=$(TRAINER)) $(if $(STEPS),trainer.max_steps=$(STEPS))
+WORDS = $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(if $(METHOD),method=$(METHOD)) $(GROUPS) $(if $(SEED),seed=$(SEED)) $(if $(NAME),run.name="$(NAME)") $(ARGS)
+
+# A variable on make's command line that no target of this call takes ends here, before anything is made or trained: a
+# misspelt SEED would train seed 0. What a target takes are the capitals before a = in its line of help.
+HERE := $(dir $(firstword $(MAKEFILE_LIST)))
+EVERYWHERE := PY VENV PYTHON3 SHELL
+GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(filter-out -%,$(name))))
+ifneq ($(GIVEN),)
+TAKEN := $(shell for goal in $(or $(MAKECMDGOALS),help); do sed -n "s/^$$goal:.*\#\# //p" $(firstword $(MAKEFILE_LIST)); done | grep -oE '[A-Z][A-Z0-9_]*=' | tr -d = | sort -u)
+WRONG := $(firstword $(filter-out $(TAKEN) $(EVERYWHERE),$(GIVEN)))
+ifneq ($(WRONG),)
+PYTHON := $(firstword $(wildcard $(PY)) $(PYTHON3))
+NEAR := $(shell PYTHONPATH=$(HERE) $(PYTHON) -c 'import sys; from common.errors import did_you_mean as near; print(near(sys.argv[1].upper(), sys.argv[2:]))' \
+	$(WRONG) $(TAKEN) 2>/dev/null | grep 'did you mean' | tr -d '?')
+$(error $(WRONG): $(if $(MAKECMDGOALS),is no word of make $(MAKECMDGOALS); $(if $(findstring .,$(WRONG)),settings go into ARGS="$(WRONG)=…",$(or $(NEAR),it \
+	takes $(or $(TAKEN),none); variables of the environment stand before make)),name a target first, as in make train METHOD=stego))
+endif
+endif
 
 # A file of tests is one job: its tests share their trainings. A job is one thread.
 PARALLEL = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile
@@ -48,7 +69,7 @@ PARALLEL = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile
 
 help: ## this page
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | awk -F'\t' '{printf "  make %-17s %s\n", $$1, $$2}'
-	@echo "  Example: make train METHOD=hidden_positives DATA=folder ARGS=\"data.root=pictures seed=3\""
+	@echo "  Example: make train METHOD=hidden_positives DATA=folder SEED=3 NAME=mine ARGS=\"data.root=pictures\""
 
 $(VENV)/.ready: requirements.lock pyproject.toml
 	@if command -v uv >/dev/null 2>&1; then \
@@ -66,10 +87,10 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 
 setup: $(READY) ## the environment with everything, from requirements.lock
 
-train: $(READY) ## train METHOD=… [DATA=scenes] [BACKBONE=tiny] [TRAINER=auto] [EXPERIMENT=…] [ARGS="key=value …"]
+train: $(READY) ## METHOD=… [DATA=scenes] [BACKBONE=tiny] [TRAINER=auto] [EXPERIMENT=…] [SEED=0] [STEPS=200] [NAME=…] [ARGS="key=value …"]
 	@$(PY) run.py train $(WORDS)
 
-pseudo: $(READY) ## METHOD=… […]: the offline stage alone (pseudo-labels); train runs what is missing of it
+pseudo: $(READY) ## METHOD=… [DATA= BACKBONE= TRAINER= EXPERIMENT= SEED= STEPS= NAME= ARGS=]: the offline stage alone (pseudo-labels); train runs what is missing of it
 	@$(PY) run.py pseudo $(WORDS)
 
 eval: $(READY) ## CKPT=runs/x/checkpoints/last.ckpt [ARGS=…]: the scores of a checkpoint
@@ -79,7 +100,7 @@ predict: $(READY) ## CKPT=… INPUT=folder OUTPUT=folder [ARGS=…]: cluster map
 	@$(PY) run.py predict ckpt="$(CKPT)" input="$(INPUT)" output="$(OUTPUT)" $(ARGS)
 
 retrieve: $(READY) ## CKPT=… IMAGE=… [K=8] [ARGS=…]: a picture's segments and their nearest in the data set, as png and html
-	@$(PY) run.py retrieve ckpt="$(CKPT)" image="$(IMAGE)" k=$(K) $(ARGS)
+	@$(PY) run.py retrieve ckpt="$(CKPT)" image="$(IMAGE)" $(if $(K),k=$(K)) $(ARGS)
 
 clusters: $(READY) ## CKPT=… [SWEEP=6..40] [ARGS=…]: what each cluster is, and a file to name them; how many to take
 	@$(PY) run.py clusters ckpt="$(CKPT)" $(if $(filter-out file undefined,$(origin SWEEP)),sweep=$(SWEEP)) $(ARGS)
@@ -87,10 +108,9 @@ clusters: $(READY) ## CKPT=… [SWEEP=6..40] [ARGS=…]: what each cluster is, a
 explain: $(READY) ## CKPT=… IMAGE=… POINT=x,y [ARGS=…]: why the patch at a pixel is what it is, as pngs and html
 	@$(PY) run.py explain ckpt="$(CKPT)" image="$(IMAGE)" point=$(POINT) $(ARGS)
 
-compare: $(READY) ## METHODS="a b" SEEDS="0 1 2" [DATA=… ARGS=…] or RUNS="runs/a runs/b": trains what is missing; one table, one page
+compare: $(READY) ## METHODS="a b" SEEDS="0 1 2" [DATA= BACKBONE= TRAINER= STEPS= NAME= ARGS=] or RUNS="runs/a runs/b": trains what is missing; one table, one page
 	@$(PY) run.py compare $(if $(METHODS),methods="$(METHODS)") $(if $(SEEDS),seeds="$(SEEDS)") $(if $(RUNS),runs="$(RUNS)") \
-		$(if $(NAME),name=$(NAME)) $(if $(DATA),data=$(DATA)) $(if $(BACKBONE),backbone=$(BACKBONE)) \
-		$(if $(TRAINER),trainer=$(TRAINER)) $(ARGS)
+		$(if $(NAME),name="$(NAME)") $(GROUPS) $(ARGS)
 
 export: $(READY) ## CKPT=… OUTPUT=….pt2 [ARGS=…]: backbone, head and centroids as one torch.export program
 	@$(PY) run.py export ckpt="$(CKPT)" output="$(OUTPUT)" $(ARGS)
@@ -98,12 +118,11 @@ export: $(READY) ## CKPT=… OUTPUT=….pt2 [ARGS=…]: backbone, head and centr
 import-checkpoint: $(READY) ## FROM=stego|hp FILE=… OUTPUT=….ckpt [DATA=…] [ARGS=…]: the authors' checkpoint as one of ours
 	@$(PY) run.py import-checkpoint from=$(FROM) file="$(FILE)" output="$(OUTPUT)" $(if $(DATA),data=$(DATA)) $(ARGS)
 
-sweep: $(READY) ## METHOD=hidden_positives [SWEEP=configs/sweep/<name>] [TRIALS=20] [OFFLINE=1] [DATA=…] [ARGS=…]: by W&B, or here
-	@$(PY) -m launch.sweep sweep=$(SWEEP) $(if $(TRIALS),trials=$(TRIALS)) $(if $(filter-out 0,$(OFFLINE)),offline=true) \
-		$(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(if $(DATA),data=$(DATA)) $(if $(BACKBONE),backbone=$(BACKBONE)) \
-		$(if $(TRAINER),trainer=$(TRAINER)) $(ARGS)
+sweep: $(READY) ## METHOD=hidden_positives [SWEEP=configs/sweep/<name>] [TRIALS=20] [OFFLINE=1] [DATA= BACKBONE= TRAINER= EXPERIMENT= SEED= STEPS= ARGS=]: by W&B, or here
+	@$(PY) -m launch.sweep sweep=$(SWEEP) $(if $(METHOD),method=$(METHOD)) $(if $(TRIALS),trials=$(TRIALS)) \
+		$(if $(filter-out 0,$(OFFLINE)),offline=true) $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(GROUPS) $(if $(SEED),seed=$(SEED)) $(ARGS)
 
-slurm: $(READY) ## METHOD=… NODES=2 GPUS=8 [SITE=launch/site.yaml] [DRY=1] [ARGS=…]: train on a SLURM cluster; GPUS=0: on CPUs
+slurm: $(READY) ## METHOD=… NODES=2 GPUS=8 [SITE=launch/site.yaml] [DRY=1] [DATA= BACKBONE= TRAINER= EXPERIMENT= SEED= STEPS= NAME= ARGS=]: train on a SLURM cluster; GPUS=0: on CPUs
 	@$(PY) -m launch.submit nodes=$(NODES) gpus=$(GPUS) $(if $(SITE),site=$(SITE)) $(if $(filter-out 0,$(DRY)),dry=true) $(WORDS)
 
 data: $(READY) ## DATA=cocostuff27 [ARGS="root=folder rebuild=true"]: what to fetch, from where, under which terms; checks what is there
@@ -112,7 +131,7 @@ data: $(READY) ## DATA=cocostuff27 [ARGS="root=folder rebuild=true"]: what to fe
 list: $(READY) ## methods, data sets, backbones, trainers, experiments
 	@$(PY) run.py list
 
-show-config: $(READY) ## the merged configuration of METHOD=… DATA=… …
+show-config: $(READY) ## METHOD=… [DATA= BACKBONE= TRAINER= EXPERIMENT= SEED= STEPS= NAME= ARGS=]: the merged configuration
 	@$(PY) run.py show-config $(WORDS)
 
 doctor: $(READY) ## versions, CUDA, faiss, disk, W&B: ok, or what to do
@@ -133,16 +152,16 @@ test-slurm: $(READY) ## a two-node SLURM on this machine (installs it as root on
 test-slow: $(READY) ## the long ones
 	$(PY) -m pytest -q -m "slow and not gpu and not realdata"
 
-test-realdata: $(READY) ## tests on real pictures; LABELFREE_REALDATA names the folder that holds camvid/ (default ../shared/data)
+test-realdata: $(READY) ## tests on real pictures; LABELFREE_REALDATA=folder that holds camvid/ (../shared/data)
 	$(PY) -m pytest -q -m realdata
 
 test-gpu: $(READY) ## tests that need a GPU
 	$(PY) -m pytest -q -m gpu
 
-reference: $(READY) ## DIR=folder: replay the authors' numbers
+reference: $(READY) ## DIR=folder [ARGS=…]: replay the authors' numbers
 	@$(PY) -m tests.reference $(DIR) $(ARGS)
 
-bench: $(READY) ## time and memory beside the plain formulation; pictures per second by batch and processes
+bench: $(READY) ## [ARGS=…]: time and memory beside the plain formulation; pictures per second by batch and processes
 	@$(PY) -m benchmarks.hidden_positives $(ARGS)
 	@$(PY) -m benchmarks.search
 	@$(PY) -m benchmarks.stego

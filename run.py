@@ -35,10 +35,21 @@ def option(words: list[str], name: str) -> tuple[str | None, list[str]]:
 def train(words: list[str]) -> None:
     """train method=… data=… backbone=… trainer=… [experiment=…] [key=value …]: train, evaluate, fill a run folder"""
     import config
-    from engine.training import train as run
 
     cfg = config.compose(words)
+    from engine.training import train as run
+
+    say_default(words)
     show(run(cfg))
+
+
+def say_default(words: list[str]) -> None:
+    """Where neither a method nor a recipe is named: which method is taken, and why."""
+    if not any(word.startswith(("method=", "experiment=")) for word in words):
+        log.info(
+            "no method is named, so this is kmeans_baseline: k-means on frozen features, the row that every method has "
+            "to beat; it trains nothing. Start with method=hidden_positives; `run.py list` names the others"
+        )
 
 
 def pseudo(words: list[str]) -> None:

@@ -132,6 +132,16 @@ def run_wandb(sweep: Sweep, words: list[str], trials: int | None) -> int:
     return subprocess.run([*command, path], cwd=ROOT, env={**os.environ, "PATH": search}).returncode
 
 
+def expect_method(sweep: Sweep, method: str | None) -> None:
+    """Raises ConfigError where a method is named and the sweep file is of another one, or tries several."""
+    own = config.parse_words(sweep.words).get("method")
+    if method is not None and (own not in (None, method) or "method" in sweep.tree["parameters"]):
+        raise ConfigError(
+            f"method={method}: the sweep {sweep.path.stem} is of {own or 'several methods'}; leave the method out, or "
+            "name another sweep"
+        )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a sweep; 0: done, 1: a trial failed, 2: something for the user to mend, 85 and 143: stopped by a signal."""
     words = sys.argv[1:] if argv is None else argv
@@ -139,10 +149,11 @@ def main(argv: list[str] | None = None) -> int:
         named = config.parse_words(words)
         offline = config.flag(named, "offline")
         name, raw, part = (named.pop(key, None) for key in ("sweep", "trials", "part"))
-        if name is None:
+        if not name:
             raise ConfigError("sweep: is needed; write sweep=hidden_positives or another file of configs/sweep")
-        rest = [f"{key}={value}" for key, value in named.items()]
         sweep, trials = space.read(space.find(name)), None if raw is None else count("trials", raw, 1)
+        expect_method(sweep, named.get("method"))
+        rest = [f"{key}={value}" for key, value in named.items()]
         if sweep.target == space.HEADLINE["name"]:
             sweep = sweep.following(headline_of(sweep, rest))
             print(f"target: {sweep.target}, the headline score of the method; it reads labels")

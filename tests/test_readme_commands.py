@@ -1,4 +1,4 @@
-"""Every command of the README runs: through make, with its folders and files made up, and its trainings made small."""
+"""Every command of the README and of docs/terminal.md runs, through make, with made-up files and small trainings."""
 
 import re
 import shlex
@@ -29,8 +29,9 @@ SIZES = [
 
 
 def commands() -> list[str]:
-    """Lines of the README's blocks that begin with make or python, without their remarks."""
-    blocks = re.findall(r"```[a-z]*\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    """Lines of the pages' blocks that begin with make or python, without their remarks."""
+    text = "".join((ROOT / page).read_text() for page in ("README.md", "docs/terminal.md"))
+    blocks = re.findall(r"```[a-z]*\n(.*?)```", text, re.S)
     lines = [line for block in blocks for line in block.splitlines()]
     return [line.split(" #")[0].strip() for line in lines if re.match(r"(make|python run\.py) [a-z]", line)]
 

@@ -217,3 +217,10 @@ def test_wrong_words_end_in_one_line_before_the_first_trial(words, line, capsys,
     assert sweep.main([*named, *words]) == 2
     assert capsys.readouterr().err == f"error: {line}\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_method_beside_a_sweep_of_another_one_is_refused(capsys):
+    assert sweep.main(["sweep=stego_grid", "method=hidden_positives", "offline=true"]) == 2
+    said = "the sweep stego_grid is of stego; leave the method out, or name another sweep"
+    assert capsys.readouterr().err == f"error: method=hidden_positives: {said}\n"
+    assert sweep.main(["sweep=", "offline=true"]) == 2

@@ -102,8 +102,8 @@ predict: $(READY) ## CKPT=… INPUT=folder OUTPUT=folder [ARGS=…]: cluster map
 retrieve: $(READY) ## CKPT=… IMAGE=… [K=8] [ARGS=…]: a picture's segments and their nearest in the data set, as png and html
 	@$(PY) run.py retrieve ckpt="$(CKPT)" image="$(IMAGE)" $(if $(K),k=$(K)) $(ARGS)
 
-clusters: $(READY) ## CKPT=… [SWEEP=6..40] [ARGS=…]: what each cluster is, and a file to name them; how many to take
-	@$(PY) run.py clusters ckpt="$(CKPT)" $(if $(filter-out file undefined,$(origin SWEEP)),sweep=$(SWEEP)) $(ARGS)
+clusters: $(READY) ## CKPT=… [SWEEP=6..40 | K=8] [ARGS=…]: what each cluster is, and a file to name them; another number of them
+	@$(PY) run.py clusters ckpt="$(CKPT)" $(if $(filter-out file undefined,$(origin K)),k=$(K)) $(if $(filter-out file undefined,$(origin SWEEP)),sweep=$(SWEEP)) $(ARGS)
 
 explain: $(READY) ## CKPT=… IMAGE=… POINT=x,y [ARGS=…]: why the patch at a pixel is what it is, as pngs and html
 	@$(PY) run.py explain ckpt="$(CKPT)" image="$(IMAGE)" point=$(POINT) $(ARGS)

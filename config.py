@@ -64,6 +64,7 @@ NULLABLE = {
     "method.terms.self.shift": float,
     "method.terms.knn.shift": float,
     "method.terms.random.shift": float,
+    "evaluation.kmeans.clusters": int,
     "evaluation.window.size": int,
     "evaluation.window.stride": int,
     "backbone.published_file": str,
@@ -117,8 +118,8 @@ OPTIM_NOT_NEGATIVE = (
 POSITIVE = (
     "trainer.max_steps", "trainer.max_epochs", "trainer.val_every", "trainer.checkpoint_every", "trainer.log_every",
     "trainer.num_nodes", "trainer.threads", "data.batch_size", "data.eval_batch_size", "method.num_clusters",
-    "evaluation.kmeans.restarts", "evaluation.kmeans.iterations", "evaluation.kmeans.points",
-    "evaluation.kmeans.pictures", "evaluation.retrieval.pictures",
+    "evaluation.kmeans.clusters", "evaluation.kmeans.restarts", "evaluation.kmeans.iterations",
+    "evaluation.kmeans.points", "evaluation.kmeans.pictures", "evaluation.retrieval.pictures",
     "predict.size", "predict.window", "explain.clusters", "explain.points",
 )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -30,6 +31,13 @@ def option(words: list[str], name: str) -> tuple[str | None, list[str]]:
     """Take one key=value word that may be absent off a list: (its value or None, the other words)."""
     found = [word.partition("=")[2] for word in words if word.partition("=")[0] == name]
     return found[-1] if found else None, [word for word in words if word.partition("=")[0] != name]
+
+
+def whole_number(name: str, text: str, meaning: str) -> int:
+    """A word's value as a number from 1 on. Raises ConfigError."""
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
+        raise ConfigError(f"{name}={text}: expected a whole number, {meaning}")
+    return int(text)
 
 
 def train(words: list[str]) -> None:
@@ -95,9 +103,8 @@ def retrieve(words: list[str]) -> None:
     named, rest = take(words, "ckpt", "image")
     k, rest = option(rest, "k")
     output, rest = option(rest, "output")
-    if k is not None and not k.isdigit():
-        raise ConfigError(f"k={k}: expected a whole number, the nearest segments of each segment")
-    run(Path(named["ckpt"]), Path(named["image"]), int(k or 8), None if output is None else Path(output), rest)
+    nearest = 8 if k is None else whole_number("k", k, "the nearest segments of each segment")
+    run(Path(named["ckpt"]), Path(named["image"]), nearest, None if output is None else Path(output), rest)
 
 
 def explain(words: list[str]) -> None:
@@ -112,17 +119,24 @@ def explain(words: list[str]) -> None:
 
 
 def clusters(words: list[str]) -> None:
-    """clusters ckpt=… [sweep=6..40] [key=value …]: what each cluster is, a file to name them; how many to take"""
+    """clusters ckpt=… [sweep=6..40 | k=8] [key=value …]: what each cluster is, a file to name them; another number"""
     named, rest = take(words, "ckpt")
     sweep, rest = option(rest, "sweep")
-    if sweep is None:
-        from engine.clusters import clusters as run
+    k, rest = option(rest, "k")
+    if sweep is not None and k is not None:
+        raise ConfigError(f"k={k}: sweep={sweep} tries numbers of clusters, k takes one; give one of the two")
+    if k is not None:
+        from engine.cluster_count import take as run
 
-        run(Path(named["ckpt"]), rest)
-    else:
+        run(Path(named["ckpt"]), whole_number("k", k, "the number of clusters to take"), rest)
+    elif sweep is not None:
         from engine.cluster_count import sweep as run
 
         run(Path(named["ckpt"]), sweep, rest)
+    else:
+        from engine.clusters import clusters as run
+
+        run(Path(named["ckpt"]), rest)
 
 
 def compare(words: list[str]) -> None:

@@ -17,7 +17,7 @@ from common.spec import IGNORE
 from datamodules.base import SegmentationDataModule, Source
 from datamodules.sampling import permutation
 from evaluation import readout
-from evaluation.probes import LinearProbe
+from evaluation.probes import LinearProbe, clusters_of
 from evaluation.retrieval import SegmentBank, SegmentRetrieval
 from lightning_modules.base import UnsupervisedSegmenter, split_labels
 from lightning_modules.optim import ALGORITHMS, schedule_factor
@@ -38,7 +38,8 @@ class KMeansFit(L.Callback):
 
         Counted are the patches of the finest level; whole pictures (`data.eval_crop=keep`) differ in size, and are not.
         """
-        settings, clusters = self.cfg.evaluation.kmeans, self.cfg.method.num_clusters
+        settings, clusters = self.cfg.evaluation.kmeans, clusters_of(self.cfg, "kmeans")
+        key = "method.num_clusters" if settings.clusters is None else "evaluation.kmeans.clusters"
         if self.cfg.data.eval_crop == "keep":
             return
         pictures = min(settings.pictures, len(self.data.source("train")))
@@ -47,8 +48,8 @@ class KMeansFit(L.Callback):
         patches = min(-(-height // patch) * -(-width // patch), max(1, settings.points // pictures))
         if pictures * patches < clusters:
             raise ConfigError(
-                f"method.num_clusters={clusters}: the k-means probe needs a point a cluster, and {pictures} training "
-                f"pictures with {patches} codes each give {pictures * patches}; lower method.num_clusters, give more "
+                f"{key}={clusters}: the k-means probe needs a point a cluster, and {pictures} training "
+                f"pictures with {patches} codes each give {pictures * patches}; lower {key}, give more "
                 "pictures, or raise evaluation.kmeans.pictures and evaluation.kmeans.points"
             )
 
@@ -59,7 +60,7 @@ class KMeansFit(L.Callback):
         codes = self.training_codes(trainer, pl_module, settings.pictures, settings.points)
         result = kmeans.fit_distributed(
             codes,
-            self.cfg.method.num_clusters,
+            clusters_of(self.cfg, "kmeans"),
             spherical=True,
             seed=self.cfg.seed,
             iterations=settings.iterations,

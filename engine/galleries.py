@@ -14,6 +14,7 @@ from engine.fitting import Chosen
 from evaluation import page, panels, readout
 from evaluation.comparison import Entry, Section
 from evaluation.comparison_page import Gallery
+from evaluation.probes import clusters_of
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def read_out(entry: Entry, count: int) -> tuple[list[np.ndarray], list[np.ndarra
     places = np.unique(((np.arange(count) + 0.5) * len(source) / count).astype(int))
     probe = model.main_probe
     mapping = checkpoint["labelfree"].get("clusters", {}).get(probe)
-    colours = panels.cluster_colours(data.meta, mapping, cfg.method.num_clusters)
+    colours = panels.cluster_colours(data.meta, mapping, clusters_of(cfg, probe))
     classes = panels.class_colours(data.meta)
     images, truth, maps = [], [], []
     for batch in data.loader(Chosen(source, places.tolist()), geometry="eval", purpose="gallery", batch_size=1):

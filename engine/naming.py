@@ -19,6 +19,7 @@ from common.palette import default_palette
 from common.spec import ClassMeta
 from engine import setup
 from evaluation import panels
+from evaluation.probes import clusters_of
 from lightning_modules.base import UnsupervisedSegmenter
 
 log = logging.getLogger(__name__)
@@ -166,7 +167,7 @@ def parse_colour(path: Path, number: int, text: Any) -> Colour:
 def of_labels(checkpoint: dict[str, Any], cfg: DictConfig, probe: str) -> Legend:
     """Names and colours of a checkpoint's clusters before anyone named them: of its matched classes, see `unnamed`."""
     mapping = checkpoint["labelfree"].get("clusters", {}).get(probe)
-    return unnamed(cfg.method.num_clusters, mapping, setup.stored_meta(checkpoint))
+    return unnamed(clusters_of(cfg, probe), mapping, setup.stored_meta(checkpoint))
 
 
 def legend_for(

@@ -35,6 +35,8 @@ def protocol(cfg: DictConfig, data: SegmentationDataModule, model: UnsupervisedS
     }
     if model.meta.groups and rules.partition != "none":
         found["protocol/partition"] = rules.partition
+    if rules.kmeans.clusters is not None:
+        found["protocol/kmeans_clusters"] = rules.kmeans.clusters
     if model.window is not None:
         found["protocol/window"] = f"{model.window[0]} px, at most {model.window[1]} px apart"
     if model.posthoc_probe is not None:

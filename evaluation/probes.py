@@ -7,6 +7,7 @@ same in HP), with the loss made exact under DDP and the memory of the upsampled 
 
 import torch
 import torch.nn.functional as F
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -18,6 +19,7 @@ from retrieval import kmeans
 LABEL_PROBES = ("linear", "linear_posthoc", "retrieval")
 """Probes that learn from labels: they predict classes, all others clusters."""
 UNLABELLED = ("cluster", "kmeans")
+
 """Probes that are scored without labels as well (`metrics.ClusterUsage`)."""
 SEEDING_POINTS = 4096
 """Patches, over all ranks, that seeding of centroids looks at."""
@@ -199,6 +201,11 @@ class ClusterProbe(nn.Module):
     def _write(self, rows: Tensor, values: Tensor) -> None:
         values = distributed.broadcast(values.to(self.clusters))
         self.clusters[rows.to(self.clusters.device)] = values
+
+
+def clusters_of(cfg: DictConfig, probe: str) -> int:
+    """K of the probe `cluster` or `kmeans`, or of a method's own classes."""
+    return (cfg.evaluation.kmeans.clusters if probe == "kmeans" else None) or cfg.method.num_clusters
 
 
 class KMeansProbe(nn.Module):

@@ -12,7 +12,7 @@ from evaluation import readout, report, sliding
 from evaluation.crf import Constants, DenseCRF
 from evaluation.matching import Scores
 from evaluation.metrics import ClusterUsage, SegmentationScore
-from evaluation.probes import LABEL_PROBES, UNLABELLED, ClusterProbe, KMeansProbe, LinearProbe
+from evaluation.probes import LABEL_PROBES, UNLABELLED, ClusterProbe, KMeansProbe, LinearProbe, clusters_of
 from evaluation.retrieval import configured
 from models.backbone import Features
 
@@ -33,7 +33,7 @@ class Evaluated(L.LightningModule):
         self.cluster_probe = ClusterProbe(
             self.code_dim, clusters, cfg.seed, init=rules.cluster_init, reseed=rules.cluster_reseed
         )
-        self.kmeans_probe = KMeansProbe(self.code_dim, clusters)
+        self.kmeans_probe = KMeansProbe(self.code_dim, clusters_of(cfg, "kmeans"))
         self.linear_probe = (
             LinearProbe(self.code_dim, meta.num_classes, cfg.seed) if meta.has_labels and linear_probe else None
         )
@@ -43,7 +43,7 @@ class Evaluated(L.LightningModule):
         )
         sliding.check(rules.window.size, rules.window.stride, self.backbone.unit, cfg.backbone.cache_features)
         self.further = nn.ModuleDict({item.name: item for item in (*configured(rules, meta), *self.readouts)})
-        self.usage = nn.ModuleDict({probe: ClusterUsage(clusters) for probe in UNLABELLED})
+        self.usage = nn.ModuleDict({probe: ClusterUsage(clusters_of(cfg, probe)) for probe in UNLABELLED})
         constants = Constants(**rules.crf_constants)
         constants.check("evaluation.crf_constants")
         self.crf = DenseCRF(constants) if rules.crf == "dense" else None
@@ -71,7 +71,7 @@ class Evaluated(L.LightningModule):
         return [probe for probe in UNLABELLED if probe != "kmeans" or self.kmeans_probe.fitted]
 
     def _confusion(self, probe: str) -> SegmentationScore:
-        rows = self.meta.num_classes if probe in LABEL_PROBES else self.cfg.method.num_clusters
+        rows = self.meta.num_classes if probe in LABEL_PROBES else clusters_of(self.cfg, probe)
         rules = self.cfg.evaluation
         matching = "identity" if probe in LABEL_PROBES else rules.matching
         return SegmentationScore(

@@ -204,6 +204,7 @@ def test_a_sweep_writes_a_row_for_each_number_of_clusters(capsys, named, folder)
     assert [float(row["cosine"]) for row in table] == sorted(float(row["cosine"]) for row in table)
     assert all(-1 <= float(row["silhouette"]) <= 1 for row in table)
     assert Image.open(folder / "sweep.png").width > 900
+    assert Image.open(folder / "sweep_pictures.png").width > 4 * 230  # the picture, and three numbers of clusters
     assert error(capsys, "clusters", f"ckpt={named}", "sweep=9..3") == (
         "sweep=9..3: expected a range of numbers of clusters from 2 on, as in sweep=6..40"
     )
@@ -211,6 +212,54 @@ def test_a_sweep_writes_a_row_for_each_number_of_clusters(capsys, named, folder)
         "sweep=2..999: 792 codes of training pictures are too few for 982 clusters in each half of them; lower it, or "
         "raise evaluation.kmeans.pictures"
     )
+
+
+def test_a_number_of_a_sweep_is_taken_without_training(capsys, named, pictures, tmp_path):
+    assert call("clusters", f"ckpt={named}", "k=5") == 0
+    taken = named.with_name("last.k5.ckpt")
+    before, after = (torch.load(path, weights_only=True) for path in (named, taken))
+    assert after["state_dict"]["kmeans_probe.centroids"].shape[0] == 5
+    same = [key for key in before["state_dict"] if not key.startswith("kmeans_probe.")]
+    assert all(torch.equal(before["state_dict"][key], after["state_dict"][key]) for key in same)
+    folder = named.parent.parent / "clusters" / "last.k5"
+    assert len(rows(folder / "clusters.csv")) == 5
+    assert (folder / "names.yaml").read_text().count("{name: ") == 5
+    cfg, data, model, _ = cluster_count.restore(named, [])
+    points, _ = cluster_count.codes(cfg, data, model)
+    swept = cluster_count.fit(cfg, points, 5).centroids
+    assert torch.equal(after["state_dict"]["kmeans_probe.centroids"], swept)
+    assert call("predict", f"ckpt={taken}", f"input={pictures}", f"output={tmp_path}/o") == 0
+    assert len(json.loads((tmp_path / "o" / "clusters.json").read_text())["clusters"]) == 5
+    assert call("eval", f"ckpt={taken}") == 0
+    metrics = json.loads((named.parent.parent / "eval" / "last.k5" / "metrics.json").read_text())
+    assert metrics["protocol/kmeans_clusters"] == 5
+    assert call("eval", f"ckpt={named}") == 0
+    old = json.loads((named.parent.parent / "eval" / "last" / "metrics.json").read_text())
+    assert metrics["val/cluster/miou"] == old["val/cluster/miou"]
+    assert metrics["val/kmeans/miou"] != old["val/kmeans/miou"]
+    capsys.readouterr()
+    assert (
+        error(capsys, "clusters", f"ckpt={named}", "k=²")
+        == "k=²: expected a whole number, the number of clusters to take"
+    )
+    assert error(capsys, "clusters", f"ckpt={named}", "k=5", "sweep=2..5") == (
+        "k=5: sweep=2..5 tries numbers of clusters, k takes one; give one of the two"
+    )
+    assert error(capsys, "clusters", f"ckpt={named}", "k=99999") == (
+        "k=99999: expected a number of clusters from 1 to 792, the codes that are clustered"
+    )
+
+
+def test_clusters_keep_their_colour_from_one_number_to_the_next(tmp_path, monkeypatch):
+    centroids = torch.eye(4)
+    codes = torch.eye(4).reshape(4, 2, 2)
+    seen = cluster_count.Seen("a", torch.zeros(3, 2, 2), codes, (2, 2))
+    drawn = {}
+    monkeypatch.setattr(cluster_count.panels, "save", lambda path, rows, *_, **__: drawn.update(rows[0].maps))
+    cluster_count.side_by_side(tmp_path / "x.png", [seen], {3: centroids[[2, 0, 1]], 4: centroids})
+    few, many = drawn["K = 3"].ravel(), drawn["K = 4"].ravel()
+    assert many[:3].tolist() == few[:3].tolist()
+    assert many[3] == 3
 
 
 def test_a_long_range_is_tried_at_even_steps():

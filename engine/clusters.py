@@ -49,7 +49,8 @@ def clusters(checkpoint_path: Path, tokens: list[str]) -> Path:
     write_text(folder / "clusters.csv", as_csv(legend, survey, near))
     sheet(legend, survey).save(folder / "clusters.png")
     title = f"Clusters of {cfg.method.name} on {cfg.data.name}"
-    write_text(folder / "index.html", as_page(title, checkpoint_path, probe, legend, survey, near))
+    editor = naming.editor(folder / "names.yaml", legend, probe, values)
+    write_text(folder / "index.html", as_page(title, checkpoint_path, probe, legend, survey, near, editor))
     log.info(
         "%d clusters, %d pictures: %s shows them, %s names them",
         len(values), survey.seen, folder / "index.html", folder / "names.yaml",
@@ -158,22 +159,27 @@ def shortened(name: str, width: int, font: Any) -> str:
 
 
 def as_page(
-    title: str, checkpoint: Path, probe: str, legend: Legend, survey: ClusterSurvey, near: list[list[tuple[int, float]]]
+    title: str,
+    checkpoint: Path,
+    probe: str,
+    legend: Legend,
+    survey: ClusterSurvey,
+    near: list[list[tuple[int, float]]],
+    editor: str,
 ) -> str:
-    """The page: a table of all clusters, then their patches."""
+    """The page: a table of all clusters, a form for their names (`editor`), then their patches."""
     confidence = survey.mean_cosines()
     rows, parts = [], []
     for number, share in enumerate(survey.shares()):
-        name = f'<a href="#c{number}">{page.swatch(legend.colours[number])}{page.escape(legend.names[number])}</a>'
+        called = f'{page.swatch(legend.colours[number])}<b class="name">{page.escape(legend.names[number])}</b>'
+        name = f'<a href="#c{number}" data-cluster="{number}">{called}</a>'
         neighbours = ", ".join(f"{page.escape(legend.names[other])} ({cosine:.2f})" for other, cosine in near[number])
         cosine = None if np.isnan(confidence[number]) else 100 * float(confidence[number])
         rows.append([
             page.number(number, 0), page.Cell(name, legend.names[number]), page.number(float(share)),
             page.number(int(survey.pictures[number]), 0), page.number(cosine), page.Cell(neighbours),
         ])  # fmt: skip
-        parts.append(
-            f'<h3 id="c{number}">{page.swatch(legend.colours[number])}{page.escape(legend.names[number])}</h3>'
-        )
+        parts.append(f'<h3 id="c{number}" data-cluster="{number}">{called}</h3>')
         if not survey.patches[number]:
             parts.append('<p class="note">No patch of these pictures is in this cluster.</p>')
             continue
@@ -191,11 +197,7 @@ def as_page(
         page.Cell("id", classes="number"), "cluster", page.Cell("% of patches", classes="number"),
         page.Cell("pictures", classes="number"), page.Cell("confidence", classes="number"), "nearest (cosine)",
     ]  # fmt: skip
-    lead = (
-        f"Probe {probe} of <code>{page.escape(checkpoint)}</code>, {survey.seen} training pictures. To name clusters, "
-        "edit <code>names.yaml</code> beside this page; <code>run.py predict</code> uses it, and "
-        "<code>run.py clusters</code> shows this page with the names."
-    )
+    lead = f"Probe {probe} of <code>{page.escape(checkpoint)}</code>, {survey.seen} training pictures."
     how = (
         "Pictures: those that have a patch of the cluster. Confidence: mean cosine of a cluster's patches to its "
         "centroid, in percent. Pictures with most of it: what belongs to other clusters is "
@@ -204,12 +206,15 @@ def as_page(
     )
     style = (
         "figure{margin:.3rem 0 .6rem} .strip figure{margin:0;width:84px;font-size:.75rem;overflow:hidden}"
+        ".names .fields{display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:.3rem .8rem;"
+        "margin:.6rem 0} .names label{display:flex;gap:.4rem;align-items:center} .names input[type=text]{flex:1;"
+        "min-width:0;font:inherit} .names input[type=color]{width:2.2rem;padding:0} .names button{font:inherit}"
         ".scenes figure{width:auto;max-width:calc(50% - 2px)} .scenes img{width:auto;height:150px;object-fit:contain}"
     )
     return page.document(
         title,
         f'<h1>{page.escape(title)}</h1><p class="lead">{lead}</p>{page.table(heads, rows, name="clusters")}'
-        f'<p class="note">{how}</p><h2>What is in them</h2>{"".join(parts)}',
+        f'<p class="note">{how}</p><h2>Name them</h2>{editor}<h2>What is in them</h2>{"".join(parts)}',
         style,
     )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import yaml
 from omegaconf import DictConfig
@@ -30,6 +31,11 @@ HEAD = """\
 # are; leave both as they are.
 """
 KEYS = ("probe", "centroids", "clusters")
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).resolve().parent / "templates"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+)
 
 Colour = tuple[int, int, int]
 
@@ -99,6 +105,16 @@ def unnamed(clusters: int, mapping: list[int] | None, meta: ClassMeta) -> Legend
     colours = panels.cluster_colours(meta, mapping, clusters)
     names = [f"{i}: {meta.names[target]}" if target >= 0 else f"cluster {i}" for i, target in enumerate(mapping)]
     return Legend(names, [tuple(int(part) for part in colour) for colour in colours])
+
+
+def editor(path: Path, legend: Legend, probe: str, values: Tensor) -> str:
+    """A form for the page of clusters that edits their names and colours and offers the names file at `path` anew."""
+    entries = [
+        {"name": name, "colour": f"#{bytes(colour).hex()}"}
+        for name, colour in zip(legend.names, legend.colours, strict=True)
+    ]
+    content = {"head": HEAD, "probe": probe, "centroids": mark(values), "clusters": entries}
+    return TEMPLATES.get_template("names_editor.html").render(content=content, path=path)
 
 
 def write(path: Path, legend: Legend, probe: str, values: Tensor) -> None:

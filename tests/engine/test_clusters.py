@@ -1,8 +1,11 @@
 """`clusters` and `predict` with names: files as a user finds and edits them, exact errors."""
 
 import csv
+import html
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -66,6 +69,57 @@ def test_clusters_writes_a_page_a_sheet_a_table_and_names(folder):
     assert all(row["name"] in page for row in table)
     assert Image.open(folder / "clusters.png").height > 12 * 84
     assert len(re.findall(r"^  \d+: \{name: ", (folder / "names.yaml").read_text(), re.M)) == 12
+
+
+EDITING = """
+<script>
+const typed = (place, name, colour) => {
+  const inputs = document.querySelectorAll("#names label")[place].querySelectorAll("input");
+  inputs[1].value = name;
+  inputs[0].value = colour;
+  inputs[1].dispatchEvent(new Event("input", {bubbles: true}));
+};
+addEventListener("load", async () => {
+  const seen = {};
+  URL.createObjectURL = blob => { seen.blob = blob; return "#"; };
+  typed(3, "  wet \\"sand\\": no # <b>", "#102030");
+  typed(5, "wet \\"sand\\": no # <b>", "#ffffff");
+  document.querySelector("#names button").click();
+  seen.yaml = await seen.blob.text();
+  seen.heading = document.querySelector("#c3").textContent;
+  document.querySelectorAll("#names label")[7].querySelectorAll("input")[1].value = " ";
+  seen.blob = null;
+  document.querySelector("#names button").click();
+  document.title = JSON.stringify({...seen, refused: seen.blob === null});
+});
+</script>
+"""
+
+
+@pytest.mark.timeout(240)
+def test_names_are_edited_in_a_browser(named, folder, tmp_path):
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
+    page = tmp_path / "page.html"
+    page.write_text((folder / "index.html").read_text().replace("</body>", f"{EDITING}</body>"))
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=5000", f"file://{page}"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    title = re.search("<title>(.*?)</title>", shown.stdout, re.S)
+    assert title, shown.stderr[-2000:]
+    seen = json.loads(html.unescape(title.group(1)))
+    assert seen["heading"] == 'wet "sand": no # <b>'
+    assert seen["refused"]  # a cluster without a name
+    (tmp_path / "names.yaml").write_text(seen["yaml"])
+    content = naming.load(folder / "names.yaml")
+    values = torch.load(named, weights_only=True)["state_dict"]["kmeans_probe.centroids"]
+    found = naming.read(tmp_path / "names.yaml", content["probe"], values)
+    before = naming.read(folder / "names.yaml", content["probe"], values)
+    assert [found.names[i] for i in (3, 5)] == ['wet "sand": no # <b>'] * 2
+    assert [found.colours[i] for i in (3, 5)] == [(16, 32, 48)] * 2
+    kept = [i for i in range(12) if i not in (3, 5)]
+    assert [(found.names[i], found.colours[i]) for i in kept] == [(before.names[i], before.colours[i]) for i in kept]
 
 
 def test_edited_names_are_kept_and_used_by_predict(named, folder, pictures, tmp_path):

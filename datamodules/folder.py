@@ -1,12 +1,14 @@
-"""Your own pictures: any tree of picture files, with or without labels.
+"""Your own pictures: any tree of picture files, with or without labels; docs/data.md says how a folder is read.
 
-Layouts of a folder, tried in this order:
-1. `images/train/**`, `images/val/**`: split by folder; labels, where there are any, at the same relative stem as png in
-   `labels/train`, `labels/val`. Without `images/val` a fixed tenth of the training pictures is held out.
-2. `images/**` without these two: split as in 1; labels below `labels/`.
-3. any pictures below the folder: no labels, split as in 1.
+Layouts, by the names that `layouts.py` knows, in this order:
+1. `images/train/**`, `images/val/**`, or `train/images/**`, `val/images/**`: split by folder; labels, where there are
+   any, at the same relative stem as png, tif or bmp in a folder such as `labels` or `masks` in the same order. Without
+   `val` a fixed tenth of the training pictures is held out.
+2. `images/**` without these two: split as in 1; labels below `labels/` beside it.
+3. any pictures below the folder, split as in 1; labels below `labels/` in it. What looks like labels among pictures
+   (`strays.py`) ends in an error.
 `classes.json` is the list of class names in id order; label values are 0..C-1, or 255 for pixels to ignore. Any picture
-may lack a label. Further folders beside `images` and `labels` are not looked at.
+may lack a label.
 """
 
 import logging
@@ -14,6 +16,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,9 +24,12 @@ from common import chance
 from common.errors import ConfigError, DataError
 from common.palette import default_palette
 from common.spec import ClassMeta
+from datamodules import layouts, strays
 from datamodules.base import SegmentationDataModule
+from datamodules.layouts import Part
 from datamodules.listed import Entry, ListedSource
 from datamodules.opening import ENDINGS
+from datamodules.pairing import other_files, pair
 from datamodules.reading import check_label, is_picture, read_classes, read_label
 from datamodules.walking import files_below
 
@@ -66,30 +72,44 @@ class Tree:
     val: list[Entry] | None
     names: tuple[str, ...]
 
+    labels: str = ""
+    """Where its labels are, or were looked for."""
+    others: str = ""
+    """What else was found there, in words."""
+
     @classmethod
-    def find(cls, root: str | Path, key: str) -> "Tree":
-        """Looks through a folder. Raises DataError where it is missing or breaks a rule of the layout."""
-        root = Path(root).expanduser()
+    def find(cls, root: str | Path, key: str, data: Any = None, main: bool = True) -> "Tree":
+        """Looks through a folder. `data`: the keys `data.*`, which name folders and suffixes; those of a folder that is
+        not the `main` one need not be there.
+
+        Raises DataError where it is missing or breaks a rule of the layout.
+        """
+        root, data = Path(root).expanduser(), {} if data is None else data
         if not root.is_dir():
             raise DataError(f"{key}={root}: there is no such folder")
-        images, labels = root / "images", root / "labels"
-        if labels.is_dir() and not images.is_dir():
-            raise DataError(
-                f"{key}={root}: holds a folder labels but no folder images; put the pictures into images, or into "
-                "images/train and images/val"
-            )
-        names = read_classes(root / "classes.json")
-        if not images.is_dir():
-            return cls(root, key, _entries(root, None, key), None, names)
-        if not any((images / split).is_dir() for split in ("train", "val")):
-            return cls(root, key, _entries(images, labels, key), None, names)
-        train, val = (
-            _entries(images / split, labels / split, key) if _has_pictures(images / split) else []
-            for split in ("train", "val")
+        images, labels = (str(data.get(name, "auto")) for name in ("images", "labels"))
+        layout = layouts.find(root, key, images, labels, optional=not main)
+        names = read_classes(root / "classes.json") if labels != "none" else ()
+        parts = {split: _entries(part, root, key, data) for split, part in layout.parts.items()}
+        if not any(parts.values()):
+            folders = [f"{part.folder.relative_to(root).as_posix()}" for part in layout.parts.values()]
+            split = layouts.WHOLE not in layout.parts
+            raise _no_pictures(key, root, " and ".join(folders)) if split else _no_pictures(key, root, "any depth")
+        unread = other_files(layout.labels)
+        others = f", which holds {unread}" if unread else ""
+        found = layouts.said(layout.labels) or layouts.expected(root, labels)
+        train = parts.get("train", []) if layouts.WHOLE not in parts else parts[layouts.WHOLE]
+        return cls(root, key, train, parts.get("val") or None, names, found, others)
+
+    def expect_labels(self) -> None:
+        """Raises DataError where classes are named and no picture has a label: they were not found, or not paired."""
+        if not self.names or any(entry.label for entry in self.train + (self.val or [])):
+            return
+        raise DataError(
+            f"{self.root / 'classes.json'}: names {len(self.names)} classes, but no picture has a label; looked for "
+            f"png, tif or bmp files in {self.labels}{self.others}; put the labels there under the names of their "
+            "pictures, name their folder in data.labels, or set data.labels=none to train without them"
         )
-        if not train and not val:
-            raise _no_pictures(key, root, "images/train and images/val")
-        return cls(root, key, train, val or None, names)
 
     def evaluated(self) -> list[Entry]:
         """The pictures of `images/val`; without it a tenth of the others, at least one, chosen by their names alone."""
@@ -118,8 +138,9 @@ class FolderDataModule(SegmentationDataModule):
     def _find(self) -> tuple[dict[str, list[Entry]], tuple[str, ...]]:
         if not self.data.root:
             raise ConfigError("data.root: data=folder needs a folder of pictures; set data.root=<folder>")
-        tree = Tree.find(self.data.root, "data.root")
-        trees = [Tree.find(root, "data.train_roots") for root in self.data.train_roots or ()]
+        tree = Tree.find(self.data.root, "data.root", self.data)
+        trees = [Tree.find(root, "data.train_roots", self.data, main=False) for root in self.data.train_roots or ()]
+        tree.expect_labels()
         val = tree.evaluated()
         seen = {os.path.realpath(entry.picture) for entry in val}
         train = []
@@ -147,7 +168,10 @@ def pictures_below(root: str | Path, key: str = "input") -> FolderSource:
     root = Path(root).expanduser()
     if not root.is_dir():
         raise DataError(f"{key}={root}: there is no such folder")
-    return FolderSource(_entries(root, None, key), 0)
+    pictures = files_below(root, is_picture)
+    if not pictures:
+        raise _no_pictures(key, root, "any depth")
+    return FolderSource([Entry(id, str(root / name)) for id, name in _ids(pictures)], 0)
 
 
 def _common_names(trees: list[Tree], labelled: set[str]) -> tuple[str, ...]:
@@ -160,45 +184,40 @@ def _common_names(trees: list[Tree], labelled: set[str]) -> tuple[str, ...]:
         path = tree.root / "classes.json"
         if not tree.names:
             raise DataError(
-                f"{path}: absent or empty, but {tree.root / 'labels'} holds labels; write the class names in id order "
-                'into it, such as ["sky", "road"]'
+                f"{path}: absent or empty, but there are labels in {tree.labels}; write the class names in id order "
+                'into it, such as ["sky", "road"], or set data.labels=none to train on the pictures alone'
             )
         if first is not None and tree.names != names:
             raise DataError(
                 f"{path}: its names differ from those of {first}, so label values would mean different classes; give "
-                "both the same classes.json, or take the labels folder away to train on the pictures alone"
+                "both the same classes.json, or set data.labels=none to train on the pictures alone"
             )
         first, names = first or path, tree.names
     return names
 
 
-def _entries(images: Path, labels: Path | None, key: str) -> list[Entry]:
-    """The pictures below `images` in the order of their relative paths, each with the label of its relative stem."""
-    pictures = files_below(images, is_picture)
-    if not pictures:
-        raise _no_pictures(key, images, "any depth")
-    found = labels is not None and labels.is_dir()
-    ids = files_below(labels, lambda name: name.lower().endswith(".png")) if found else []
-    by_stem = {os.path.splitext(name)[0]: name for name in ids}
+def _entries(part: Part, root: Path, key: str, data: Any) -> list[Entry]:
+    """The pictures of a part in the order of their relative paths, each with its label. Raises DataError."""
+    pictures = part.pictures()
+    suffixes = str(data.get("image_suffix", "")), str(data.get("label_suffix", ""))
+    if part.labels is not None and part.labels.resolve() == part.folder.resolve():
+        if not suffixes[1]:
+            raise DataError(
+                f"data.labels={data.labels}: is the folder of the pictures; set data.label_suffix to what the names of "
+                "the labels end in, such as _mask"
+            )
+        pictures = [name for name in pictures if not os.path.splitext(name)[0].endswith(suffixes[1])]
+    elif data.get("images", "auto") == "auto":
+        strays.expect_none(part.folder, pictures, root, key)
+    labels = pair(part.folder, pictures, part.labels, *suffixes) if pictures else {}
+    return [Entry(id, str(part.folder / name), labels.get(name)) for id, name in _ids(pictures)]
+
+
+def _ids(pictures: list[str]) -> list[tuple[str, str]]:
+    """(id, relative path) of pictures: the path without its ending."""
     stems = [os.path.splitext(name)[0] for name in pictures]
-    if by_stem and not by_stem.keys() & set(stems):
-        raise DataError(
-            f"{labels}: holds {len(ids)} png files, but none is named after a picture of {images}; the label of "
-            f"{images / pictures[0]} would be {labels / stems[0]}.png"
-        )
-    times = Counter(stems)
-    return [
-        Entry(
-            id=stem if times[stem] == 1 else name,  # a.jpg beside a.png: both keep their ending
-            picture=str(images / name),
-            label=str(labels / by_stem[stem]) if stem in by_stem else None,
-        )
-        for stem, name in zip(stems, pictures, strict=True)
-    ]
-
-
-def _has_pictures(folder: Path) -> bool:
-    return folder.is_dir() and bool(files_below(folder, is_picture))
+    times = Counter(stems)  # a.jpg beside a.png: both keep their ending
+    return [(stem if times[stem] == 1 else name, name) for stem, name in zip(stems, pictures, strict=True)]
 
 
 def _no_pictures(key: str, folder: Path, where: str) -> DataError:

@@ -168,7 +168,7 @@ def read_classes(path: str | Path) -> tuple[str, ...]:
         return ()
     rule = 'it must be a list of at most 255 class names in id order, such as ["sky", "road"]'
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))
+        names = json.loads(path.read_bytes())  # bytes: json knows the marks that editors put in front
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as json ({opening.reason(error)}); {rule}") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) > 255:

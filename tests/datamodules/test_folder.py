@@ -131,10 +131,16 @@ def test_partly_labelled_pictures_are_all_ignore(tmp_path):
     assert (next(iter(found.val_dataloader()))["label"][0] == 255).all()
 
 
-def test_names_without_labels_are_no_names(tmp_path):
+def test_names_without_labels_are_refused(tmp_path):
     root = labelled_folder(tmp_path)
     shutil.rmtree(root / "labels")
-    found = module(root)
+    assert refused(root) == (
+        f"{root}/classes.json: names 3 classes, but no picture has a label; looked for png, tif or bmp files in a "
+        f"folder labels, masks, annotations or SegmentationClass in {root}, beside that of the pictures; put the "
+        "labels there under the names of their pictures, name their folder in data.labels, or set data.labels=none to "
+        "train without them"
+    )
+    found = module(root, labels="none")
     assert found.meta.names == ()
     assert "label" not in next(iter(found.val_dataloader()))
 
@@ -176,8 +182,7 @@ def test_labelled_training_roots_must_mean_the_same_classes(tmp_path):
     write_classes(more, ["sky", "road", "car"])
     assert refused(root, train_roots=[str(more)]) == (
         f"{more}/classes.json: its names differ from those of {root}/classes.json, so label values would mean "
-        "different classes; give both the same classes.json, or take the labels folder away to train on the pictures "
-        "alone"
+        "different classes; give both the same classes.json, or set data.labels=none to train on the pictures alone"
     )
 
 
@@ -211,7 +216,7 @@ def test_no_pictures(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     assert refused(tmp_path) == f"data.root: no pictures found in {tmp_path} (any depth); {LOOKED}"
     (tmp_path / "images" / "train").mkdir(parents=True)
-    assert refused(tmp_path) == f"data.root: no pictures found in {tmp_path} (images/train and images/val); {LOOKED}"
+    assert refused(tmp_path) == f"data.root: no pictures found in {tmp_path} (images/train); {LOOKED}"
     with pytest.raises(DataError) as error:
         pictures_below(tmp_path, "input")
     assert str(error.value) == f"input: no pictures found in {tmp_path} (any depth); {LOOKED}"
@@ -230,8 +235,8 @@ def test_labels_without_names(tmp_path):
     for content in (None, "[]"):
         (root / "classes.json").unlink() if content is None else (root / "classes.json").write_text(content)
         assert refused(root) == (
-            f"{root}/classes.json: absent or empty, but {root}/labels holds labels; write the class names in id order "
-            'into it, such as ["sky", "road"]'
+            f"{root}/classes.json: absent or empty, but there are labels in {root}/labels; write the class names in id "
+            'order into it, such as ["sky", "road"], or set data.labels=none to train on the pictures alone'
         )
 
 
@@ -240,8 +245,8 @@ def test_labels_that_belong_to_no_picture(tmp_path):
     for i in range(2):
         (root / "labels" / "train" / f"train{i}.png").rename(root / "labels" / "train" / f"train{i}_gt.png")
     assert refused(root) == (
-        f"{root}/labels/train: holds 2 png files, but none is named after a picture of {root}/images/train; the label "
-        f"of {root}/images/train/train0.png would be {root}/labels/train/train0.png"
+        f"{root}/labels/train: holds 2 labels, but none is named after a picture of {root}/images/train; the label of "
+        f"{root}/images/train/train0.png would be {root}/labels/train/train0.png; data.label_suffix=_gt pairs 2 of them"
     )
 
 
@@ -249,7 +254,7 @@ def test_labels_beside_no_images_folder(tmp_path):
     save(tmp_path / "labels" / "a.png", noise())
     assert refused(tmp_path) == (
         f"data.root={tmp_path}: holds a folder labels but no folder images; put the pictures into images, or into "
-        "images/train and images/val"
+        "images/train and images/val, or name their folder in data.images"
     )
 
 

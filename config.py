@@ -101,7 +101,7 @@ CHOICES = {
     "search.backend": ("auto", "faiss_gpu", "faiss_cpu", "torch"),
     "data.train_crop": ("center", "random", "five", "none", "keep"),
     "data.eval_crop": ("center", "none", "keep"),
-    "data.interpolation": ("faithful", "nearest", "bilinear"),
+    "data.interpolation": ("faithful", "nearest", "bilinear", "bilinear_plain", "nearest_corner"),
     "data.cache": ("none", "ram", "disk"),
     "backbone.pos_interp": ("dino", "timm"),
     "backbone.precision": ("float32", "bf16", "fp16"),

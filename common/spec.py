@@ -68,6 +68,11 @@ class Geometric:
     zoom: tuple[float, float] | None = None
     """Where set, instead of `scale` and `ratio`: the picture is scaled by a factor drawn from this range, and a window
     of `size` is cut out; where the scaled picture is smaller, it reaches beyond the right and lower border (HSG)."""
+    sides: tuple[float, float] | None = None
+    """Where set, instead of `scale` and `ratio`: the crop has the source's aspect, and its sides are a share of the
+    source's that is uniform in this range (TransFGU)."""
+    side_step: float | None = None
+    """Where set, only the lower end of `sides` and every further such step up to the upper end are drawn."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Geometry: resizing and cropping in the data set (Pillow, at the picture's own size), replayable crops on the device.
 
-Pictures are resized as released (Pillow's nearest) or bilinear with antialias, labels always nearest, so no label value
-is ever invented.
+Pictures are resized as released or bilinear with antialias (see `resizing`), labels always by their nearest pixel, so
+no label value is ever invented.
 """
 
 from collections.abc import Sequence
@@ -10,24 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 from common.errors import ConfigError
 from common.spec import IGNORE, Geometric
+from datamodules.resizing import INTERPOLATIONS, resize_ids, resize_picture
 
 CROPS = ("center", "random", "five", "none", "keep")
 NATIVE = "native"
 """A further crop, for offline stages and not for a configuration: the whole picture at the size of its file."""
 FIXED_CROPS = ("center", "five", "none")
 """Those that cut every picture to one size, always in the same way."""
-INTERPOLATIONS = {
-    "faithful": Image.Resampling.NEAREST,
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-}
-"""How pictures are resized; "faithful": as STEGO, HP and EAGLE released it, which is Pillow's nearest."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +91,8 @@ class Geometry:
         if self.crop == "five":
             top, left, height, width = five_crop_boxes(*ids.shape, self.five_crop_ratio)[crop]
             ids = ids[top : top + height, left : left + width]
-        ids = _resize(
-            ids.astype(np.int32), resized_size(*ids.shape, self.size, self._window), INTERPOLATIONS["nearest"]
-        )
+        size = resized_size(*ids.shape, self.size, self._window)
+        ids = resize_ids(ids.astype(np.int32), size, self.interpolation)
         return np.ascontiguousarray(crop_pair(ids, None, self.size, "center")[0]) if self._window == "center" else ids
 
     def kept_size(self, height: int, width: int) -> tuple[int, int]:
@@ -150,7 +143,7 @@ def resize_and_crop(
     size: the shorter side in pixels, or (H, W). crop "center" and "random": resize until `size` is covered, the aspect
     kept (int: shorter side = size and a square crop), then crop in the middle or at a position drawn uniformly from
     `draw`; "none": resize to exactly `size`, the aspect not kept; "keep": only the shorter side is resized.
-    interpolation: of the picture, "nearest" (Pillow's; "faithful" is the same) or "bilinear" (with antialias).
+    interpolation: one of `resizing.INTERPOLATIONS`; the label takes the nearest pixels by the same library.
     """
     return crop_pair(*resize_pair(image, label, size, crop, interpolation), size, crop, draw)
 
@@ -160,8 +153,8 @@ def resize_pair(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """The first half of `resize_and_crop`."""
     resized = resized_size(*image.shape[:2], size, crop)
-    image = _resize(image, resized, INTERPOLATIONS[interpolation])
-    return image, None if label is None else _resize(label, resized, Image.Resampling.NEAREST)
+    image = resize_picture(image, resized, interpolation)
+    return image, None if label is None else resize_ids(label, resized, interpolation)
 
 
 def resized_size(height: int, width: int, size: int | tuple[int, int], crop: str) -> tuple[int, int]:
@@ -220,14 +213,6 @@ def _cover(height: int, width: int, target: tuple[int, int]) -> tuple[int, int]:
     return max(target[0], int(target[1] * height / width)), target[1]
 
 
-def _resize(array: np.ndarray, size: tuple[int, int], interpolation: Image.Resampling) -> np.ndarray:
-    if array.shape[:2] == size:
-        return array
-    if array.dtype not in (np.uint8, np.int32):
-        array = array.astype(np.int32)
-    return np.asarray(Image.fromarray(array).resize(size[::-1], interpolation))
-
-
 # ---- on the device: crops that can be replayed ----
 
 
@@ -261,6 +246,8 @@ def draw_geometry(spec: Geometric, count: int, source: tuple[int, int], draw: np
     height, width = source
     if spec.zoom is not None:
         return _zoomed(spec, count, source, draw)
+    if spec.sides is not None:
+        return _sided(spec, count, source, draw)
     area = draw.uniform(*spec.scale, size=(count, 10)) * height * width
     aspect = np.exp(draw.uniform(np.log(spec.ratio[0]), np.log(spec.ratio[1]), size=(count, 10)))
     w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
@@ -296,6 +283,20 @@ def _zoomed(spec: Geometric, count: int, source: tuple[int, int], draw: np.rando
     offsets = [place[:, i] * np.maximum(0.0, source[i] - sides[i]) for i in range(2)]
     boxes = torch.from_numpy(np.stack([*offsets, *sides], axis=1)).float()
     return Replay(boxes, torch.from_numpy(flip), source, size)
+
+
+def _sided(spec: Geometric, count: int, source: tuple[int, int], draw: np.random.Generator) -> Replay:
+    """Crops of the source's own aspect whose sides are a uniform share of its sides, in whole pixels (rounded down)."""
+    low, high = spec.sides
+    share = draw.uniform(low, high, size=count)
+    if spec.side_step is not None:
+        steps = int((high - low) / spec.side_step + 1e-6)
+        share = low + spec.side_step * draw.integers(steps + 1, size=count)
+    place, flip = draw.random((count, 2)), draw.random(count) < spec.flip_p
+    sides = [np.maximum(1, np.floor(side * share + 1e-6)) for side in source]
+    offsets = [np.floor(place[:, i] * (source[i] - sides[i] + 1)) for i in range(2)]
+    boxes = torch.from_numpy(np.stack([*offsets, *sides], axis=1)).float()
+    return Replay(boxes, torch.from_numpy(flip), source, _result(spec, source))
 
 
 def take(params: Replay, rows: slice, device: torch.device) -> Replay:

@@ -33,6 +33,8 @@ class RunKeeper(Callback):
         self.settings = cfg.trainer
         self.seed = cfg.seed
         self.select = select
+        self.apart = bool(cfg.evaluation.flip and select.keys)
+        """The closing evaluation reads codes otherwise than those that choose the best: the last step has both."""
         self.history = History(folder.path / "metrics.csv")
         self.best: dict[str, float] = {}
         self.best_step = 0
@@ -109,6 +111,8 @@ class RunKeeper(Callback):
             self.timed_pictures += pl_module.cfg.data.batch_size
         logged, validated = step % self.settings.log_every == 0, self.validates(step, last)
         saved = not validated and (step % self.settings.checkpoint_every == 0 or last)
+        if last:  # the validation of this step alone, where there is one: the closing evaluation follows at once
+            trainer.val_check_batch = step if validated else step + 1
         if logged or validated or saved:
             self.expect_finite(trainer)
         if trainer.is_global_zero and logged:
@@ -119,7 +123,7 @@ class RunKeeper(Callback):
 
     def validates(self, step: int, last: bool) -> bool:
         """True where a validation follows this step (the closing evaluation is not one), and saves it afterwards."""
-        return step % self.settings.val_every == 0 and not last
+        return self.apart if last else step % self.settings.val_every == 0
 
     def expect_finite(self, trainer: L.Trainer) -> None:
         """Raises TrainingError, on every rank, where a trained weight is NaN or infinite: before anything is written.
@@ -142,7 +146,7 @@ class RunKeeper(Callback):
         if trainer.state.fn != "fit":
             return
         values = numbers(trainer.callback_metrics, "val/")
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and trainer.global_step < trainer.max_steps:  # the closing evaluation has a row
             self.record(trainer, trainer.global_step, values)
         if self.offer(trainer.global_step, values):
             trainer.save_checkpoint(self.folder.best, weights_only=False)

@@ -99,7 +99,7 @@ def sizes(cfg: DictConfig, model: UnsupervisedSegmenter) -> dict[str, int | str]
     unit = model.backbone.unit
     return {
         "size": size if isinstance(size, int) else min(size),
-        "interpolation": "bilinear" if cfg.data.interpolation == "bilinear" else "nearest",
+        "interpolation": "nearest" if cfg.data.interpolation == "faithful" else cfg.data.interpolation,
         "multiple": unit,
         "smallest": 4 * unit,
         "largest": LARGEST // unit * unit,

@@ -9,8 +9,12 @@ from common.errors import ConfigError
 from evaluation.report import LAST_STEP
 from lightning_modules.base import UnsupervisedSegmenter
 
-RULES = {"sum_of_four": ("val/cluster/miou", "val/cluster/acc", "val/linear/miou", "val/linear/acc")}
-"""Named rules: the scores that are added up. `sum_of_four` is the choice of the released Hidden Positives."""
+RULES = {
+    "sum_of_four": ("val/cluster/miou", "val/cluster/acc", "val/linear/miou", "val/linear/acc"),
+    "own_sum": ("val/own/miou", "val/own/acc"),
+}
+"""Named rules: the scores that are added up. `sum_of_four` is the choice of the released Hidden Positives, `own_sum`
+(those of the method's own classifier) that of TransFGU."""
 LABEL_FREE = ("val/cluster/entropy", "val/cluster/confidence")
 
 
@@ -55,6 +59,11 @@ def choose(cfg: DictConfig, model: UnsupervisedSegmenter) -> Selection:
     rules = [name for name, keys in RULES.items() if set(keys) <= set(known)]
     if wanted in rules:
         return Selection(RULES[wanted], wanted)
+    if wanted in RULES and model.meta.has_labels:
+        raise ConfigError(
+            f"evaluation.select={wanted}: adds up {' and '.join(RULES[wanted])}, and method={cfg.method.name} has no "
+            f"classifier of its own; use one of {', '.join(['auto', *rules, *known])}"
+        )
     if wanted in RULES:
         raise ConfigError(
             f"evaluation.select={wanted}: adds up scores that need labels, and the data has none; "

@@ -284,10 +284,6 @@ class UnsupervisedSegmenter(Evaluated):
         super().optimizer_step(*args, **kwargs)
         self.after_step()  # here, so that a checkpoint of this step has it
 
-    def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
-        if self.global_step >= self.total_steps:
-            self.trainer.val_check_batch = self.total_steps + 1  # the closing evaluation follows at once
-
     def configure_optimizers(self) -> CompositeOptimizer:
         groups = [{**group, "owner": "method"} for group in self._method_groups()]
         groups.append({"name": "cluster_probe", "params": self.cluster_probe.parameters(), "owner": "probe"})

@@ -103,6 +103,11 @@ class Evaluated(L.LightningModule):
             return whole(images)
         return sliding.averaged(images, whole, *self.window, self.backbone.unit)
 
+    @property
+    def fitting(self) -> bool:
+        """True in the validations of a training, which do without what is for the closing evaluation alone."""
+        return self._trainer is not None and self._trainer.state.fn == "fit"
+
     def read(self, images: Tensor, features: Features | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Codes [B,D,h,w], and score maps [B,K,h,w] of every read-out that is ready, for pictures [B,3,H,W] in 0..1.
 
@@ -110,7 +115,7 @@ class Evaluated(L.LightningModule):
         """
         found = self.seen(images, features, self.has_own_scores)
         codes = found["codes"]
-        if self.cfg.evaluation.flip:
+        if self.cfg.evaluation.flip and not self.fitting:
             codes = readout.flip_average(codes, self.seen(images.flip(-1))["codes"])
         scores = {"cluster": self.cluster_probe.scores(codes)}
         if self.kmeans_probe.fitted:
@@ -167,7 +172,7 @@ class Evaluated(L.LightningModule):
         return {f"{probe}_crf": torch.cat(maps) for probe, maps in zip(scores, zip(*parts, strict=True), strict=True)}
 
     def on_validation_epoch_start(self) -> None:
-        self.refining = self.crf is not None and self.trainer.state.fn != "fit"  # not while training: it takes long
+        self.refining = self.crf is not None and not self.fitting  # it takes long
         for probe in [name for name in self.confusion if self.refining and not name.endswith("_crf")]:
             self.confusion[f"{probe}_crf"] = self._confusion(probe).to(self.device)
         for metric in (*self.confusion.values(), *self.usage.values(), *self.further.values()):

@@ -5,12 +5,12 @@ gradient of a picture's class token towards each concept says where the picture 
 frozen features learns these maps, later half from a teacher, which is the student of before: now and then the teacher
 takes the student's weights and the student starts anew. Scored as val/own/*. Method document transfgu.md.
 
-Here, and not as released: colours are drawn for each picture and crops in continuous sizes, labels of a crop are means
-of bilinear samples at its pixels, the divisor of the gradient is a key, a crop without evidence is left out
-(`method.empty`), and the class axis is permuted by one keyed draw for all processes. Networks without a trained class
-token have a pooled one, which asks for three things of its own (`method.crops.tokens`, `method.kmeans.length`,
-`method.maps.power`): a window's token is the mean of the picture's own map, tokens are clustered at one length, and
-what a concept has in common with the whole picture counts as evidence.
+Here, and not as released: colours are drawn for each picture, labels of a crop are means of bilinear samples at its
+pixels, the divisor of the gradient is a key, a crop without evidence is left out (`method.empty`), and the class axis
+is permuted by one keyed draw for all processes. Networks without a trained class token have a pooled one, which asks
+for three things of its own (`method.crops.tokens`, `method.kmeans.length`, `method.maps.power`): a window's token is
+the mean of the picture's own map, tokens are clustered at one length, and what a concept has in common with the whole
+picture counts as evidence.
 """
 
 import copy
@@ -26,6 +26,7 @@ from common import chance, distributed
 from common.errors import ConfigError, one_of
 from common.spec import Geometric, Photometric, ViewSpec
 from datamodules.base import SegmentationDataModule
+from datamodules.resizing import INTERPOLATIONS
 from datamodules.transforms import both_sides
 from lightning_modules.base import Loss
 from lightning_modules.staged import StagedSegmenter, check_stage
@@ -43,6 +44,10 @@ log = logging.getLogger(__name__)
 
 EMPTY = ("ignore", "first")
 """What a crop without evidence teaches: nothing, or class 0 everywhere as released."""
+
+DRAWS = ("area", "side", "tenths")
+"""How the size of a crop is drawn: uniform in area or in side, or from sides in steps of a tenth (as released)."""
+TENTH = 0.1
 
 
 class TransFGU(StagedSegmenter):
@@ -158,7 +163,11 @@ class TransFGU(StagedSegmenter):
         colour = Photometric(**{name: augment[name] for name in names}, blur_sigma=tuple(augment.blur_sigma))
         height, width = both_sides(self.cfg.data.train_size)
         shape = {"size": self.view_size, "ratio": (width / height, width / height), "flip_p": augment.flip_p}
-        crop = Geometric(scale=tuple(share**2 for share in augment.sides), **shape)
+        low, high = augment.sides
+        if augment.draw == "area":
+            crop = Geometric(scale=(low**2, high**2), **shape)
+        else:
+            crop = Geometric(sides=(low, high), side_step=TENTH if augment.draw == "tenths" else None, **shape)
         return {"augmented": ViewSpec(colour, crop)}
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -278,6 +287,9 @@ def size_of(features: Features) -> tuple[int, int]:
 def check_training(settings: Any) -> None:
     """Raises ConfigError for values of the training part that cannot be run with."""
     one_of("method.empty", settings.empty, EMPTY)
+    one_of("method.augment.draw", settings.augment.draw, DRAWS)
+    if settings.stage.interpolation is not None:
+        one_of("method.stage.interpolation", settings.stage.interpolation, INTERPOLATIONS)
     restarts, augment = settings.restarts, settings.augment
     for name, value in (("start", restarts.start), ("repeat", restarts.repeat), ("epoch", restarts.epoch)):
         if value is not None and value < 1:

@@ -68,7 +68,7 @@ class Crops(MapStep):
         return {"side": self.side, "passes": self.crops.batch_size}
 
     def geometry(self) -> Geometry:
-        return Geometry(self.sides, "none", self.cfg.data.interpolation)
+        return stage_geometry(self.cfg, self.sides)
 
     def record_bytes(self) -> int:
         return self.most * (4 * token_width(self.backbone, self.token) + 17) + 1000
@@ -151,7 +151,7 @@ class PooledCrops(Crops):
         return {"pooled": True}
 
     def geometry(self) -> Geometry:
-        return Geometry(both_sides(self.stage.size), "none", self.cfg.data.interpolation)
+        return stage_geometry(self.cfg, both_sides(self.stage.size))
 
     def announce(self, count: int) -> str:
         return (
@@ -163,6 +163,11 @@ class PooledCrops(Crops):
         maps = self.backbone.features(images).concat()
         masks = None if self.banks == "all" else foreground(pooled_path(maps))
         return masks, lambda row, boxes: box_means(maps[row], boxes, self.sides).float()
+
+
+def stage_geometry(cfg: Any, size: tuple[int, int]) -> Geometry:
+    """Whole pictures squeezed to `size`, resized as `method.stage.interpolation` says, or as all others."""
+    return Geometry(size, "none", cfg.method.stage.interpolation or cfg.data.interpolation)
 
 
 def box_means(maps: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:

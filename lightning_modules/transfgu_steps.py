@@ -17,7 +17,7 @@ from datamodules.transforms import Geometry, both_sides
 from grouping.concepts import class_row_gradient, concept_maps
 from grouping.segments import segment_means
 from lightning_modules.graph_cuts import patch_of
-from lightning_modules.transfgu_crops import FOREGROUND
+from lightning_modules.transfgu_crops import FOREGROUND, stage_geometry
 from models.backbone import Backbone
 from models.class_token import ClassPath, class_path
 from pseudo_labels.cache import Record, Records
@@ -97,7 +97,7 @@ class ConceptMaps(MapStep):
         return own | {"token": self.token, "power": self.power}
 
     def geometry(self) -> Geometry:
-        return Geometry(both_sides(self.cfg.method.stage.size), "none", self.cfg.data.interpolation)
+        return stage_geometry(self.cfg, both_sides(self.cfg.method.stage.size))
 
     def record_bytes(self) -> int:
         patch = patch_of(self.backbone)

@@ -121,6 +121,35 @@ def test_recipes_of_hidden_positives_hold_the_released_values(name):
     assert (method.loss_version, method.reweighting, method.lhp.sigma) == ("1", True, 28.0)
 
 
+@pytest.mark.parametrize("name", [name for name in config.names("experiment") if name.startswith("transfgu")])
+def test_recipes_of_transfgu_hold_the_released_values(name):
+    """The standard ViT-S/8 of DINO, resizing and crops of its loaders, and its choice of the best after every epoch."""
+    cfg = config.compose([f"experiment={name}", "data.root=x"])
+    coco = cfg.data.name.startswith("coco")
+    assert (cfg.backbone.name, cfg.backbone.weights) == ("dino_vits8", "hub")
+    assert (cfg.data.interpolation, cfg.method.stage.interpolation) == (
+        "bilinear_plain",
+        "nearest_corner" if coco else None,
+    )
+    assert (cfg.method.augment.draw, list(cfg.method.augment.sides)) == ("tenths", [0.4, 0.9])
+    assert cfg.evaluation.select == "own_sum"
+    epochs = {"pascal_voc": 100, "cityscapes27": 50, "lip": 100}.get(cfg.data.name, 200)
+    pictures = {"pascal_voc": 20 * 1464, "cityscapes27": 20 * 2975, "lip": 30462}.get(cfg.data.name, 118287)
+    pictures = 49629 if "curated" in name else pictures
+    epoch = pictures // cfg.data.batch_size
+    assert cfg.trainer.val_every == epoch
+    assert cfg.trainer.max_epochs == epochs or cfg.trainer.max_steps == epochs * epoch
+    assert cfg.method.restarts.epoch in (None, epoch)
+
+
+@pytest.mark.parametrize("name", [name for name in config.names("experiment") if name.startswith("stego")])
+def test_recipes_of_stego_choose_as_released(name):
+    """The best of every 400 steps, of Potsdam of every epoch (4,545 blocks in batches of 16)."""
+    cfg = config.compose([f"experiment={name}", "data.root=x", "backbone.weights=none"])
+    assert cfg.trainer.val_every == (4545 // 16 if cfg.data.name == "potsdam3" else 400)
+    assert (cfg.evaluation.flip, cfg.evaluation.crf, cfg.trainer.max_steps) == (True, "dense", 5000)
+
+
 def test_published_figures_are_those_of_the_metrics():
     assert config.published("hidden_positives_cocostuff27_vits8") == {
         "cluster_crf/acc": 57.2, "cluster_crf/miou": 24.6, "linear_crf/acc": 75.6, "linear_crf/miou": 42.7,

@@ -116,7 +116,10 @@ def test_flip_takes_the_label_along():
             {"eval_crop": "keep", "eval_size": [16, 32]},
             "data.eval_size=[16, 32]: with data.eval_crop=keep it must be one number, the shorter side",
         ),
-        ({"interpolation": "cubic"}, "data.interpolation=cubic: must be one of faithful, nearest, bilinear"),
+        (
+            {"interpolation": "cubic"},
+            "data.interpolation=cubic: must be one of faithful, nearest, bilinear, bilinear_plain, nearest_corner",
+        ),
         ({"flip_p": 1.5}, "data.flip_p=1.5: must be 0 to 1"),
         ({"five_crop_ratio": 0}, "data.five_crop_ratio=0: must be above 0 to 1"),
     ],

@@ -424,6 +424,22 @@ def test_masks_and_codes_of_one_picture_come_from_one_pass(monkeypatch):
     assert len(calls) == 2
 
 
+def test_crops_and_stage_are_drawn_and_resized_as_named():
+    model = built("method.augment.draw=tenths", "method.augment.sides=[0.4,0.9]")
+    spec = model.views["augmented"].geometric
+    assert (spec.sides, spec.side_step) == ((0.4, 0.9), 0.1)
+    assert built("method.augment.draw=side").views["augmented"].geometric.side_step is None
+    area = built("method.augment.sides=[0.4,0.9]").views["augmented"].geometric
+    assert area.sides is None
+    assert area.scale == pytest.approx((0.16, 0.81))
+    for words, expected in ((["method.stage.interpolation=nearest_corner"], "nearest_corner"), ([], "bilinear")):
+        model = built(*words)
+        data = setup.build_data(model.cfg)[1]
+        found = {step.geometry().interpolation for step in model.steps(data) if hasattr(step, "geometry")}
+        assert found == {expected}
+        assert model.cfg.data.interpolation == "bilinear"
+
+
 # What is refused.
 
 
@@ -431,6 +447,11 @@ def test_masks_and_codes_of_one_picture_come_from_one_pass(monkeypatch):
     ("words", "message"),
     [
         (["method.banks=both"], "method.banks=both: not one of auto, all, foreground, split"),
+        (["method.augment.draw=sides"], "method.augment.draw=sides: not one of area, side, tenths"),
+        (
+            ["method.stage.interpolation=cubic"],
+            "method.stage.interpolation=cubic: not one of faithful, nearest, bilinear, bilinear_plain, nearest_corner",
+        ),
         (["method.crops.tokens=x"], "method.crops.tokens=x: not one of auto, encoded, pooled"),
         (
             ["method.crops.tokens=pooled", "method.maps.token=class"],

@@ -20,7 +20,7 @@ from engine.preemption import Preemption
 from engine.run_folder import RunFolder, open_run
 from engine.stage import Stage, prepare
 from engine.wandb_rows import masked_pictures
-from evaluation import panels, report
+from evaluation import headline, panels, report
 from evaluation.probes import predicts_clusters
 from lightning_modules.base import UnsupervisedSegmenter
 from lightning_modules.staged import StagedSegmenter
@@ -214,7 +214,8 @@ def write_files(model: UnsupervisedSegmenter, pictures: PanelKeeper, folder: Pat
     results = model.validated
     if results:
         report.write_scores(folder, results, model.meta, main=model.main_probe)
-        log.info("%s", report.as_text(report.per_class_table(results, model.meta)))
+        ordered = {probe: results[probe] for probe in headline.first(model.headline, list(results))}
+        log.info("%s", report.as_text(report.per_class_table(ordered, model.meta)))
     mappings = {probe: scores.mapping for probe, scores in results.items() if predicts_clusters(probe)}
     rows = [panel_row(model, kept) for kept in pictures.kept.values()]
     marks = panels.CONFIDENCE_MARKS | ({"wrong": panels.WRONG} if any("errors" in row.maps for row in rows) else {})

@@ -32,6 +32,8 @@ class Bar:
     mean: float
     spread: float | None = None
     published: float | None = None
+    place: int | None = None
+    """Of its entry, for the colour; None: that of the row."""
 
 
 def colour(number: int) -> tuple[int, int, int]:
@@ -46,9 +48,8 @@ def bars(rows: Sequence[Bar]) -> str:
     parts = []
     for number, row in enumerate(rows):
         share = 100 / top
-        fill = (
-            f'<span class="fill" style="width:{row.mean * share:.2f}%;background:{hexadecimal(colour(number))}"></span>'
-        )
+        paint = hexadecimal(colour(number if row.place is None else row.place))
+        fill = f'<span class="fill" style="width:{row.mean * share:.2f}%;background:{paint}"></span>'
         value = f"{row.mean:.1f}"
         if row.spread is not None:
             low = max(0.0, row.mean - row.spread)

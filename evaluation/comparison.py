@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError
+from evaluation import headline
 from evaluation.report import LAST_STEP, PROBES
 
 TRAINING_ONLY = (
@@ -25,7 +26,12 @@ OF_ONE_PROBE = ("protocol/linear_posthoc", "protocol/retrieval", "protocol/parti
 SAME_ENTRY = ("seed", "run.", "wandb.", "logger", "cache.", "trainer.progress", "trainer.threads", "data.workers",
               "data.cache", "evaluation.panels", "predict.", "search.")  # fmt: skip
 """Keys that may differ between the runs of one entry."""
-NAMED = {"acc": "acc", "miou": "mIoU", "entropy": "entropy", "confidence": "confidence"}
+SCORE = "score"
+"""In place of a probe: that of each entry's headline, where entries of a section differ in it."""
+FEW = 3
+"""Fewer runs than this have no spread."""
+RANKED = ("/acc", "/miou", "/iou", "/corloc")
+"""What is compared with labels. Entropy guards against collapse, and a confidence belongs to its own space of codes."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class Finished:
     config: dict[str, Any]
     """Flat: dotted key -> value."""
     environment: dict[str, Any]
+    title: str = ""
+    """The method's name in papers."""
 
     @classmethod
     def read(cls, folder: Path, flatten: Callable[[Any], dict[str, Any]], load: Callable[[Path], Any]) -> "Finished":
@@ -106,6 +114,37 @@ class Entry:
         return self.first.metrics["method"]
 
     @property
+    def title(self) -> str:
+        """The label with the method's name as papers write it."""
+        return (self.first.title or self.method) + self.label.removeprefix(self.method)
+
+    @property
+    def headline(self) -> str:
+        """The probe that its method's score is read from."""
+        return headline.probe_of(self.first.metrics)
+
+    def key(self, stage: str, probe: str, metric: str) -> str | None:
+        """The key that stands in this column; None where the entry has nothing to say there.
+
+        The online clusters of a method whose score is k-means on the same codes are that score done less well.
+        """
+        if probe == SCORE:
+            probe = self.headline
+            metric = headline.expected(probe).rsplit("/", 1)[1]
+        elif self.headline == "kmeans" and probe.removesuffix("_crf") == "cluster" and metric in ("acc", "miou"):
+            return None
+        return f"{stage}/{probe}/{metric}"
+
+    def cell(self, stage: str, probe: str, metric: str) -> "Score | None":
+        """What stands in a column of this row."""
+        key = self.key(stage, probe, metric)
+        return None if key is None else self.score(key)
+
+    def figure(self, probe: str) -> float | None:
+        """The published mIoU of a column."""
+        return self.published.get(f"{self.headline if probe == SCORE else probe}/miou")
+
+    @property
     def seeds(self) -> list[int]:
         return [run.metrics["seed"] for run in self.runs]
 
@@ -119,7 +158,9 @@ class Entry:
         return Score.of(values) if len(values) == len(self.runs) else None
 
     def class_scores(self, probe: str) -> dict[str, float]:
-        """Class -> mean IoU over the runs, percent."""
+        """Class -> mean IoU over the runs, percent; none of a probe that is not shown of this entry."""
+        key = self.key("val", probe, "miou")
+        probe = "" if key is None else key.split("/")[1]
         found: dict[str, list[float]] = {}
         for run in self.runs:
             for row in run.table("classes.csv"):
@@ -136,7 +177,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Score:
-    """Mean and sample standard deviation (n - 1) of n runs; no deviation of a single one."""
+    """Mean and sample standard deviation (n - 1) of n runs; no deviation of fewer than FEW."""
 
     mean: float
     spread: float | None
@@ -146,11 +187,12 @@ class Score:
     def of(cls, values: Sequence[float]) -> "Score | None":
         if not values:
             return None
-        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) >= FEW else None, len(values))
 
     def text(self, join: str = " ± ") -> str:
-        """`25.6 ± 1.2`, or `25.6` of a single run."""
-        return f"{self.mean:.1f}" + ("" if self.spread is None else f"{join}{self.spread:.1f}")
+        """`25.6 ± 1.2`, of two runs `25.6 (n=2)`, of a single one `25.6`."""
+        few = f" (n={self.count})" if self.count > 1 else ""
+        return f"{self.mean:.1f}" + (few if self.spread is None else f"{join}{self.spread:.1f}")
 
 
 @dataclass
@@ -162,8 +204,13 @@ class Section:
     differs: list[str] = field(default_factory=list)
     """What differs from the first section: `key: there -> here`."""
 
-    def columns(self, stage: str = "val") -> list[tuple[str, str]]:
-        """(probe, metric) of the scores: accuracy and mIoU, or what can be said without labels.
+    @property
+    def mixed(self) -> bool:
+        """Whether its entries are known by scores of different probes."""
+        return len({entry.headline for entry in self.entries}) > 1
+
+    def scored(self, stage: str = "val") -> list[tuple[str, str]]:
+        """(probe, metric) of the scores: accuracy and mIoU, or what can be said without labels; headlines first.
 
         None of the best checkpoint where that is the last step by rule.
         """
@@ -172,12 +219,38 @@ class Section:
         keys = [key.split("/") for entry in self.entries for run in entry.runs for key in run.metrics]
         found = {(parts[1], parts[2]) for parts in keys if len(parts) == 3 and parts[0] == stage}
         wanted = ("acc", "miou") if any(metric == "miou" for _, metric in found) else ("entropy", "confidence")
-        probes = dict.fromkeys([*PROBES, *sorted(probe for probe, _ in found)])
+        leading = [entry.headline for entry in self.entries]
+        probes = dict.fromkeys([*leading, *PROBES, *sorted(probe for probe, _ in found)])
         return [(probe, metric) for probe in probes for metric in wanted if (probe, metric) in found]
 
+    def columns(self, stage: str = "val") -> list[tuple[str, str]]:
+        """(probe, metric) of the columns that are shown: those in which an entry has something to say, and SCORE in
+        front where entries are known by scores of different probes."""
+        scored = self.scored(stage)
+        labelled = any(metric == "miou" for _, metric in scored)
+        columns = [*[(SCORE, "miou")] * (self.mixed and labelled), *scored]
+        return [
+            column for column in columns
+            if any(entry.values(key) for entry in self.entries if (key := entry.key(stage, *column)) is not None)
+        ]  # fmt: skip
+
     def probes(self) -> list[str]:
-        """Read-outs that have an mIoU."""
+        """Read-outs that have an mIoU, the headline first."""
         return [probe for probe, metric in self.columns() if metric == "miou"]
+
+    def ahead(self, stage: str, probe: str, metric: str) -> Entry | None:
+        """The entry whose mean is above all others by more than their spread and its own together, in a metric that
+        ranks; None where none is, or where a spread is not known."""
+        if f"/{metric}" not in RANKED:
+            return None
+        cells = {id(entry): entry.cell(stage, probe, metric) for entry in self.entries}
+        found = sorted((score for score in cells.values() if score is not None), key=lambda score: -score.mean)
+        if len(found) < 2 or any(score.spread is None for score in found):
+            return None
+        best, *others = found
+        if any(best.mean - other.mean <= best.spread + other.spread for other in others):
+            return None
+        return next(entry for entry in self.entries if cells[id(entry)] is best)
 
     def classes(self) -> list[str]:
         """Class names, the most frequent first."""
@@ -271,4 +344,4 @@ def name(entries: list[Entry]) -> None:
 
 def column_name(probe: str, metric: str) -> str:
     """`cluster mIoU`"""
-    return f"{probe} {NAMED[metric]}"
+    return f"{probe} {headline.SHOWN[metric]}"

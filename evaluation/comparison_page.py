@@ -5,11 +5,10 @@ from dataclasses import dataclass
 
 from evaluation import charts, page
 from evaluation.charts import Bar, Curve
-from evaluation.comparison import Finished, Section, column_name
+from evaluation.comparison import SCORE, Entry, Finished, Section, column_name
 from evaluation.comparison_tables import (
     HEADS,
     STAGES,
-    best_of,
     facts,
     memory_text,
     protocol_text,
@@ -54,8 +53,8 @@ def render(
     entries = sum(len(section.entries) for section in sections)
     parts = [
         f'<h1>{escape(title)}</h1><p class="lead">{runs} finished runs in {entries} rows. Scores in percent: mean ± '
-        "standard deviation (n - 1) over the seeds. Batch: pictures a step over all devices. A click on a head "
-        "sorts.</p>"
+        "standard deviation (n - 1) from three seeds on. Bold: ahead of all others by more than both deviations "
+        "together. Batch: pictures a step over all devices. A click on a head sorts.</p>"
     ]
     if len(sections) > 1:
         places = "".join(f'<a href="#protocol{i}">Protocol {i}</a>' for i in range(1, len(sections) + 1))
@@ -101,24 +100,24 @@ def section_parts(number: int, section: Section, gallery: Gallery, alone: bool) 
 
 def scores(section: Section, stage: str, name: str) -> str:
     """The table that sorts, scores behind the method, so that a narrow screen shows them; the highest mean of a column
-    is bold."""
+    is bold where it is ahead by more than the spreads."""
     columns = section.columns(stage)
-    tops = {column: best_of(section, f"{stage}/{column[0]}/{column[1]}") for column in columns}
+    ahead = {column: section.ahead(stage, *column) for column in columns}
     first, *others = HEADS
-    heads = [first, *(Cell(column_name(*column), classes="number") for column in columns)]
+    of = ["score of"] * (columns[0][0] == SCORE)
+    heads = [first, *of, *(Cell(column_name(*column), classes="number") for column in columns)]
     heads += [Cell(head, classes="number") if head in ("steps", "batch") else head for head in others]
     known = any(entry.published for entry in section.entries)
     if stage == "val":
         heads += [Cell("pictures /s", classes="number"), Cell("peak MiB", classes="number"), *["published"] * known]
     rows = []
     for entry in section.entries:
-        row: list[str | Cell] = [Cell(escape(entry.label), entry.label, "wide")]
+        row: list[str | Cell] = [Cell(escape(entry.label), entry.label, "wide"), *[entry.headline] * len(of)]
         for column in columns:
-            score = entry.score(f"{stage}/{column[0]}/{column[1]}")
-            best = score is not None and len(section.entries) > 1 and score.mean == tops[column]
+            score = entry.cell(stage, *column)
             text, value = ("-", "") if score is None else (score.text(), score.mean)
-            row.append(Cell(text, value, "number best" if best else "number"))
-        _, backbone, seeds, *counts, labels = facts(entry)
+            row.append(Cell(text, value, "number best" if ahead[column] is entry else "number"))
+        _, backbone, seeds, *counts, labels = facts(entry, stage)
         row += [backbone, seeds, *(Cell(count, count, "number") for count in counts)]
         row.append(labels)
         if stage == "val":
@@ -136,11 +135,16 @@ def scores(section: Section, stage: str, name: str) -> str:
 def bars(section: Section, probe: str) -> str:
     """mIoU of a probe under every entry."""
     rows = []
-    for entry in section.entries:
-        score = entry.score(f"val/{probe}/miou")
+    for place, entry in enumerate(section.entries):
+        score = entry.cell("val", probe, "miou")
         if score is not None:
-            rows.append(Bar(entry.label, score.mean, score.spread, entry.published.get(f"{probe}/miou")))
+            rows.append(Bar(shown_as(entry, probe), score.mean, score.spread, entry.figure(probe), place))
     return charts.bars(rows)
+
+
+def shown_as(entry: Entry, probe: str) -> str:
+    """The label of an entry, with the probe that its score is read from where these differ."""
+    return f"{entry.label}: {entry.headline}" if probe == SCORE else entry.label
 
 
 def pictures(gallery: Gallery) -> str:
@@ -159,9 +163,12 @@ def learning(section: Section) -> str:
     wanted = [column for column in found if column[1] in ("miou", "entropy")]
     parts = []
     for probe, metric in wanted:
-        key = f"val/{probe}/{metric}"
+        keys = {id(entry): entry.key("val", probe, metric) for entry in section.entries}
         lines = [
-            Curve(entry.label, entry.curve(key), [run.history(key) for run in entry.runs]) for entry in section.entries
+            Curve(entry.label, entry.curve(key), [run.history(key) for run in entry.runs])
+            if (key := keys[id(entry)]) is not None
+            else Curve(entry.label, [])
+            for entry in section.entries
         ]
         if max((len(line.points) for line in lines), default=0) > 1:
             parts.append(
@@ -178,7 +185,7 @@ def heat_maps(section: Section) -> str:
     parts, names = [], section.classes()
     for number, probe in enumerate(section.probes()):
         found = [entry.class_scores(probe) for entry in section.entries]
-        heads = ["class", *(Cell(escape(entry.label), classes="number") for entry in section.entries)]
+        heads = ["class", *(Cell(escape(shown_as(entry, probe)), classes="number") for entry in section.entries)]
         rows = []
         for name in names:
             row: list[str | Cell] = [name]

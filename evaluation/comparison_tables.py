@@ -1,19 +1,21 @@
 """A comparison as text: markdown and LaTeX to paste, csv to compute with."""
 
 import csv
+import re
 from collections.abc import Sequence
 from io import StringIO
 
-from evaluation.comparison import Entry, Score, Section, column_name
+from evaluation import headline
+from evaluation.comparison import FEW, SCORE, Entry, Score, Section, column_name
 
 STAGES = {"val": "Scores of the last step", "best": "Scores of the best checkpoint"}
 
 
-def labels_used(entry: Entry) -> str:
-    """Whether labels were used for training, or to choose the best checkpoint."""
-    if entry.first.metrics["uses_labels"]:
-        return "training"
-    return "choice of best" if entry.first.metrics["selection/uses_labels"] else "none"
+def labels_used(entry: Entry, stage: str = "val") -> str:
+    """What labels were used for: training, or the choice of the checkpoint whose scores these are."""
+    metrics = entry.first.metrics
+    chosen = metrics["selection/uses_labels"] and (stage == "best" or metrics.get("checkpoint") == "best.ckpt")
+    return ", ".join(["training"] * metrics["uses_labels"] + ["choice of best"] * chosen) or "none"
 
 
 def published_text(entry: Entry) -> str:
@@ -38,11 +40,11 @@ def speed_text(entry: Entry) -> str:
     return "-" if speed is None else f"{speed.mean:.1f}"
 
 
-def facts(entry: Entry) -> list[str]:
+def facts(entry: Entry, stage: str = "val") -> list[str]:
     """The cells of a row in front of the scores."""
     metrics = entry.first.metrics
     seeds = " ".join(map(str, entry.seeds))
-    return [entry.label, metrics["backbone"], seeds, *length(entry), labels_used(entry)]
+    return [entry.label, metrics["backbone"], seeds, *length(entry), labels_used(entry, stage)]
 
 
 HEADS = ["method", "backbone", "seeds", "steps", "batch", "labels"]
@@ -71,12 +73,14 @@ def markdown(sections: Sequence[Section], title: str) -> str:
             if not columns:
                 continue
             ends = ["pictures/s", "peak MiB", "published"] if stage == "val" else []
-            heads = [*HEADS, *(column_name(*column) for column in columns), *ends]
-            lines += [f"{what}, percent, mean ± standard deviation over the seeds:", "", _row(heads)]
-            lines.append("|" + "---|" * len(HEADS) + "---:|" * len(columns) + "---|" * len(ends))
+            of = ["score of"] * (columns[0][0] == SCORE)
+            heads = [*HEADS, *of, *(column_name(*column) for column in columns), *ends]
+            lines += [f"{what}, percent, mean ± standard deviation from three seeds on:", "", _row(heads)]
+            lines.append("|" + "---|" * len(HEADS + of) + "---:|" * len(columns) + "---|" * len(ends))
             for entry in section.entries:
-                scores = [entry.score(f"{stage}/{probe}/{metric}") for probe, metric in columns]
-                cells = [*facts(entry), *("-" if score is None else score.text() for score in scores)]
+                scores = [entry.cell(stage, *column) for column in columns]
+                cells = [*facts(entry, stage), *[entry.headline] * len(of)]
+                cells += ["-" if score is None else score.text() for score in scores]
                 cells += [speed_text(entry), memory_text(entry), published_text(entry)] if ends else []
                 lines.append(_row(cells))
             lines.append("")
@@ -90,34 +94,71 @@ def _row(cells: Sequence[str]) -> str:
 
 def latex(sections: Sequence[Section], title: str) -> str:
     """A table environment a section (needs booktabs): the last step; captions name the protocol and its difference."""
-    parts = [f"% {title}; \\usepackage{{booktabs}}"]
-    for section in sections:
+    label = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "comparison"
+    parts = [f"% {without_paths(title)}; \\usepackage{{booktabs}}"]
+    for number, section in enumerate(sections, 1):
         columns = section.columns()
-        differs = f" Not comparable with the first table: {'; '.join(section.differs)}." if section.differs else ""
-        caption = f"{title}: scores of the last step in percent, mean ± standard deviation over the seeds. "
-        caption += f"Protocol: {protocol_text(section)}.{differs}"
+        groups = list(dict.fromkeys(probe for probe, _ in columns))
+        of = ["read from"] * (groups[:1] == [SCORE])
+        heads = ["method", *of, "$n$", "steps", "batch"]
+        sizes = {probe: sum(column[0] == probe for column in columns) for probe in groups}
+        above = [f"\\multicolumn{{{size}}}{{c}}{{{escape(readable(probe))}}}" for probe, size in sizes.items()]
+        starts = [1 + len(heads) + sum(list(sizes.values())[:i]) for i in range(len(groups))]
+        rules = [f"\\cmidrule(lr){{{i}-{i + size - 1}}}" for i, size in zip(starts, sizes.values(), strict=True)]
         parts += [
             "\\begin{table}\n  \\centering",
-            f"  \\caption{{{escape(caption)}}}",
-            f"  \\begin{{tabular}}{{llrr{'r' * len(columns)}}}\n    \\toprule",
-            "    "
-            + " & ".join(["method", "seeds", "steps", "batch", *(escape(column_name(*column)) for column in columns)])
-            + " \\\\",
+            f"  \\caption{{{escape(caption(section))}}}",
+            f"  \\label{{tab:{label}{f'-{number}' if number > 1 else ''}}}",
+            f"  \\begin{{tabular}}{{ll{'l' * len(of)}rr{'r' * len(columns)}}}\n    \\toprule",
+            "    " + " & ".join([*[""] * len(heads), *above]).strip() + " \\\\",
+            "    " + " ".join(rules),
+            "    " + " & ".join([*heads, *(headline.SHOWN[metric] for _, metric in columns)]) + " \\\\",
             "    \\midrule",
         ]
-        tops = {column: best_of(section, f"val/{column[0]}/{column[1]}") for column in columns}
+        ahead = {column: section.ahead("val", *column) for column in columns}
         for entry in section.entries:
-            cells = [escape(entry.label), str(len(entry.runs)), *length(entry)]
-            for column in columns:
-                score = entry.score(f"val/{column[0]}/{column[1]}")
-                bold = score is not None and len(section.entries) > 1 and score.mean == tops[column]
-                cells.append(_number(score, bold))
+            cells = [escape(entry.title), *[escape(readable(entry.headline))] * len(of)]
+            cells += [str(len(entry.runs)), *length(entry)]
+            cells += [_number(entry.cell("val", *column), ahead[column] is entry) for column in columns]
             parts.append("    " + " & ".join(cells) + " \\\\")
             if entry.published:
                 below = f"\\quad published: {escape(published_text(entry))}"
-                parts.append(f"    \\multicolumn{{{4 + len(columns)}}}{{l}}{{{below}}} \\\\")
+                parts.append(f"    \\multicolumn{{{len(heads) + len(columns)}}}{{l}}{{{below}}} \\\\")
         parts.append("    \\bottomrule\n  \\end{tabular}\n\\end{table}")
     return "\n".join(parts) + "\n"
+
+
+def caption(section: Section) -> str:
+    """What the table shows, in words, without the places of any files."""
+    datas = dict.fromkeys(run.metrics["data"] for entry in section.entries for run in entry.runs)
+    backbones = dict.fromkeys(run.metrics["backbone"] for entry in section.entries for run in entry.runs)
+    told = {key: value for key, value in section.protocol.items() if key not in LEFT_OUT}
+    protocol = ", ".join(f"{key.removeprefix('protocol/').replace('_', ' ')} {value}" for key, value in told.items())
+    text = (
+        f"Unsupervised segmentation on {', '.join(datas)} with {', '.join(backbones)}: scores of the last step in "
+        f"percent, mean of n seeds, ± standard deviation where n is at least {FEW}. Bold: ahead of all others by more "
+        f"than both standard deviations together. Protocol: {protocol}."
+    )
+    if section.differs:
+        text += f" Not comparable with the first table: {'; '.join(section.differs)}."
+    return without_paths(text)
+
+
+LEFT_OUT = ("data.name", "data.root", "data.lists", "data.train_roots")
+"""Of a protocol in a caption, which names the data already and is no place for those of files."""
+READABLE = {"cluster": "online clusters", "kmeans": "k-means", "own": "own classes", "linear": "linear probe",
+            "linear_posthoc": "linear probe, post hoc", "score": "score"}  # fmt: skip
+
+
+def readable(probe: str) -> str:
+    """A probe in words."""
+    name = probe.removesuffix("_crf")
+    return READABLE.get(name, name.replace("_", " ")) + (" + CRF" if name != probe else "")
+
+
+def without_paths(text: str) -> str:
+    """A text in which a path is its last part alone."""
+    return re.sub(r"[^\s,;:()'\"]*/(?:[^\s,;:()'\"]*/)*([^\s/,;:()'\"]+)/?", r"\1", text)
 
 
 def _number(score: Score | None, bold: bool) -> str:
@@ -125,18 +166,6 @@ def _number(score: Score | None, bold: bool) -> str:
         return "--"
     mean = f"\\mathbf{{{score.mean:.1f}}}" if bold else f"{score.mean:.1f}"
     return f"${mean}$" if score.spread is None else f"${mean} \\pm {score.spread:.1f}$"
-
-
-RANKED = ("/acc", "/miou", "/corloc")
-"""What is compared with labels. Entropy guards against collapse, and a confidence belongs to its own space of codes."""
-
-
-def best_of(section: Section, key: str) -> float | None:
-    """The highest mean of a metric over the entries of a section; None of one that ranks nothing (see RANKED)."""
-    if not key.endswith(RANKED):
-        return None
-    found = [entry.score(key) for entry in section.entries]
-    return max((score.mean for score in found if score is not None), default=None)
 
 
 def escape(text: str) -> str:
@@ -150,11 +179,11 @@ def as_csv(sections: Sequence[Section]) -> str:
     """A row for every entry, stage and score: section, method, …, mean, standard deviation, number of runs."""
     buffer = StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["protocol", *HEADS, "stage", "probe", "metric", "mean", "std", "runs", "published"])
+    writer.writerow(["protocol", *HEADS, "headline", "stage", "probe", "metric", "mean", "std", "runs", "published"])
     for number, section in enumerate(sections, 1):
         for entry in section.entries:
             for stage in STAGES:
-                for probe, metric in section.columns(stage):
+                for probe, metric in section.scored(stage):
                     score = entry.score(f"{stage}/{probe}/{metric}")
                     if score is None:
                         continue
@@ -162,7 +191,8 @@ def as_csv(sections: Sequence[Section]) -> str:
                     figure = entry.published.get(f"{probe}/{metric}", "")
                     row = [
                         number,
-                        *facts(entry),
+                        *facts(entry, stage),
+                        entry.headline,
                         stage,
                         probe,
                         metric,

@@ -10,18 +10,20 @@ import hashlib
 import logging
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import config
 from common.errors import ConfigError, LabelfreeError
 from common.files import write_text
-from engine import galleries, recipes, run_folder
+from engine import galleries, recipes, run_folder, summary
 from engine.setup import UNLABELLED_CLUSTERS
 from evaluation import comparison, comparison_page, comparison_tables
 from evaluation.comparison import Finished, Section
 from launch.submit import count
 from launch.trials import Queue, Trial, part_of
+from lightning_modules import registry
 
 log = logging.getLogger("labelfree.compare")
 
@@ -131,7 +133,10 @@ def classes_of(folder: Path) -> int:
 
 def read_run(folder: Path) -> Finished:
     """A finished run. Raises ConfigError."""
-    return Finished.read(folder, config.flatten, lambda path: config.with_defaults(run_folder.read_yaml(path)))
+    found = Finished.read(folder, config.flatten, lambda path: config.with_defaults(run_folder.read_yaml(path)))
+    known = found.metrics["method"] in registry.names()
+    title = registry.method_class(found.metrics["method"]).title if known else ""
+    return replace(found, metrics=summary.read(folder / "metrics.json"), title=title)
 
 
 def report(folder: Path, title: str, runs: list[Finished], missing: list[str]) -> list[Section]:

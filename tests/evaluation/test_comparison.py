@@ -3,6 +3,7 @@
 import csv
 import json
 import statistics
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from common.errors import ConfigError
 from evaluation import charts, comparison, comparison_page, comparison_tables
 from evaluation.comparison import Finished, Score
+from evaluation.comparison_tables import STAGES
 
 
 def finished(method="stego", seed=0, miou=20.0, folder="r", config=None, **metrics) -> Finished:
@@ -42,7 +44,7 @@ def test_seeds_are_one_row_with_mean_and_sample_deviation():
     assert entry.score("val/linear/miou") is None
     entry.runs[1].metrics["best/kmeans/miou"] = 40.0
     assert entry.score("best/kmeans/miou") is None  # that of one seed is no score of three
-    assert Score.of([5.0]).text() == "5.0"
+    assert (Score.of([5.0]).text(), Score.of([5.0, 6.0]).text()) == ("5.0", "5.5 (n=2)")
     assert section.columns() == [("cluster", "acc"), ("cluster", "miou")]
     assert comparison_tables.memory_text(entry) == "102 host"
 
@@ -91,23 +93,81 @@ def test_tables_to_paste():
     sections[0].entries[0].source = "A & B, 2022"
     text = comparison_tables.markdown(sections, "T")
     assert (
-        "| stego | tiny | 0 1 | 8 | 16 | none | 42.0 ± 2.8 | 21.0 ± 1.4 | 10.0 | 101 host "
+        "| stego | tiny | 0 1 | 8 | 16 | none | 42.0 (n=2) | 21.0 (n=2) | 10.0 | 101 host "
         "| cluster 24.5 mIoU (A & B, 2022) |"
     ) in text
     assert "| k_means | tiny | 0 | 8 | 16 | none | 43.0 | 21.5 | 10.0 | 100 host |  |" in text
     tex = comparison_tables.latex(sections, "T")
-    assert r"stego & 2 & 8 & 16 & $42.0 \pm 2.8$ & $21.0 \pm 1.4$ \\" in tex
-    assert r"k\_means & 1 & 8 & 16 & $\mathbf{43.0}$ & $\mathbf{21.5}$ \\" in tex
+    assert r"stego & 2 & 8 & 16 & $42.0$ & $21.0$ \\" in tex
+    assert r"k\_means & 1 & 8 & 16 & $43.0$ & $21.5$ \\" in tex
     assert r"\multicolumn{6}{l}{\quad published: cluster 24.5 mIoU (A \& B, 2022)} \\" in tex
     assert tex.count("{") == tex.count("}")
     rows = list(csv.DictReader(StringIO(comparison_tables.as_csv(sections))))
     (row,) = [row for row in rows if (row["method"], row["stage"], row["metric"]) == ("stego", "val", "miou")]
-    assert (float(row["mean"]), float(row["std"]), row["runs"], row["published"]) == (21.0, 1.41421, "2", "24.5")
-    assert (row["steps"], row["batch"]) == ("8", "16")
+    assert (float(row["mean"]), row["std"], row["runs"], row["published"]) == (21.0, "", "2", "24.5")
+    assert (row["steps"], row["batch"], row["headline"]) == ("8", "16", "cluster")
     page = comparison_page.scores(sections[0], "val", "val1")
     assert 'data-sort="">steps</th><th class="number" data-sort="">batch</th>' in page
     cells = 'data-value="8">8</td><td class="number" data-value="16">16</td><td>none</td>'
     assert page.count(cells) == 2
+    assert 'class="number best"' not in page
+
+
+def three(method="stego", scores=(20.0, 22.0, 24.0), **metrics) -> list[Finished]:
+    return [finished(method, seed=seed, miou=miou, **metrics) for seed, miou in enumerate(scores)]
+
+
+@pytest.mark.parametrize(
+    ("other", "bold"),
+    [
+        (three("hp", (26.1, 27.1, 28.1)), "hp"),  # ahead by 5.1, the spreads are 2 and 1
+        (three("hp", (23.0, 24.0, 25.0)), None),  # ahead by 2, less than the spreads
+        (three("hp", (40.0, 41.0)), None),  # nobody knows its spread
+        (three("hp", (10.0, 10.0, 10.0)), "stego"),
+    ],
+)
+def test_bold_is_what_is_ahead_by_more_than_the_spreads(other, bold):
+    (section,) = comparison.arrange([*three(), *other])
+    found = section.ahead("val", "cluster", "miou")
+    assert (found and found.method) == bold
+    tex = comparison_tables.latex([section], "T")
+    assert ("\\mathbf" in tex) == ('class="number best"' in comparison_page.scores(section, "val", "a")) == bool(bold)
+    assert r"stego & 3 & 8 & 16 & $" in tex
+    assert r"\pm 2.0$" in tex
+
+
+def test_latex_has_a_label_names_of_papers_and_no_paths():
+    config = {"data.name": "folder", "data.root": "/home/me/my pictures/camvid"}
+    first = [replace(run, title="STEGO") for run in three(config=config, **{"protocol/list": "val: /data/lists/x.txt"})]
+    other = finished("hp", config={**config, "data.root": "/home/me/other"})
+    tex = comparison_tables.latex(comparison.arrange([*first, other]), "Comparison: a_b")
+    assert tex.count("\\caption{") == tex.count("\\label{") == 2
+    assert "\\label{tab:comparison-a-b}" in tex
+    assert "\\label{tab:comparison-a-b-2}" in tex
+    assert "STEGO & 3" in tex
+    for part in ("/", "home", "lists"):
+        assert part not in tex, part
+    assert "val: x.txt" in tex
+
+
+def test_methods_are_known_by_their_own_scores():
+    """The baseline's online probe stands nowhere as its score."""
+    probes = {"val/kmeans/acc": 50.0, "val/kmeans/miou": 30.6}
+    baseline = finished("kmeans_baseline", miou=11.7, headline="kmeans", **probes)
+    other = finished("hp", miou=26.0, headline="cluster", **probes)
+    (section,) = comparison.arrange([baseline, other])
+    assert section.columns()[:2] == [("score", "miou"), ("kmeans", "acc")]
+    assert section.probes() == ["score", "kmeans", "cluster"]
+    tables = (comparison_tables.markdown([section], "T"), comparison_tables.latex([section], "T"))
+    page = "".join(comparison_page.section_parts(1, section, comparison_page.Gallery({}, ""), alone=True))
+    assert not [text for text in (*tables, page) if "11.7" in text]
+    assert "| kmeans_baseline | tiny | 0 | 8 | 16 | none | kmeans | 30.6 | 50.0 | 30.6 | - | - |" in tables[0]
+    assert "| hp | tiny | 0 | 8 | 16 | none | cluster | 26.0 | 50.0 | 30.6 | 52.0 | 26.0 |" in tables[0]
+    assert "kmeans\\_baseline & k-means & 1" in tables[1]
+    assert '<span class="what">kmeans_baseline: kmeans</span>' in page
+    assert "11.7" in comparison_tables.as_csv([section])
+    (alone,) = comparison.arrange([baseline])
+    assert alone.columns() == [("kmeans", "acc"), ("kmeans", "miou")]
 
 
 def test_a_training_that_is_there_twice_is_counted_once():
@@ -119,10 +179,14 @@ def test_a_training_that_is_there_twice_is_counted_once():
 
 
 def test_label_use_is_said():
-    (section,) = comparison.arrange([finished(uses_labels=True), finished("hp", **{"selection/uses_labels": True})])
-    assert [comparison_tables.labels_used(entry) for entry in section.entries] == [
-        "training", "choice of best",
-    ]  # fmt: skip
+    chosen = {"selection/uses_labels": True, "selection/rule": "highest"}
+    runs = [finished(uses_labels=True), finished("hp", **chosen), finished("x", **chosen, checkpoint="best.ckpt")]
+    (section,) = comparison.arrange(runs)
+    used = {stage: [comparison_tables.labels_used(entry, stage) for entry in section.entries] for stage in STAGES}
+    assert used == {"val": ["training", "none", "choice of best"], "best": ["training", *["choice of best"] * 2]}
+    last, best = comparison_tables.markdown([section], "T").split("Scores of the best checkpoint")
+    assert "| hp | tiny | 0 | 8 | 16 | none |" in last
+    assert "| hp | tiny | 0 | 8 | 16 | choice of best |" in best
 
 
 def test_curves_are_means_at_the_steps_that_all_runs_have(tmp_path):

@@ -8,8 +8,10 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from common import console
 from common.errors import ConfigError, DiskFullError, LabelfreeError, Stopped, did_you_mean
 from common.files import FULL
+from common.names import shown
 
 log = logging.getLogger("labelfree")
 
@@ -252,20 +254,20 @@ def show(metrics: dict) -> None:
     what = f"{metrics['method']} on {metrics['data']} with {metrics['backbone']}"
     title = f"{what}, seed {metrics['seed']}, step {metrics['steps']}"
     title += f" ({metrics['checkpoint']})" if "checkpoint" in metrics else ""
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    console.print(title, style="bold", highlight=False)
-    console.print(report.final_table(metrics))
-    console.print(headline.sentence(metrics), highlight=False)
+    out = Console(width=None if sys.stdout.isatty() else 110)
+    out.print(title, style="bold", highlight=False, markup=False)
+    out.print(report.final_table(metrics))
+    out.print(headline.sentence(metrics), highlight=False, markup=False)
     if "published/source" in metrics:
-        console.print(f"published: {metrics['published/source']}", highlight=False)
+        out.print(f"published: {metrics['published/source']}", highlight=False, markup=False)
     rule = metrics.get("selection/rule")
     if rule:
         chosen = "chosen with labels" if metrics["selection/uses_labels"] else "chosen without labels"
         labelled = any(key.endswith("/miou") for key in metrics)
         matching = f"; matching: {metrics['protocol/matching']}" if labelled else ""
-        console.print(f"best: {rule} (step {metrics['best/step']}, {chosen}){matching}", highlight=False)
+        out.print(f"best: {rule} (step {metrics['best/step']}, {chosen}){matching}", highlight=False, markup=False)
         if not labelled:
-            console.print(report.LABEL_FREE, highlight=False)
+            out.print(report.LABEL_FREE, highlight=False, markup=False)
 
 
 REFUSED = (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError)
@@ -296,6 +298,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    console.prepare()
     for room in (
         "labelfree",
         "engine",
@@ -317,13 +320,15 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(f"{command}: no such command; {did_you_mean(command, COMMANDS)}")
         COMMANDS[command](words)
     except LabelfreeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown(error)}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # nobody reads any more, see console.finished
+        raise
     except OSError as error:
         if error.errno not in FULL and not isinstance(error, REFUSED):
             raise
         problem = DiskFullError(error.filename or "a file", error) if error.errno in FULL else refused(error)
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {shown(problem)}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         print(f"error: the package {error.name} is missing; run `make setup`, or use .venv/bin/python", file=sys.stderr)
@@ -341,4 +346,4 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("TQDM_DISABLE", "1")
-    sys.exit(main())
+    sys.exit(console.finished(main))

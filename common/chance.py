@@ -11,11 +11,13 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from common.names import octets
+
 
 def key(seed: int, purpose: str, *numbers: int) -> int:
     """A 63-bit seed for the draw named by its arguments."""
     text = "/".join([str(int(seed)), purpose, *(str(int(n)) for n in numbers)])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(octets(text), digest_size=8).digest(), "big") >> 1
 
 
 def generator(seed: int, purpose: str, *numbers: int, device: torch.device | str = "cpu") -> torch.Generator:

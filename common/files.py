@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from common.errors import DiskFullError
+from common.names import written
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No room: on the disk, in the user's quota, or for a file of this size."""
+MARK = ".labelfree"
+"""A file in every folder of pictures that this project writes: they are nobody's pictures to train on."""
 
 
 @contextmanager
@@ -83,9 +86,17 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file whole, UTF-8, line ends as they are."""
+    """Write a text file whole, UTF-8, line ends as they are; bytes of names that are no UTF-8 as backslash escapes."""
     with whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="")
+        temporary.write_text(written(text), encoding="utf-8", newline="")
+
+
+def make_output(folder: Path) -> None:
+    """Make a folder for pictures of ours, with the mark of such folders, see MARK."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / MARK
+    if not mark.exists():
+        write_text(mark, "Written by Labelfree. Folders with this file are not read as pictures.\n")
 
 
 def copy_whole(source: str | Path, target: str | Path) -> None:

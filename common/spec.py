@@ -6,6 +6,8 @@ N = B*h*w patches of a batch, K clusters, M entries of a bank, S segments, T tok
 
 from dataclasses import dataclass
 
+from common.names import shown
+
 IGNORE = 255
 """The label of pixels that no score counts."""
 OUTSIDE = -1
@@ -20,6 +22,9 @@ class ClassMeta:
     palette: tuple[tuple[int, int, int], ...] = ()
     things: tuple[int, ...] = ()
     """Ids of the classes that are things, the others being stuff; empty where the data set does not tell them apart."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", tuple(shown(name) for name in self.names))
 
     @property
     def num_classes(self) -> int:

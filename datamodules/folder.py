@@ -13,7 +13,6 @@ may lack a label.
 
 import logging
 import os
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import numpy as np
 
 from common import chance
 from common.errors import ConfigError, DataError
+from common.names import of_results
 from common.palette import default_palette
 from common.spec import ClassMeta
 from datamodules import layouts, strays
@@ -30,8 +30,8 @@ from datamodules.layouts import Part
 from datamodules.listed import Entry, ListedSource
 from datamodules.opening import ENDINGS
 from datamodules.pairing import other_files, pair
-from datamodules.reading import check_label, is_picture, read_classes, read_label
-from datamodules.walking import files_below
+from datamodules.reading import check_label, read_classes, read_label
+from datamodules.walking import pictures as pictures_in
 
 log = logging.getLogger(__name__)
 
@@ -168,10 +168,12 @@ def pictures_below(root: str | Path, key: str = "input") -> FolderSource:
     root = Path(root).expanduser()
     if not root.is_dir():
         raise DataError(f"{key}={root}: there is no such folder")
-    pictures = files_below(root, is_picture)
+    pictures = pictures_in(root)
     if not pictures:
         raise _no_pictures(key, root, "any depth")
-    return FolderSource([Entry(id, str(root / name)) for id, name in _ids(pictures)], 0)
+    return FolderSource(
+        [Entry(id, str(root / name)) for id, name in zip(of_results(pictures), pictures, strict=True)], 0
+    )
 
 
 def _common_names(trees: list[Tree], labelled: set[str]) -> tuple[str, ...]:
@@ -210,14 +212,10 @@ def _entries(part: Part, root: Path, key: str, data: Any) -> list[Entry]:
     elif data.get("images", "auto") == "auto":
         strays.expect_none(part.folder, pictures, root, key)
     labels = pair(part.folder, pictures, part.labels, *suffixes) if pictures else {}
-    return [Entry(id, str(part.folder / name), labels.get(name)) for id, name in _ids(pictures)]
-
-
-def _ids(pictures: list[str]) -> list[tuple[str, str]]:
-    """(id, relative path) of pictures: the path without its ending."""
-    stems = [os.path.splitext(name)[0] for name in pictures]
-    times = Counter(stems)  # a.jpg beside a.png: both keep their ending
-    return [(stem if times[stem] == 1 else name, name) for stem, name in zip(stems, pictures, strict=True)]
+    return [
+        Entry(id, str(part.folder / name), labels.get(name))
+        for id, name in zip(of_results(pictures), pictures, strict=True)
+    ]
 
 
 def _no_pictures(key: str, folder: Path, where: str) -> DataError:

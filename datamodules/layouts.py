@@ -12,7 +12,7 @@ from pathlib import Path
 from common.errors import DataError
 from datamodules.pairing import is_label
 from datamodules.reading import is_picture
-from datamodules.walking import files_below
+from datamodules.walking import files_below, pictures
 
 PICTURES = ("images", "jpegimages", "imgs", "image", "img")
 """Names of folders of pictures, in small letters; the first is that of the own layout."""
@@ -35,7 +35,7 @@ class Part:
 
     def pictures(self) -> list[str]:
         """Paths relative to `folder`, with "/", sorted."""
-        found = files_below(self.folder, is_picture)
+        found = pictures(self.folder)
         for inner in self.beside:
             within = f"{inner.relative_to(self.folder).as_posix()}/"
             found = [name for name in found if not name.startswith(within)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from common.names import octets, shown
 from datamodules.label_map import Foreign, LabelMap
 from datamodules.reading import UnreadableError, check_size, header_size, read_label, read_picture
 
@@ -16,11 +17,14 @@ LOOKED_AT = 5000
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture file, its name for people, and its label file if there is one."""
+    """A picture file, its name for people and for files made from it, and its label file if there is one."""
 
     id: str
     picture: str
     label: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "id", shown(self.id))
 
 
 class ListedSource:
@@ -118,8 +122,8 @@ class ListedSource:
             digest.update(self.labels.table.tobytes() + self.labels.known.tobytes())
         for entry in self.entries:
             for path in (entry.picture, entry.label):
-                digest.update(stamp(path).encode())
-            digest.update(entry.id.encode() + b"\0")
+                digest.update(octets(stamp(path)))
+            digest.update(octets(entry.id) + b"\0")
         return digest.hexdigest()
 
 

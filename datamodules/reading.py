@@ -16,6 +16,7 @@ from PIL import ExifTags, Image
 from scipy.io import loadmat
 
 from common.errors import DataError
+from common.names import octets, shown
 from datamodules import opening
 from datamodules.opening import ENDINGS, opened
 
@@ -35,7 +36,7 @@ class UnreadableError(DataError):
     """A file that cannot be decoded: named, counted and skipped, unless there are too many (`data.max_broken`)."""
 
     def __init__(self, file: str | Path, reason: str) -> None:
-        super().__init__(f"{file}: this file cannot be read as a picture ({reason})")
+        super().__init__(f"{shown(file)}: this file cannot be read as a picture ({shown(reason)})")
         self.file = str(file)
         self.reason = reason
 
@@ -106,6 +107,7 @@ def read_mat(path: str | Path, variable: str) -> np.ndarray:
     Raises UnreadableError for a file that is absent, cut, or without the variable.
     """
     try:
+        opening.plain(path)
         found = loadmat(path, variable_names=[variable])
         value = found[variable]
         if value.dtype.names:
@@ -174,6 +176,13 @@ def read_classes(path: str | Path) -> tuple[str, ...]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) > 255:
         found = f"a list of {len(names)}" if isinstance(names, list) else f"a {type(names).__name__}"
         raise DataError(f"{path}: holds {found}; {rule}")
+    names = [name.strip() for name in names]  # line ends of a list from Windows, too
+    for number, name in enumerate(names):
+        if not name or name != shown(name):
+            raise DataError(
+                f"{path}: name {number} is {json.dumps(name)}; a name must hold a character that can be shown, and no "
+                "control characters"
+            )
     return tuple(names)
 
 
@@ -223,7 +232,7 @@ def fingerprint(facts: str, source: Any) -> str:
     in order.
     """
     own = source.fingerprint() if hasattr(source, "fingerprint") else ""
-    found = hashlib.sha256(f"{facts} {own}".encode())
+    found = hashlib.sha256(octets(f"{facts} {own}"))
     for index in range(len(source)):
-        found.update(f"\n{source.id(index)}".encode())
+        found.update(octets(f"\n{source.id(index)}"))
     return found.hexdigest()

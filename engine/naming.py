@@ -16,6 +16,7 @@ from torch import Tensor
 
 from common.errors import CheckpointError, ConfigError
 from common.files import write_text
+from common.names import shown
 from common.palette import default_palette
 from common.spec import ClassMeta
 from engine import setup
@@ -165,8 +166,8 @@ def read(path: Path, probe: str, values: Tensor) -> Legend:
         name = entry.get("name") if isinstance(entry, dict) else None
         if name in (None, ""):
             raise ConfigError(f'names={path}: cluster {number}: expected {{name: sky, colour: "#3478be"}}, got {entry}')
-        colour = first.setdefault(str(name), parse_colour(path, number, entry.get("colour")))
-        names.append(str(name))
+        colour = first.setdefault(shown(name), parse_colour(path, number, entry.get("colour")))
+        names.append(shown(name))
         colours.append(colour)
     return Legend(names, colours, path)
 

@@ -6,7 +6,6 @@ segsort.md 7.5 and hsg.md 8.6.
 """
 
 import base64
-import html
 import io
 import logging
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from common.files import write_text
 from datamodules.folder import FolderSource, pictures_below
 from datamodules.transforms import Geometry
 from engine import setup
-from evaluation import panels
+from evaluation import page, panels
 from evaluation.readout import upsample_ids
 from evaluation.retrieval import SegmentRetrieval
 from grouping.segments import prototypes
@@ -180,13 +179,12 @@ def write(
         y += height + gap
     sheet.save(folder / "gallery.png")
     rows = ["".join(figure(image, text) for image, text in cells) for cells in lines]
-    title = html.escape(f"{name}: its segments and their nearest in {cfg.data.name} ({cfg.method.name})")
+    title = page.escape(f"{name}: its segments and their nearest in {cfg.data.name} ({cfg.method.name})")
     style = "body{font:14px sans-serif;margin:2em}div{display:flex;gap:8px}figure{margin:0 0 12px}"
     body = "\n".join(f"<div>{row}</div>" for row in rows)
     note = "Left: a segment of the picture, the largest first. Right: the nearest ones, by cosine. No label is read."
     head = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{style}</style>"
-    page = f"{head}<h1>{title}</h1><p>{note}</p>"
-    write_text(folder / "gallery.html", f"{page}\n{body}\n")
+    write_text(folder / "gallery.html", f"{head}<h1>{title}</h1><p>{note}</p>\n{body}\n")
 
 
 def figure(image: Image.Image, text: str) -> str:
@@ -194,4 +192,4 @@ def figure(image: Image.Image, text: str) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<figure><img src="data:image/jpeg;base64,{data}"><figcaption>{html.escape(text)}</figcaption></figure>'
+    return f'<figure><img src="data:image/jpeg;base64,{data}"><figcaption>{page.escape(text)}</figcaption></figure>'

@@ -9,6 +9,8 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
+from common.names import shown
+
 STYLE = """
 :root { --ink: #1c1e24; --faint: #6a6e78; --line: #dfe1e6; --paper: #fff; --shade: #f5f6f8; --mark: #2a6fb8; }
 * { box-sizing: border-box; }
@@ -78,8 +80,8 @@ class Cell:
 
 
 def escape(text: object) -> str:
-    """A text as html."""
-    return html.escape(str(text))
+    """A text as html, without what a page may not hold or show."""
+    return html.escape(shown(text, keep="\n\t"))
 
 
 def number(value: float | None, digits: int = 1, classes: str = "") -> Cell:

@@ -11,10 +11,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from common.names import shown
 from common.palette import default_palette
 from common.spec import IGNORE, ClassMeta
 from evaluation.matching import UNMATCHED, Scores
 
+matplotlib.rcParams["text.parse_math"] = False  # a class may be called `$x`, which is no formula
 VOID = (24, 24, 28)
 """Colour of pixels without a label."""
 WRONG = (214, 39, 40)
@@ -48,7 +50,7 @@ class _Legend:
     entries: dict[tuple, tuple[tuple[int, int, int], str]] = field(default_factory=dict)
 
     def add(self, key: tuple, colour, text: str) -> None:
-        self.entries.setdefault(key, (tuple(int(c) for c in colour), text))
+        self.entries.setdefault(key, (tuple(int(c) for c in colour), shown(text)))
 
     def ordered(self) -> list[tuple[tuple[int, int, int], str]]:
         return [self.entries[key] for key in sorted(self.entries)]
@@ -91,7 +93,7 @@ def save(
                 continue
             own = apart.get(name, legend)
             cells.append(None if ids is None else _paint(as_ids(ids), meta, mappings.get(name), own, cell))
-        grid.append((cells, row.title, row.strip))
+        grid.append((cells, shown(row.title), [(colour, shown(text)) for colour, text in row.strip]))
     for place, (text, colour) in enumerate((marks or {}).items()):
         legend.add((3, place), colour, text)
     columns = ["picture", *(["truth"] if with_truth else []), *names]

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from common.files import write_text
+from common.names import written
 from common.spec import ClassMeta
 from evaluation import headline, panels
 from evaluation.matching import UNMATCHED, Scores, partition
@@ -50,14 +52,14 @@ def flatten(
 def plain(value: Any) -> Any:
     """A value as JSON takes it: tensors and numpy numbers as Python's, NaN and infinity as None."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {written(str(key)): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if hasattr(value, "tolist"):
         return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value
+    return written(value) if isinstance(value, str) else value
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
@@ -112,7 +114,7 @@ def per_class_table(results: Mapping[str, Scores], meta: ClassMeta) -> Table:
     pixels = next(iter(results.values())).counts.sum(0)
     for i, name in enumerate(meta.names):
         share = 100 * pixels[i] / max(1, pixels.sum())
-        table.add_row(name, f"{share:.1f}", *(number(float(scores.iou[i])) for scores in results.values()))
+        table.add_row(Text(name), f"{share:.1f}", *(number(float(scores.iou[i])) for scores in results.values()))
     table.add_section()
     table.add_row("mean", "", *(number(scores.miou) for scores in results.values()))
     return table

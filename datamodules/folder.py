@@ -24,13 +24,14 @@ from common.errors import ConfigError, DataError
 from common.names import of_results
 from common.palette import default_palette
 from common.spec import ClassMeta
-from datamodules import layouts, strays
+from datamodules import label_look, layouts, strays
 from datamodules.base import SegmentationDataModule
+from datamodules.label_values import LabelValues
 from datamodules.layouts import Part
 from datamodules.listed import Entry, ListedSource
 from datamodules.opening import ENDINGS
 from datamodules.pairing import other_files, pair
-from datamodules.reading import check_label, read_classes, read_label
+from datamodules.reading import check_size, read_classes
 from datamodules.walking import pictures as pictures_in
 
 log = logging.getLogger(__name__)
@@ -45,9 +46,10 @@ class FolderSource(ListedSource):
     Raises DataError for a label value that is no class, beside what `ListedSource` raises.
     """
 
-    def __init__(self, entries: list[Entry], classes: int) -> None:
+    def __init__(self, entries: list[Entry], values: LabelValues | None = None) -> None:
         super().__init__(entries)
-        self.classes = classes
+        self.values = values
+        self.classes = 0 if values is None else values.classes
 
     @property
     def has_classes(self) -> bool:
@@ -56,10 +58,12 @@ class FolderSource(ListedSource):
     def mapped(self, entry: Entry, image: np.ndarray) -> np.ndarray | None:
         if not self.classes:
             return None
-        return check_label(read_label(entry.label), entry.label, image, entry.picture, self.classes)
+        label = self.read_label(entry.label)
+        check_size(label, entry.label, image, entry.picture)
+        return self.values(label, entry.label)
 
     def fingerprint(self) -> str:
-        return f"{super().fingerprint()}/{self.classes}"
+        return f"{super().fingerprint()}/{self.classes}{self.values.facts() if self.values else ''}"
 
 
 @dataclass(frozen=True)
@@ -125,12 +129,15 @@ class FolderDataModule(SegmentationDataModule):
     """`data=folder data.root=…`: evaluated on `data.root`; trained on its training part, or on `data.train_roots`."""
 
     def setup(self, stage: str | None = None) -> None:
-        if not self._sources:
-            self._entries, self._names = self._find()
+        if self._sources:
+            return
+        self._entries, self._names = self._find()
+        self._values = LabelValues(self.data.label_values, self._names)
         super().setup(stage)
+        label_look.examine(self._entries, self._names, self._values)
 
     def build_source(self, split: str) -> FolderSource:
-        return FolderSource(self._entries[split], len(self._names))
+        return FolderSource(self._entries[split], self._values)
 
     def build_meta(self) -> ClassMeta:
         return ClassMeta(self._names, default_palette(len(self._names)))
@@ -171,9 +178,7 @@ def pictures_below(root: str | Path, key: str = "input") -> FolderSource:
     pictures = pictures_in(root)
     if not pictures:
         raise _no_pictures(key, root, "any depth")
-    return FolderSource(
-        [Entry(id, str(root / name)) for id, name in zip(of_results(pictures), pictures, strict=True)], 0
-    )
+    return FolderSource([Entry(id, str(root / name)) for id, name in zip(of_results(pictures), pictures, strict=True)])
 
 
 def _common_names(trees: list[Tree], labelled: set[str]) -> tuple[str, ...]:

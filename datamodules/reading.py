@@ -19,6 +19,7 @@ from common.errors import DataError
 from common.names import octets, shown
 from datamodules import opening
 from datamodules.opening import ENDINGS, opened
+from datamodules.ranges import is_deep
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -62,19 +63,24 @@ def read_picture(path: str | Path) -> np.ndarray:
 
 
 def read_label(path: str | Path, what: str = "a label holds one class id per pixel") -> np.ndarray:
-    """Class ids as they stand in a png: uint8 or int32 [H,W]; palette files give their indices, not their colours.
+    """Class ids as they stand in a file: uint8 or int32 [H,W]; palette files give their indices, not their colours.
+    Colour files whose channels are alike, and float files of whole numbers, say the same as grey ones.
     `what`: how the error for a colour picture begins.
 
     Raises UnreadableError for a broken file, DataError for a colour picture.
     """
     try:
         with opened(path) as image:
+            deep = is_deep(image)
             image.load()
             mode = image.mode
             if mode in ("L", "P", "1"):
                 return np.asarray(image).astype(np.uint8)
             if mode == "I" or mode.startswith("I;16"):
                 return np.asarray(image).astype(np.int32)
+            found = _ids(image, deep)
+            if found is not None:
+                return found
     except MemoryError:
         raise
     except Exception as error:
@@ -140,20 +146,6 @@ def header_size(path: str | Path) -> tuple[int, int]:
         raise UnreadableError(path, opening.reason(error)) from error
 
 
-def check_label(
-    label: np.ndarray, path: str | Path, image: np.ndarray, picture: str | Path, classes: int
-) -> np.ndarray:
-    """uint8 [H,W] of a label that fits its picture and its classes. Raises DataError naming the file and the rule."""
-    check_size(label, path, image, picture)
-    wrong = (label < 0) | ((label >= classes) & (label != 255))
-    if wrong.any():
-        raise DataError(
-            f"{path}: the label holds the value {int(label[wrong][0])}, but with {classes} names in classes.json a "
-            f"value must be 0..{classes - 1}, or 255 for pixels to ignore; mend the label or classes.json"
-        )
-    return label.astype(np.uint8, copy=False)
-
-
 def check_size(label: np.ndarray, path: str | Path, image: np.ndarray, picture: str | Path) -> None:
     """Raises DataError, naming both files, for a label of another size than its picture."""
     if label.shape != image.shape[:2]:
@@ -184,6 +176,32 @@ def read_classes(path: str | Path) -> tuple[str, ...]:
                 "control characters"
             )
     return tuple(names)
+
+
+def turned(path: str | Path) -> bool:
+    """Whether an orientation tag at the beginning of a file turns the picture; False for one that cannot be read."""
+    try:
+        with opened(path) as image:
+            # Pillow would decode a whole png to find a tag behind its pixels
+            return (image.format != "PNG" or "exif" in image.info) and _orientation(image) != 1
+    except MemoryError:
+        raise
+    except Exception:  # named when it is read
+        return False
+
+
+def _ids(image: Image.Image, deep: bool) -> np.ndarray | None:
+    """Ids [H,W] of a file of colours or floats that says the same as a grey one; None for any other.
+    `deep`: it had more than 8 bits a channel, of which Pillow keeps 8."""
+    values = np.asarray(image)
+    if image.mode in ("RGB", "RGBA", "LA"):
+        colours = values[..., :3] if image.mode != "LA" else values[..., :1]
+        alike, opaque = (colours == colours[..., :1]).all(), image.mode == "RGB" or (values[..., -1] == 255).all()
+        return np.ascontiguousarray(colours[..., 0]) if alike and opaque and not deep else None
+    if image.mode == "F":
+        whole = np.isfinite(values).all() and (values == np.round(values)).all() and np.abs(values).max() < 2**31
+        return values.astype(np.int32) if whole else None
+    return None
 
 
 def _orientation(image: Image.Image) -> int:

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from common.errors import ConfigError, DataError
+from datamodules import label_look
 from datamodules.base import available, load_datamodule
 from datamodules.folder import FolderDataModule, pictures_below
 from datamodules.opening import ENDINGS
@@ -267,8 +268,19 @@ def test_a_label_of_another_size_is_found_at_the_start(tmp_path):
     )
 
 
+def test_a_label_value_outside_the_classes_stops_with_one_line(tmp_path):
+    root = labelled_folder(tmp_path)
+    save(root / "labels" / "train" / "train3.png", np.full((24, 32), 7, np.uint8))
+    assert refused(root) == (
+        f"{root}/labels/train/train3.png: the label holds the value 7 (all labels looked at: 0, 1, 2, 7, 255), but "
+        "with 3 names in classes.json a value must be 0..2, or 255 for pixels to ignore; name the values in "
+        "data.label_values, such as data.label_values='{0: 0, 7: 1}', or mend the labels or classes.json"
+    )
+
+
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_label_value_outside_the_classes_stops_with_one_line(tmp_path, workers):
+def test_a_label_that_was_not_looked_at_stops_when_it_is_read(tmp_path, workers, monkeypatch):
+    monkeypatch.setattr(label_look, "LOOKED_AT", 0)
     root = labelled_folder(tmp_path)
     save(root / "labels" / "train" / "train3.png", np.full((24, 32), 7, np.uint8))
     found = module(root, workers=workers)
@@ -276,7 +288,8 @@ def test_a_label_value_outside_the_classes_stops_with_one_line(tmp_path, workers
         list(found.loader("train", "train"))
     assert str(error.value) == (
         f"{root}/labels/train/train3.png: the label holds the value 7, but with 3 names in classes.json a value must "
-        "be 0..2, or 255 for pixels to ignore; mend the label or classes.json"
+        "be 0..2, or 255 for pixels to ignore; name the values in data.label_values, such as "
+        "data.label_values='{0: 0, 7: 1}', or mend the labels or classes.json"
     )
 
 

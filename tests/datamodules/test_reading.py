@@ -200,29 +200,15 @@ def test_a_colour_label_is_refused(tmp_path):
     )
 
 
-@pytest.mark.parametrize(("value", "dtype"), [(3, np.uint8), (254, np.uint8), (300, np.int32), (-1, np.int32)])
-def test_a_label_value_that_is_no_class(value, dtype):
-    label = np.zeros((4, 5), dtype)
-    label[2, 2], label[3, 3] = value, 255
-    with pytest.raises(DataError) as error:
-        reading.check_label(label, "l.png", np.zeros((4, 5, 3)), "p.jpg", classes=3)
-    assert str(error.value) == (
-        f"l.png: the label holds the value {value}, but with 3 names in classes.json a value must be 0..2, or 255 for "
-        "pixels to ignore; mend the label or classes.json"
-    )
-    label[2, 2] = 2
-    assert reading.check_label(label, "l.png", np.zeros((4, 5, 3)), "p.jpg", classes=3).dtype == np.uint8
-
-
 def test_a_label_of_another_size():
     with pytest.raises(DataError) as error:
-        reading.check_label(np.zeros((4, 6), np.uint8), "l.png", np.zeros((4, 5, 3)), "p.jpg", 3)
+        reading.check_size(np.zeros((4, 6), np.uint8), "l.png", np.zeros((4, 5, 3)), "p.jpg")
     assert str(error.value) == (
         "l.png: the label is 6x4 pixels (width x height) but its picture p.jpg is 5x4; save the label at the picture's "
         "own size"
     )
     with pytest.raises(DataError, match="perhaps the picture is turned by its EXIF orientation and the label is not"):
-        reading.check_label(np.zeros((5, 4), np.uint8), "l.png", np.zeros((4, 5, 3)), "p.jpg", 3)
+        reading.check_size(np.zeros((5, 4), np.uint8), "l.png", np.zeros((4, 5, 3)), "p.jpg")
 
 
 @pytest.mark.parametrize(

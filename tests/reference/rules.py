@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-RESULT_PREFIXES = ("out_", "after__")
+RESULT_PREFIXES = ("out_", "after__", "mid_")
 _DEFAULT_KEY = {"f": "float", "c": "float", "i": "int", "u": "int", "b": "bool"}
 _TINY = 1e-300
 

@@ -124,7 +124,7 @@ def majority_label(case: Case) -> Case:
 def segsort_loss(case: Case) -> Case:
     """The mean, every pixel's loss, and the gradient with and without the path through the prototypes."""
     own, classes = _tensor(case["in_instance_labels"]), _tensor(case["in_semantic_labels"])
-    count = len(case["mid_prototypes"])
+    count = int(own.max()) + 1
     labels = segments.segment_values(classes, own, count)
     memory = _tensor(case["in_memory_prototypes"]), _tensor(case["in_memory_labels"])
     settings = {"memory": memory, "nca": bool(case["cfg_nca"])}

@@ -1,14 +1,23 @@
-"""Adapters for the saved cases of STEGO: correspondence, negatives, neighbours, head and probes."""
+"""Adapters for the saved cases of STEGO: correspondence, negatives, neighbours, head, probes and whole steps."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
+from datamodules.transforms import Geometry
 from evaluation import readout
 from evaluation.probes import ClusterProbe, LinearProbe
+from lightning_modules import near
+from lightning_modules import stego as method
 from losses import correspondence as stego
 from losses.crf import crf_matrix
 from models.heads import SegmentationHead
 from retrieval import neighbours
+from tests.reference import training as replay
 
 RULES = ("pointwise", "zero_clamp", "stabilize")
 KINDS = {"self": "pos_intra", "knn": "pos_inter", "random": "neg_inter"}
@@ -155,3 +164,119 @@ def filled_linear_probe(weight: np.ndarray, bias: np.ndarray) -> LinearProbe:
     probe = LinearProbe(dim=weight.shape[1], classes=weight.shape[0])
     probe.classifier.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
     return probe
+
+
+# Whole steps.
+
+
+STORED = 30
+"""Columns of the released table of near pictures, the picture itself first."""
+
+
+def training(case: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The table of near pictures, whole steps of the released loop and its final evaluation, by the real method."""
+    images, near_images = (replay.pictures(case[f"in_{name}"]) for name in ("images", "near_images"))
+    batches = [
+        replay.batch(images[step], case["in_labels"][step], neighbour=near_images[step]) for step in range(len(images))
+    ]
+    data = WithTable(case, batches)
+    draws = Draws(case)
+    with (
+        tempfile.TemporaryDirectory() as name,
+        patch.multiple(method, **draws.functions()),
+        patch.object(near, "dropout_mask", draws.dropout_mask),
+    ):
+        folder = Path(name)
+        model = replay.method(
+            case, _words(case, data, folder), folder, len(case["in_initial__linear_probe.classifier.weight"])
+        )
+        steps = replay.train(model, data, folder, len(batches))
+        results = {}
+        if "in_val_images" in case:
+            found = replay.scores(model, steps, replay.pictures(case["in_val_images"]), case["in_val_labels"])
+            pairs = [(found[probe].miou, found[probe].acc) for probe in ("linear", "cluster")]
+            results["out_scores"] = np.array(pairs).ravel()
+    if data.neighbours is not None:
+        itself = np.arange(len(data.neighbours))[:, None]
+        results["out_table"] = np.concatenate([itself, data.neighbours], axis=1)
+    logged = steps.logged
+    terms = {"linear": "linear_probe", "cluster": "cluster_probe", "total": "total"}
+    terms |= {name: name for kind in KINDS for name in (kind, f"similarity_{kind}")}
+    results |= {f"out_{name}": logged[ours] for name, ours in terms.items() if ours in logged}
+    return results | steps.first_gradients() | steps.after()
+
+
+def _words(case: dict[str, np.ndarray], data: "WithTable", folder: Path) -> list[str]:
+    """`neighbours.drawn`: near pictures of the steps are in the case, so that all of the table is looked at instead."""
+    names = {
+        "method.dim": "dim",
+        "method.samples": "feature_samples",
+        "method.negatives.repeats": "neg_samples",
+        "method.pointwise": "pointwise",
+        "method.zero_clamp": "zero_clamp",
+        "method.stabilize": "stabalize",
+        "method.dropout.p": "dropout_p",
+        "optim.head.lr": "lr",
+        "optim.linear_probe.lr": "lr_probes",
+        "optim.cluster_probe.lr": "lr_probes",
+    }
+    for kind, released in KINDS.items():
+        names |= {f"method.terms.{kind}.{part}": f"{released}_{part}" for part in ("weight", "shift")}
+    nonlinear = "in_initial__head.nonlinear.0.weight" in case
+    columns = min(STORED, data.train_items) - 1
+    return [
+        "method=stego",
+        f"method.num_clusters={len(case['in_initial__cluster_probe.clusters'])}",
+        *(f"{key}={str(case[f'cfg_{name}'].item()).lower()}" for key, name in names.items()),
+        f"method.projection={'nonlinear' if nonlinear else 'linear'}",
+        f"method.dropout.signal={str('in_keep_image_signal' in case).lower()}",
+        *(f"method.neighbours.{name}={columns}" for name in ("drawn", "stored")),
+        "method.neighbours.same_picture=true",
+        f"cache.dir={folder}",
+        "evaluation.cluster_init=normal",
+        "evaluation.flip=true",
+    ]
+
+
+class WithTable(replay.Recorded):
+    """Recorded steps, and the pictures that the table of near pictures is made of."""
+
+    def __init__(self, case: dict[str, np.ndarray], batches: list[dict[str, Any]]) -> None:
+        name = "in_table_images" if "in_table_images" in case else "in_images"
+        items = replay.pictures(case[name]).reshape(-1, *case[name].shape[-3:])
+        super().__init__(batches, len(batches), lambda purpose: items, size=len(batches[0]["image"]))
+        self.train_items = len(items)
+        self.fixed_geometry = Geometry(tuple(items.shape[-2:]), "none")
+        self.neighbours: np.ndarray | None = None
+
+    def fingerprint(self, split: str, geometry: Geometry) -> str:
+        return "pictures of a saved case"
+
+
+class Draws:
+    """The draws of a case under the names and arguments of the functions that draw them in the method."""
+
+    def __init__(self, case: dict[str, np.ndarray]) -> None:
+        self.case, self.p = case, float(case["cfg_dropout_p"])
+
+    def functions(self) -> dict[str, Any]:
+        """The method's functions that draw, by name."""
+        names = ("own_channel_masks", "random_points", "random_negatives")
+        return {name: getattr(self, name) for name in names}
+
+    def own_channel_masks(
+        self, seed: int, purpose: str, step: int, maps: torch.Tensor, p: float
+    ) -> torch.Tensor | None:
+        """purpose: stego.dropout.<view>.<use>."""
+        _, _, view, use = purpose.split(".")
+        return replay.kept(self.case, f"in_keep_{view}_{use}", self.p)[step] if p > 0 else None
+
+    def random_points(self, seed: int, purpose: str, step: int, count: int, side: int) -> torch.Tensor:
+        """purpose: stego.points.1 or 2."""
+        return replay.tensor(self.case[f"in_points_{purpose[-1]}"])[step]
+
+    def random_negatives(self, seed: int, step: int, *args: Any) -> torch.Tensor:
+        return replay.tensor(self.case["in_negatives"])[step]
+
+    def dropout_mask(self, seed: int, items: torch.Tensor, channels: int, p: float) -> torch.Tensor | None:
+        return replay.kept(self.case, "in_table_keep", self.p)[items] if "in_table_keep" in self.case else None

@@ -23,7 +23,8 @@ def test_every_kind_of_the_foundation_has_a_case():
     wanted = {
         "hidden_positives": "ghp_contrastive backbone_head_lhp reference_pool consistency lambda_schedule training",
         "backbones": "pos_embed",
-        "stego": "cluster_lookup linear_probe corr_helper corr_loss super_perm sample crf_aux_loss seg_head knn",
+        "stego": "cluster_lookup linear_probe corr_helper corr_loss super_perm sample crf_aux_loss seg_head knn "
+        "training",
         "evaluation_protocol": "unsupervised_metrics overcluster_metrics flip_predict loader_transform five_crop_boxes "
         "dense_crf",
         "segsort": "spherical_kmeans calculate_prototypes segment_mean grid_labels grid_labels_tf location_features "
@@ -168,10 +169,29 @@ def test_adapters_see_inputs_only_and_their_errors_are_failures(tmp_path, monkey
         raise ValueError("no such\nsetting")
 
     monkeypatch.setattr(framework, "find_adapter", lambda method, function: (adapter, None))
-    write(tmp_path, "m.f.0", in_x=np.zeros(1), out_y=np.ones(1), after__z=np.ones(1))
+    write(tmp_path, "m.f.0", in_x=np.zeros(1), out_y=np.ones(1), after__z=np.ones(1), mid_w=np.ones(1))
     line = framework.replay(tmp_path / "m.f.0.npz", TABLE)
     assert (line.status, line.error) == ("FAIL", "ValueError: no such setting")
     assert set(seen) == {"in_x"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in PATHS if path.stem.startswith(("segsort.segsort_loss", "hsg.transition", "stego.knn"))],
+    ids=lambda path: path.stem,
+)
+def test_a_case_without_results_gives_the_same_ones(path, tmp_path):
+    """Cases that are kept back have none: shapes and settings come from what went in."""
+    saved = framework.load_case(path)
+    write(tmp_path / "bare", path.stem, **{name: array for name, array in saved.items() if name[:3] in ("in_", "cfg")})
+    lines = [
+        framework.replay(source, TABLE, dump=tmp_path / name)
+        for name, source in (("whole", path), ("stripped", tmp_path / "bare" / path.name))
+    ]
+    assert [line.status for line in lines] == ["ok", "unjudged"], lines
+    whole, stripped = (framework.load_case(tmp_path / name / path.name) for name in ("whole", "stripped"))
+    assert whole.keys() == stripped.keys()
+    assert all(np.array_equal(whole[name], stripped[name], equal_nan=True) for name in whole)
 
 
 def test_a_result_may_be_left_out_only_where_it_is_optional():

@@ -38,7 +38,7 @@ from datamodules.transforms import FIXED_CROPS, Geometry
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Raised when reading or resizing changes, so that files of before are not found any more."""
 MEASURED, READ = 5000, 32
 """Pictures measured for the announced size: by their first bytes, or, where that is impossible, by reading them."""
@@ -177,6 +177,8 @@ def build(plan: Plan) -> Iterator[None]:
         plan.mode, plan.items, plan.name, plan.split, plan.path, about, size_text(needed), size_text(free),
     )  # fmt: skip
     _name_older(plan)
+    if plan.path.exists():
+        log.warning("%s is not what was written (cut or changed); it is made anew", plan.path)
     foreign: Foreign = {}
     said = time.monotonic()
     try:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from common import chance, distributed
 from common.errors import DataError, LabelfreeError
 from common.spec import IGNORE, OUTSIDE
-from datamodules.decoded import DecodedStore
+from datamodules.decoded import ChangedError, DecodedStore
 from datamodules.label_map import Foreign, ForeignIds
 from datamodules.reading import UnreadableError
 from datamodules.transforms import Geometry
@@ -133,7 +133,7 @@ class PictureDataset(Dataset):
 
     def _read(self, item: Item, purpose: str, number: int, index: int, taken: int) -> Item:
         if self.store is not None:
-            image, label, item.size = self.store[taken]
+            image, label, item.size = self._stored(taken)
         else:
             image, label, item.size = self.kept.get(taken) or self._resized(taken)
             item.foreign |= take_foreign(self.source)
@@ -147,6 +147,19 @@ class PictureDataset(Dataset):
             setattr(item, name, together if len(maps) == 1 else together[..., place])
         item.index, item.id = taken, self.source.id(taken // self.geometry.crops)
         return item
+
+    def _stored(self, index: int) -> tuple[np.ndarray, np.ndarray | None, tuple[int, int]]:
+        """An item of the store; decoded again, and put back, where the disk gives back something else."""
+        try:
+            return self.store[index]
+        except ChangedError:
+            log.warning(
+                "%s: picture %s is not what was written; it is decoded again from its file",
+                self.store.path, self.source.id(index // self.geometry.crops),
+            )  # fmt: skip
+        found = self._resized(index)
+        self.store.mend(index, *found[:2])
+        return found
 
     def _resized(self, index: int) -> tuple[np.ndarray, np.ndarray | None, tuple[int, int]]:
         picture, crop = divmod(index, self.geometry.crops)

@@ -21,7 +21,7 @@ from common.files import cache_folder, size_text
 from common.precision import usable
 from datamodules.base import SegmentationDataModule
 from datamodules.transforms import NATIVE
-from engine import setup
+from engine import checkpoints, setup
 from engine.preemption import Preemption
 from engine.stage_fits import FitBatches, FitKeeper
 from engine.stage_maps import (
@@ -108,7 +108,7 @@ class Stage:
         self._meet()
         for name, step in self.steps.items():
             place = self.places[name]
-            if agreed(lambda place=place: place.complete):  # a shared disk may show a file to some of them only
+            if agreed(lambda place=place: place.sound):  # a shared disk may show a file to some of them only
                 if rank_zero_only.rank == 0:
                     log.info("pseudo-labels: %s is there (%s)", name, place.path)
             else:
@@ -158,13 +158,12 @@ class Stage:
             module = step.module(needed)
         batches, keeper = FitBatches(self, step, needed), FitKeeper(self, step, place)
         trainer = self._trainer(step.steps, [keeper, StageProgress(self.cfg.trainer.progress, batches)])
-        last = keeper.last if keeper.last.is_file() else None
+        last = keeper.last if agreed(lambda: usable_state(keeper.last)) else None
         with self._listening(trainer), interrupted():
             trainer.fit(module, datamodule=batches, ckpt_path=last, weights_only=True)
         if trainer.is_global_zero:
             state = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
-            cache.put(place.path / cache.WEIGHTS, safetensors_bytes(state))
-            place.finish({"steps": step.steps})
+            place.finish({"steps": step.steps}, weights=safetensors_bytes(state))
             for path in keeper.last.parent.glob("*.ckpt"):
                 path.unlink()
         trainer.strategy.barrier()
@@ -175,6 +174,14 @@ class Stage:
 
     def _listening(self, trainer: L.Trainer) -> AbstractContextManager[None]:
         return contextlib.nullcontext() if self.preemption is None else self.preemption.listening(trainer)
+
+
+def usable_state(path: Path) -> bool:
+    """Whether a fit step can go on from its own checkpoint; a damaged one is named, and the step begins anew."""
+    broken = checkpoints.damage(path) if path.is_file() else None
+    if broken is not None:
+        log.warning("%s is damaged (%s) and skipped; its step begins anew", path, broken)
+    return path.is_file() and broken is None
 
 
 class Listener(Callback):
@@ -219,8 +226,8 @@ def prepare(stage: Stage, panels: int, folder: Path | None = None) -> Results:
 
 def describe(place: Place) -> dict[str, Any]:
     """What the manifest of a step says, for people."""
-    content = json.loads((place.path / cache.MANIFEST).read_text())
-    return {"folder": str(place.path), **{key: v for key, v in content.items() if key not in ("inputs", "format")}}
+    hidden = ("inputs", "format", "sums")
+    return {"folder": str(place.path), **{key: v for key, v in place.manifest().items() if key not in hidden}}
 
 
 def summary_text(found: dict[str, Any]) -> str:

@@ -233,8 +233,8 @@ class ReduceRunner(L.LightningModule):
             arrays = {
                 name: v.detach().cpu() if isinstance(v, Tensor) else torch.from_numpy(v) for name, v in found.items()
             }
-            cache.put(self.place.path / cache.TABLE, safetensors_bytes(arrays))
-            self.place.finish({"arrays": {name: list(value.shape) for name, value in sorted(arrays.items())}})
+            shapes = {name: list(value.shape) for name, value in sorted(arrays.items())}
+            self.place.finish({"arrays": shapes}, table=safetensors_bytes(arrays))
         except Exception as error:
             if not distributed.active():
                 raise

@@ -191,15 +191,18 @@ class UnsupervisedSegmenter(Evaluated):
         store = self.kept_features.get("train" if self.training else "val")
         if store is None:
             return self.features(batch[view])
-        return store.features(batch["index" if view == "image" else f"{view}.index"], self.device)
+        indices = batch["index" if view == "image" else f"{view}.index"]
+        return store.features(indices, self.device, lambda rows: self.features(batch[view][rows]))
 
     @torch.no_grad()
     def frozen_features(self, split: str, batch: dict[str, Any]) -> Features:
         """Backbone features of a batch of `unlabelled_loader(split, ...)`: kept ones where the split has them."""
+
+        def computed(rows: Any = slice(None)) -> Features:
+            return self.backbone.features(batch["image"][rows].to(self.device))
+
         store = self.kept_features.get(split)
-        if store is None:
-            return self.backbone.features(batch["image"].to(self.device))
-        return store.features(batch["index"], self.device)
+        return computed() if store is None else store.features(batch["index"], self.device, computed)
 
     def configure_model(self) -> None:
         """Batch norms that are trained see the whole global batch where there are several GPUs."""

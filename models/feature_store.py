@@ -2,7 +2,8 @@
 
 For geometries without chance only: then the backbone sees each picture once, before the first step, and never again.
 A file is named after everything that its numbers depend on and gets its name when it is whole; its json comes last. So
-a partial or stale one is never read. Several processes write their parts of one file, which all of them must see.
+a partial or stale one is never read. Behind the rows stand their check sums: a picture whose row the disk gives back
+changed goes through the backbone again. Several processes write their parts of one file, which all of them must see.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +24,16 @@ from torch import Tensor
 
 from common import distributed
 from common.errors import ConfigError, DataError
-from common.files import remove_leftovers, size_text, unfinished, write_text
+from common.files import remove_leftovers, size_text, unfinished
+from common.sums import checksum, read_sealed, write_sealed
 from models.backbone import Features
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the layout changes, so that files of before are not found any more."""
+SUM_BYTES = 8
+"""Of the check sum of a row, int64."""
 PROGRESS = 30.0
 """Seconds between lines about a long build."""
 
@@ -69,16 +73,20 @@ class Layout:
 
 
 class FeatureStore:
-    """A finished file. Raises OSError or ValueError where there is none, or one that is cut."""
+    """A finished file. Raises OSError or ValueError where there is none, or one that is cut or changed."""
 
     def __init__(self, path: Path) -> None:
-        facts = json.loads(facts_path(path).read_text())
+        facts = read_sealed(facts_path(path))
+        self.path, items = path, facts["items"]
         self.layout = Layout(tuple(tuple(shape) for shape in facts["levels"]), facts["cls"], facts["prefix"])
         self.missing = frozenset(facts["missing"])
-        expected = facts["items"] * self.layout.numbers * 2
+        expected = items * (self.layout.numbers * 2 + SUM_BYTES)
         if path.stat().st_size != expected:
             raise ValueError(f"{path}: {path.stat().st_size} bytes instead of {expected}")
-        self.rows = np.memmap(path, dtype=np.float16, mode="r", shape=(facts["items"], self.layout.numbers))
+        self.rows = np.memmap(path, dtype=np.float16, mode="r", shape=(items, self.layout.numbers))
+        self.sums = _sums(path, items, self.layout.numbers)
+        if checksum(self.sums) != facts["of_sums"]:
+            raise ValueError(f"{path}: changed since it was written")
 
     @classmethod
     def find(cls, path: Path) -> "FeatureStore | None":
@@ -88,10 +96,15 @@ class FeatureStore:
         except (OSError, ValueError, KeyError):
             return None
 
-    def features(self, indices: Tensor, device: torch.device) -> Features:
+    def features(
+        self, indices: Tensor, device: torch.device, again: Callable[[list[int]], Features] | None = None
+    ) -> Features:
         """Features of the items `indices` [B], float32 on `device`.
 
-        Raises DataError for a picture that could not be read when the file was made and can be read now.
+        again: from rows of the batch to features made anew, for those that are not what was written.
+
+        Raises DataError for a picture that could not be read when the file was made and can be read now, and, without
+        `again`, for one that is not what was written.
         """
         wanted = indices.tolist()
         if not self.missing.isdisjoint(wanted):
@@ -99,7 +112,29 @@ class FeatureStore:
                 f"backbone.cache_features: picture {next(i for i in wanted if i in self.missing)} could not be read "
                 f"when {self.rows.filename} was made; delete that file, so that it is made again"
             )
-        return self.layout.unpack(torch.from_numpy(self.rows[wanted]).to(device, non_blocking=True))
+        rows = self.rows[wanted]
+        changed = [place for place, item in enumerate(wanted) if checksum(rows[place].data) != self.sums[item]]
+        if changed:
+            items = ", ".join(str(wanted[place]) for place in changed)
+            said = f"{self.path}: features of picture {items} are not what was written"
+            if again is None:
+                raise DataError(f"{said}; delete that file, so that it is made again")
+            log.warning("%s; they are computed again", said)
+            rows[changed] = self.layout.pack(again(changed)).numpy()
+            self._mend({wanted[place]: rows[place] for place in changed})
+        return self.layout.unpack(torch.from_numpy(rows).to(device, non_blocking=True))
+
+    def _mend(self, rows: dict[int, np.ndarray]) -> None:
+        """Write rows anew, where they are what the file held and it can be written to."""
+        with contextlib.suppress(OSError), self.path.open("r+b", buffering=0) as file:
+            for item, row in rows.items():
+                if checksum(row.data) == self.sums[item]:
+                    os.pwrite(file.fileno(), row.data, item * row.nbytes)
+
+
+def _sums(path: Path, items: int, numbers: int) -> np.ndarray:
+    """Check sums of the rows of a file, int64 [items]; 0 for one that no rank wrote."""
+    return np.fromfile(path, np.int64, items, offset=items * numbers * 2)
 
 
 def name(*facts: str) -> str:
@@ -130,8 +165,10 @@ def provide(
     found, group = FeatureStore.find(path), Together(device)
     if group.agree(found is not None):
         return found
+    if found is None and path.exists() and distributed.rank() == 0:
+        log.warning("%s is not what was written (cut or changed); it is made anew", path)
     with contextlib.ExitStack() as stack:
-        part = _begin_together(stack, group, path, items * layout.numbers * 2, what)
+        part = _begin_together(stack, group, path, items * (layout.numbers * 2 + SUM_BYTES), what)
         seen, trouble = _write(part, layout, batches, items, what)
         group.share(trouble)
         written = torch.cat(seen).to(device) if seen else torch.empty(0, dtype=torch.int64, device=device)
@@ -142,7 +179,8 @@ def provide(
                 os.fsync(file.fileno())
             part.replace(path)
             facts = {"items": items, "levels": layout.levels, "cls": layout.cls, "prefix": layout.prefix}
-            write_text(facts_path(path), json.dumps(facts | {"missing": missing}))
+            of_sums = checksum(_sums(path, items, layout.numbers))
+            write_sealed(facts_path(path), facts | {"missing": missing, "of_sums": of_sums})
         group.agree(True)  # nobody looks before it has its name
     store = FeatureStore.find(path)
     group.share(None if store is not None else _unseen(path))
@@ -221,7 +259,9 @@ def _write(
                         "set backbone.cache_features=false"
                     )
                 for index, row in zip(indices.tolist(), rows.numpy(), strict=True):
-                    os.pwrite(file.fileno(), row.tobytes(), index * width)
+                    os.pwrite(file.fileno(), row.data, index * width)
+                    of_row = checksum(row.data).to_bytes(SUM_BYTES, "little")
+                    os.pwrite(file.fileno(), of_row, items * width + index * SUM_BYTES)
                 seen.append(indices.cpu())
                 count += len(indices)
                 if time.monotonic() - said > PROGRESS and distributed.rank() == 0:

@@ -3,14 +3,17 @@
 A step has the folder `<step>-<fingerprint>`, named after everything that its content depends on, so one of other
 settings is never found. Records lie in shards of a fixed number of pictures, `shards/0000012.safetensors`: whole or not
 there at all, and the same bytes whichever rank or start made them. `manifest.json` comes last; without it a folder is
-unfinished, and the next start computes the shards that are missing. Nothing that is read can run code.
+unfinished, and the next start computes the shards that are missing. Everything has a check sum, which is compared
+before a stage goes by what is there and whenever a record is read. Nothing that is read can run code.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +24,16 @@ from safetensors import SafetensorError, safe_open
 
 from common.errors import DataError
 from common.files import clear_when_full, remove_leftovers, sync_folder, unfinished
+from common.sums import SUM, checksum, read_sealed, sealed
 
-FORMAT = 1
+log = logging.getLogger(__name__)
+
+FORMAT = 2
 """Raised when the layout changes, so that folders of before are not found any more."""
 MANIFEST, TABLE, WEIGHTS = "manifest.json", "table.safetensors", "weights.safetensors"
 UNREADABLE = "unreadable"
 """Why a picture was dropped whose file could not be read."""
+CHANGED = "changed since it was written"
 OPEN = 512
 """Shards that a reader keeps open at most."""
 NOTES = "labelfree"
@@ -82,20 +89,60 @@ class Place:
     def complete(self) -> bool:
         """Whether all of it is there: the manifest, and every file that it speaks of."""
         try:
-            found = json.loads((self.path / MANIFEST).read_text())
-            if found["fingerprint"] != self.fingerprint:
-                return False
-            if "shard" in found and self.missing(found["pictures"], found["shard"]):
-                return False
-        except (OSError, ValueError, KeyError, TypeError):
+            found = self.manifest()
+        except DataError:
             return False
-        files = {"arrays": TABLE, "steps": WEIGHTS}
-        return all((self.path / name).is_file() for fact, name in files.items() if fact in found)
+        if found["fingerprint"] != self.fingerprint:
+            return False
+        if "shard" in found and self.missing(found["pictures"], found["shard"]):
+            return False
+        return all((self.path / name).is_file() for name in found["sums"])
 
-    def finish(self, facts: Mapping[str, Any]) -> None:
-        """Write the manifest, after everything else."""
-        content = {"format": FORMAT, "step": self.name, "fingerprint": self.fingerprint, "inputs": self.facts, **facts}
-        put(self.path / MANIFEST, json.dumps(content, indent=2, sort_keys=True).encode())
+    @property
+    def sound(self) -> bool:
+        """`complete`, and all of it as it was written. It is read once; a file that was changed is named and removed,
+        so that it is made again."""
+        found: dict[str, Any] = {"sums": {}}
+        if (self.path / MANIFEST).exists():
+            with told():
+                found = self.manifest()
+        for path in sorted((self.path / "shards").glob("*.safetensors")):
+            with told():
+                shard = Shard(path)
+                for row in range(len(shard.rows)):
+                    shard.record(row)
+        for name in found["sums"]:
+            if (self.path / name).is_file():
+                with told():
+                    self.content(name)
+        return self.complete
+
+    def manifest(self) -> dict[str, Any]:
+        """What `finish` wrote. Raises DataError where it is not there or damaged."""
+        try:
+            return read_sealed(self.path / MANIFEST)
+        except (OSError, ValueError) as error:
+            raise damaged(self.path / MANIFEST, error) from None
+
+    def finish(self, facts: Mapping[str, Any], **files: bytes) -> None:
+        """Write these files of the folder (by their names without ending), then the manifest, after everything else."""
+        sums = {}
+        for name, content in files.items():
+            put(self.path / f"{name}.safetensors", content)
+            sums[f"{name}.safetensors"] = checksum(content)
+        found = {"format": FORMAT, "step": self.name, "fingerprint": self.fingerprint, "inputs": self.facts, **facts}
+        put(self.path / MANIFEST, sealed(found | {"sums": sums}, indent=2, sort_keys=True).encode())
+
+    def content(self, name: str) -> bytes:
+        """A file that `finish` wrote. Raises DataError where it is not what was written."""
+        wanted = self.manifest()["sums"].get(name)
+        try:
+            content = (self.path / name).read_bytes()
+            if checksum(content) != wanted:
+                raise ValueError(CHANGED)
+        except (OSError, ValueError) as error:
+            raise damaged(self.path / name, error) from None
+        return content
 
     def shard(self, number: int) -> Path:
         return self.path / "shards" / f"{number:07d}.safetensors"
@@ -142,23 +189,40 @@ def write_shard(path: Path, records: Sequence[Record]) -> None:
         arrays[f"{name}/shape"] = np.array(shapes, np.int64)
         lengths = iter(map(len, flat))
         arrays[f"{name}/length"] = np.array([0 if value is None else next(lengths) for value in found], np.int64)
+        sums = map(checksum, flat)
+        arrays[f"{name}/{SUM}"] = np.array([0 if value is None else next(sums) for value in found], np.int64)
     notes = {"ids": [r.id for r in records], "drop": [r.drop for r in records], "packed": packed}
+    notes[SUM] = of_heads({name: arrays[name] for name in sorted(arrays) if not name.endswith("/values")}, notes)
     put(path, safetensors.numpy.save(arrays, {NOTES: json.dumps(notes)}))
 
 
+def of_heads(heads: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> int:
+    """Check sum of everything of a shard but the values of its fields."""
+    return checksum(*heads.values(), json.dumps([list(heads), notes]))
+
+
 class Shard:
-    """An open shard; fields are read where they are asked for, out of the mapped file."""
+    """An open shard; fields are read where they are asked for, out of the mapped file, and compared with their sums.
+
+    Raises DataError, also of `value` and `record`, for what is not as it was written.
+    """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         try:
             self.file = safe_open(path, framework="numpy")
             self.notes = json.loads(self.file.metadata()[NOTES])
-            self.heads = {name: self.file.get_tensor(name) for name in ("index", "size", "grid", "extent")}
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            names = sorted(name for name in self.file.keys() if not name.endswith("/values"))  # noqa: SIM118 - no mapping
+            heads = {name: self.file.get_tensor(name) for name in names}
+            if self.notes.pop(SUM) != of_heads(heads, self.notes):
+                raise ValueError(CHANGED)
+            self.heads = {name: heads[name] for name in ("index", "size", "grid", "extent")}
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise damaged(path, error) from None
-        self.fields = sorted(name.removesuffix("/shape") for name in self.file.keys() if name.endswith("/shape"))  # noqa: SIM118 - no mapping
-        self.shapes = {name: self.file.get_tensor(f"{name}/shape") for name in self.fields}
-        self.ends = {name: self.file.get_tensor(f"{name}/length").cumsum() for name in self.fields}
+        self.fields = [name.removesuffix("/shape") for name in names if name.endswith("/shape")]
+        self.shapes = {name: heads[f"{name}/shape"] for name in self.fields}
+        self.ends = {name: heads[f"{name}/length"].cumsum() for name in self.fields}
+        self.sums = {name: heads[f"{name}/{SUM}"] for name in self.fields}
         self.rows = {int(index): row for row, index in enumerate(self.heads["index"])}
 
     def value(self, name: str, row: int) -> np.ndarray | None:
@@ -168,10 +232,15 @@ class Shard:
             return None
         start = int(self.ends[name][row - 1]) if row else 0
         end = int(self.ends[name][row])
-        if end > start:
-            flat = self.file.get_slice(f"{name}/values")[start:end]
-        else:  # slices may not be empty
-            flat = self.file.get_tensor(f"{name}/values")[:0]
+        try:
+            if end > start:
+                flat = self.file.get_slice(f"{name}/values")[start:end]
+            else:  # slices may not be empty
+                flat = self.file.get_tensor(f"{name}/values")[:0]
+            if checksum(flat) != self.sums[name][row]:
+                raise ValueError(CHANGED)
+        except (SafetensorError, ValueError) as error:
+            raise damaged(self.path, error) from None
         if name in self.notes["packed"]:
             flat = np.unpackbits(flat, count=int(shape.prod())).astype(bool)
         return flat.reshape(tuple(shape))
@@ -199,7 +268,7 @@ class Records:
 
     def __init__(self, place: Place) -> None:
         self.place = place
-        self.manifest: dict[str, Any] = json.loads((place.path / MANIFEST).read_text())
+        self.manifest = place.manifest()
         self.pictures, self.size = self.manifest["pictures"], self.manifest["shard"]
         self._open: dict[int, Shard] = {}
         self._process = os.getpid()
@@ -273,7 +342,7 @@ class Arrays(Mapping[str, np.ndarray]):
 
     def __init__(self, place: Place) -> None:
         self.place = place
-        self._arrays = loaded(place.path / TABLE, safetensors.numpy.load_file)
+        self._arrays = safetensors.numpy.load(place.content(TABLE))
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._arrays[name]
@@ -293,21 +362,28 @@ class Weights:
 
     def state(self) -> dict[str, Any]:
         """Tensors by name, on the CPU. Raises DataError for a damaged file."""
-        from safetensors.torch import load_file
+        from safetensors.torch import load
 
-        return loaded(self.place.path / WEIGHTS, load_file)
-
-
-def loaded(path: Path, load: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """What `load` reads; DataError where it cannot."""
-    try:
-        return load(path)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise damaged(path, error) from None
+        return load(self.place.content(WEIGHTS))
 
 
 def damaged(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path}: cannot be read ({error}); delete it, so that it is made again")
+    """The error for a file that is not what was written. It is removed, so that the next start makes it anew; one that
+    the system does not give (OSError) stays."""
+    if isinstance(error, OSError):
+        return DataError(f"{path}: cannot be read ({error.strerror or error}); delete it, so that it is made again")
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+    return DataError(f"{path}: cannot be read ({error}); it is removed, and the same command makes it again")
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """A damaged file is a line."""
+    try:
+        yield
+    except DataError as error:
+        log.warning("%s", error)
 
 
 def clear(place: Place) -> None:

@@ -273,10 +273,10 @@ def test_the_size_is_announced_and_right(odd, tmp_path, caplog, monkeypatch):
     (path,) = files(tmp_path)
     said = next(record.getMessage() for record in caplog.records if record.getMessage().startswith("data.cache"))
     assert said == (
-        f"data.cache=disk: decoding 55 pictures of folder 'train' once into {path}, {size_text(55 * (1024 + 56))} "
+        f"data.cache=disk: decoding 55 pictures of folder 'train' once into {path}, {size_text(55 * (1024 + 64))} "
         "(64.1 GB free)"
     )
-    assert 0 < path.stat().st_size - 55 * (1024 + 56) < 400
+    assert 0 < path.stat().st_size - 55 * (1024 + 64) < 400
     caplog.clear()
     with caplog.at_level(logging.INFO):
         made(odd, tmp_path, "disk", train_crop="center").train_dataloader()
@@ -303,7 +303,7 @@ def test_a_disk_that_cannot_take_it_is_left_alone(odd, tmp_path, monkeypatch):
             found.train_dataloader()
         folder = tmp_path / "cache" / "decoded" if mode == "disk" else cache.memory_folder()
         assert str(error.value) == (
-            f"data.cache={mode}: the 11 decoded pictures of 'train' need 11.9 kB, but {folder} has 3.0 kB free; set "
+            f"data.cache={mode}: the 11 decoded pictures of 'train' need 12.0 kB, but {folder} has 3.0 kB free; set "
             f"{remedy}"
         )
         assert list(folder.iterdir()) == []

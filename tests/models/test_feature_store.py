@@ -2,6 +2,7 @@
 
 import errno
 import os
+import random
 
 import pytest
 import torch
@@ -70,6 +71,44 @@ def test_what_is_not_whole_is_made_again(hurt, tmp_path):
     assert torch.equal(FeatureStore.find(path).features(torch.tensor([3]), CPU).levels[0], other.levels[0][3:4].half())
 
 
+def test_every_bit_of_a_file_counts(tmp_path, caplog):
+    """Rows that were changed are computed again and put back; a file whose sums or json were is made anew."""
+    path, made, draw = tmp_path / "a.features", features(5), random.Random(0)
+    provide(path)
+    files = {file: file.read_bytes() for file in (path, path.with_suffix(".json"))}
+
+    def again(rows):
+        return Features([level[[rows_of[row] for row in rows]] for level in made.levels], made.cls[rows_of][rows], 1)
+
+    rows_of = [3, 0, 4, 1]
+    for _ in range(150):
+        for file, content in files.items():
+            changed = bytearray(content)
+            changed[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+            file.write_bytes(changed)
+            caplog.clear()
+            found = provide(path).features(torch.tensor(rows_of), CPU, again)
+            assert torch.equal(found.levels[1], made.levels[1][rows_of].half().float())
+            assert torch.equal(found.cls, made.cls[rows_of].half().float())
+            lines = [line for line in caplog.messages if "not what was written" in line]
+            unread = bytes(changed)[:740] != content[:740] and not lines  # the row of no picture
+            assert unread or len(lines) == 1
+            file.write_bytes(content) if unread else None
+            assert {file: file.read_bytes() for file in files} == files
+
+
+def test_a_changed_row_is_named_where_it_cannot_be_computed(tmp_path):
+    store = provide(tmp_path / "a.features")
+    content = bytearray(store.path.read_bytes())
+    content[0] ^= 1
+    store.path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        FeatureStore(store.path).features(torch.tensor([3, 0]), CPU)
+    assert str(caught.value) == (
+        f"{store.path}: features of picture 0 are not what was written; delete that file, so that it is made again"
+    )
+
+
 def test_a_picture_that_could_not_be_read_is_named(tmp_path):
     path = tmp_path / "a.features"
     store = provide(path)  # item 2 came in no batch
@@ -87,7 +126,7 @@ def test_too_small_a_disk_is_known_before_anything_is_written(tmp_path, monkeypa
     with pytest.raises(ConfigError) as caught:
         provide(tmp_path / "a.features")
     assert str(caught.value) == (
-        f"backbone.cache_features=true: features of the 5 pictures of 'train' need 740 B, but {tmp_path} has 700 B "
+        f"backbone.cache_features=true: features of the 5 pictures of 'train' need 780 B, but {tmp_path} has 700 B "
         "free; set cache.dir to a larger disk, or backbone.cache_features=false"
     )
     assert not list(tmp_path.iterdir())

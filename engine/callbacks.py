@@ -161,6 +161,18 @@ class RunKeeper(Callback):
         self.best, self.best_step = dict(values), step
         return True
 
+    def finish(self, step: int, values: dict[str, float]) -> bool:
+        """`offer` for the closing evaluation. Where no validation had the scores of the rule, as without a labelled
+        validation pixel, the last step is the best, and the rule says so."""
+        if self.best and self.apart:
+            return False
+        if self.offer(step, values):
+            return True
+        if self.best:
+            return False
+        self.select = Selection()
+        return self.offer(step, values)
+
     def summary(self) -> dict[str, Any]:
         """`best/*` and `selection/*` of metrics.json."""
         best = {f"best/{key.removeprefix('val/')}": value for key, value in self.best.items()}

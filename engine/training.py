@@ -193,7 +193,7 @@ def close(
     """The closing evaluation: fit the offline probes, validate, put them into last.ckpt, choose the best."""
     trainer.validate(model, data, verbose=False)
     final = numbers(trainer.callback_metrics, "val/")
-    improved = (not keeper.apart or not keeper.best) and keeper.offer(model.total_steps, final)
+    improved = keeper.finish(model.total_steps, final)
     if trainer.is_global_zero:
         checkpoint = setup.read_checkpoint(folder.last)
         checkpoint["state_dict"] |= {name: value.cpu() for name, value in model.offline_state().items()}

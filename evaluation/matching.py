@@ -7,8 +7,9 @@ Sources: UnsupervisedMetrics of STEGO (Hamilton et al., ICLR 2022), PriMaPs (Hah
 MaskContrast (Van Gansbeke et al., ICCV 2021) for matching by IoU and by majority.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -92,6 +93,13 @@ def score(
             iou = np.nan_to_num(iou, nan=0.0)
         rows = iou
     return Scores(100 * acc, 100 * mean(rows), 100 * iou, mapping, counts, histogram, matching, extra, absent)
+
+
+def told_apart(scores: Scores) -> Scores:
+    """The scores, or none where all labelled pixels are of one class: whatever is predicted, some cluster fits it."""
+    if np.count_nonzero(scores.counts.sum(0)) > 1:
+        return scores
+    return replace(scores, acc=math.nan, miou=math.nan, iou=np.full_like(scores.iou, math.nan))
 
 
 def check_policies(matching: str, extra: str, absent: str) -> None:

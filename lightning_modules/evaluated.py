@@ -1,5 +1,6 @@
 """The evaluation of every method: its probes and further read-outs, validation, and what they log."""
 
+import math
 from typing import Any
 
 import lightning as L
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from common.spec import ClassMeta
 from evaluation import readout, report, sliding
 from evaluation.crf import Constants, DenseCRF
-from evaluation.matching import Scores
+from evaluation.matching import Scores, told_apart
 from evaluation.metrics import ClusterUsage, SegmentationScore
 from evaluation.probes import LABEL_PROBES, UNLABELLED, ClusterProbe, KMeansProbe, LinearProbe, clusters_of
 from evaluation.retrieval import configured
@@ -185,7 +186,7 @@ class Evaluated(L.LightningModule):
         scores = {probe: self.confusion[probe].compute() for probe in ready}
         others = {name: item.compute() for name, item in self.further.items() if item.ready}
         scores |= {name: found for name, found in others.items() if isinstance(found, Scores)}
-        self.validated = {probe: found for probe, found in scores.items() if found.counts.any()}
+        self.validated = {probe: told_apart(found) for probe, found in scores.items() if found.counts.any()}
         values: dict[str, float | None] = {}
         for probe in self.label_free():
             values |= report.flatten("val", probe, self.usage[probe].compute())
@@ -194,7 +195,8 @@ class Evaluated(L.LightningModule):
         partition = self.cfg.evaluation.partition
         groups = {} if partition == "none" else self.meta.groups
         for probe, scores in self.validated.items():
-            values |= report.flatten("val", probe, scores, groups, restricted=partition == "within")
+            parts = {} if math.isnan(scores.acc) else groups
+            values |= report.flatten("val", probe, scores, parts, restricted=partition == "within")
         known = {name: value for name, value in values.items() if value is not None}
         self.log_dict(known, rank_zero_only=True)
         shown = (f"{self.headline}/miou", "linear/miou") if self.validated else ("cluster/entropy",)

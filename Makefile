@@ -64,7 +64,7 @@ endif
 PARALLEL = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train pseudo eval predict retrieve clusters explain compare export import-checkpoint data list show-config doctor sweep slurm test test-fast test-ddp test-slurm \
+.PHONY: help setup train pseudo eval predict retrieve clusters explain compare export import-checkpoint data weights list show-config doctor sweep slurm test test-fast test-ddp test-slurm \
 	test-slow test-realdata test-gpu reference bench lint lock clean
 
 help: ## this page
@@ -127,6 +127,9 @@ slurm: $(READY) ## METHOD=… NODES=2 GPUS=8 [SITE=launch/site.yaml] [DRY=1] [DA
 
 data: $(READY) ## DATA=cocostuff27 [ARGS="root=folder rebuild=true"]: what to fetch, from where, under which terms; checks what is there
 	@$(PY) run.py data $(if $(DATA),name=$(DATA)) $(ARGS)
+
+weights: $(READY) ## [BACKBONE=dino_vits8] [ARGS="fetch=true backbone.weights=file"]: what to fetch, from where, under which terms; checks the file
+	@$(PY) run.py weights $(if $(BACKBONE),backbone=$(BACKBONE)) $(ARGS)
 
 list: $(READY) ## methods, data sets, backbones, trainers, experiments
 	@$(PY) run.py list

@@ -68,6 +68,7 @@ NULLABLE = {
     "evaluation.window.size": int,
     "evaluation.window.stride": int,
     "backbone.published_file": str,
+    "backbone.sha256": str,
     "backbone.pretraining": str,
 }
 """Types of keys whose default does not tell them: null, or one of several types."""

@@ -189,6 +189,23 @@ def data(words: list[str]) -> None:
         print(line)
 
 
+def weights(words: list[str]) -> None:
+    """weights [backbone=… [fetch=true] [key=value …]]: what to fetch, from where, under which terms; checks the file"""
+    import config
+    from models import published
+
+    named = config.parse_words(words)
+    fetch = config.flag(named, "fetch")
+    if "backbone" not in named:
+        if words:
+            raise ConfigError(f"{words[0]}: name the backbone first, as in run.py weights backbone=dino_vits8")
+        print("\n".join(published.overview()))
+        return
+    cfg = config.compose([f"{key}={value}" for key, value in named.items()]).backbone
+    for line in published.report(cfg, fetch):
+        print(line, flush=True)
+
+
 def list_names(words: list[str]) -> None:
     """list: methods, data sets, backbones, trainers, and experiments with the figure to reach"""
     import config
@@ -236,6 +253,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "export": export,
     "import-checkpoint": import_checkpoint,
     "data": data,
+    "weights": weights,
     "list": list_names,
     "show-config": show_config,
     "doctor": doctor,

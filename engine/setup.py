@@ -24,6 +24,7 @@ from engine.checkpoints import WholeCheckpointIO
 from engine.wandb_rows import StepLogger
 from lightning_modules import registry
 from lightning_modules.base import FORMAT, UnsupervisedSegmenter
+from models import published
 from retrieval import search
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ def build_data(cfg: DictConfig) -> tuple[DictConfig, SegmentationDataModule]:
             "trainer.accelerator=gpu: no CUDA device is visible; use trainer.accelerator=auto, or see `run.py doctor`"
         )
     slurm.environment(cfg.trainer.num_nodes, cfg.trainer.devices)  # a wrong shape of the job ends before reading data
+    published.expect_here(cfg.backbone)  # and so do weights that are missing
     data = load_datamodule(cfg.data.name)(cfg)
     data.setup()
     if cfg.method.num_clusters is None:

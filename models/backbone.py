@@ -9,14 +9,12 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from timm.layers import Attention, AttentionRope, convert_sync_batchnorm
 from timm.models import VisionTransformer
@@ -28,6 +26,7 @@ from common import chance
 from common.errors import ConfigError, did_you_mean, one_of
 from models import attention as layers
 from models import positions, weights
+from models.features import Features
 from models.folding import fold_batch_norms
 from models.output_stride import OutputStrides
 
@@ -40,41 +39,10 @@ BEHIND = ("fc_norm", "attn_pool", "head", "head_dist", "mask_token")
 """Parts of a transformer that no patch feature depends on."""
 
 
-@dataclass
-class Features:
-    """What a backbone gives for a batch of pictures. All tensors are float32."""
-
-    levels: list[Tensor]
-    """Maps [B,C,h,w] in the order of `backbone.levels`."""
-    cls: Tensor | None = None
-    """Class token [B,C] of the block behind `map`; None without one."""
-    attention: Tensor | None = None
-    """Logits q k^T / sqrt(d) [B,heads,T,T] after query and key norms and rotation, before the softmax."""
-    qkv: Tensor | None = None
-    """Queries, keys, values [3,B,heads,T,d] as projected: before query and key norms and before rotation."""
-    prefix: int = 0
-    """Tokens of T that belong to no patch (class token, registers); they come first."""
-
-    @property
-    def map(self) -> Tensor:
-        """The last entry of `levels`."""
-        return self.levels[-1]
-
-    def concat(self) -> Tensor:
-        """All levels on the finest grid: [B, sum C, h, w]; coarser ones by bilinear interpolation."""
-        size = max((level.shape[-2:] for level in self.levels), key=lambda hw: hw[0] * hw[1])
-        maps = [
-            level if level.shape[-2:] == size else F.interpolate(level, size=size, mode="bilinear", align_corners=False)
-            for level in self.levels
-        ]
-        return maps[0] if len(maps) == 1 else torch.cat(maps, dim=1)
-
-
 class DinoPositions(VisionTransformer):
     """A VisionTransformer that interpolates its position embedding by the rule of the DINO release.
 
-    The class of a finished network is exchanged for this one, which keeps copies and pickles of it right.
-    """
+    The class of a finished network is exchanged for this one, which keeps copies and pickles of it right."""
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         grid = tuple(x.shape[1:3])
@@ -156,10 +124,7 @@ class Backbone(nn.Module):
     # ---- what is asked of the configuration -----------------------------------------------------------------------
 
     def _check_settings(self, cfg: DictConfig, create: dict[str, Any]) -> None:
-        known = [*timm.list_models(), *timm.list_models(pretrained=True)]
-        if self.network not in known:
-            hint = did_you_mean(self.network, known)
-            raise ConfigError(f"backbone.timm={self.network}: timm has no such network; {hint}")
+        _expect_known(self.network)
         one_of("backbone.precision", self.precision, PRECISIONS)
         if not self.frozen and self.precision != "float32":
             raise ConfigError(
@@ -468,6 +433,20 @@ def synchronise_norms(module: nn.Module) -> bool:
     if found:
         convert_sync_batchnorm(module)
     return found
+
+
+def outline(cfg: DictConfig) -> tuple[dict[str, Any], int]:
+    """timm's record of the published weights, and the numbers in the whole network; no memory is taken for it."""
+    _expect_known(cfg.timm)
+    with torch.device("meta"):
+        whole = _create(cfg.timm, **(_plain(cfg.create) or {}))
+    return dict(whole.pretrained_cfg), sum(value.numel() for value in whole.parameters())
+
+
+def _expect_known(name: str) -> None:
+    known = [*timm.list_models(), *timm.list_models(pretrained=True)]
+    if name not in known:
+        raise ConfigError(f"backbone.timm={name}: timm has no such network; {did_you_mean(name, known)}")
 
 
 def _create(name: str, **kwargs: Any) -> nn.Module:

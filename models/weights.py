@@ -9,7 +9,7 @@ import hashlib
 import pickle
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,12 @@ def unreadable(path: Path) -> WeightsError:
 
 
 def download(tag: str, pretrained_cfg: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The published weights of a timm tag: from the hub's local cache if they are there, else from the network.
+    """The published weights of a timm tag, see `fetch`. Raises WeightsError."""
+    return read(fetch(tag, pretrained_cfg))
+
+
+def fetch(tag: str, pretrained_cfg: Mapping[str, Any]) -> Path:
+    """The file of a timm tag's published weights: where an earlier download left it, else from the network.
 
     The hub's cache is locked by file, so the processes of one node do not download twice.
 
@@ -146,12 +151,11 @@ def download(tag: str, pretrained_cfg: Mapping[str, Any]) -> Mapping[str, Any]:
             f"backbone.weights=hub: timm publishes no weights for {tag}; add a tag to backbone.timm, set "
             "backbone.weights=<file>, or backbone.weights=none for random ones"
         )
+    here = cached(pretrained_cfg)
+    if here is not None:  # needs no network at all: published weights do not change
+        return here
     try:
-        if hub_id:
-            return read(_hub_file(hub_id, pretrained_cfg.get("hf_hub_filename")))
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, progress=False)
-    except WeightsError:
-        raise
+        return _from_hub(hub_id, hub_names(pretrained_cfg)) if hub_id else _from_address(url)
     except Exception as error:  # the network stack below raises classes of four libraries
         reason = type(error).__name__
         raise WeightsError(
@@ -161,16 +165,33 @@ def download(tag: str, pretrained_cfg: Mapping[str, Any]) -> Mapping[str, Any]:
         ) from error
 
 
-def _hub_file(hub_id: str, filename: str | None) -> Path:
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+def cached(pretrained_cfg: Mapping[str, Any]) -> Path | None:
+    """The file that an earlier download of a tag left on this machine; None where there is none."""
+    hub_id, url = pretrained_cfg.get("hf_hub_id"), pretrained_cfg.get("url")
+    if hub_id:
+        from huggingface_hub import try_to_load_from_cache
+
+        repo, _, revision = hub_id.partition("@")
+        for name in hub_names(pretrained_cfg):
+            found = try_to_load_from_cache(repo, name, revision=revision or None)
+            if isinstance(found, str):
+                return Path(found)
+        return None
+    path = _address_file(url) if url else None
+    return path if path is not None and path.is_file() else None
+
+
+def hub_names(pretrained_cfg: Mapping[str, Any]) -> tuple[str, ...]:
+    """Files of a repository on the hub that may hold the weights, in the order in which they are looked for."""
+    name = pretrained_cfg.get("hf_hub_filename")
+    return (name,) if name else ("model.safetensors", "pytorch_model.bin")
+
+
+def _from_hub(hub_id: str, names: Sequence[str]) -> Path:
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     repo, _, revision = hub_id.partition("@")
-    names = [filename] if filename else ["model.safetensors", "pytorch_model.bin"]
-    for name in names:  # a cached file needs no network at all: published weights do not change
-        cached = try_to_load_from_cache(repo, name, revision=revision or None)
-        if isinstance(cached, str):
-            return Path(cached)
     for name in names[:-1]:
         try:
             return Path(hf_hub_download(repo, name, revision=revision or None))
@@ -179,6 +200,19 @@ def _hub_file(hub_id: str, filename: str | None) -> Path:
         except EntryNotFoundError:
             continue
     return Path(hf_hub_download(repo, names[-1], revision=revision or None))
+
+
+def _address_file(url: str) -> Path:
+    """Where torch keeps what it downloads from an address."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+
+
+def _from_address(url: str) -> Path:
+    path = _address_file(url)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stated = re.search(r"-([0-9a-f]{8,})\.", path.name)  # the start of the sha256, which torch compares
+    torch.hub.download_url_to_file(url, str(path), stated.group(1) if stated else None, progress=False)
+    return path
 
 
 def unwrap(content: Mapping[str, Any], expected: Iterable[str]) -> tuple[dict[str, Tensor], int, str]:

@@ -24,7 +24,7 @@ from common.errors import ConfigError, DataError
 from common.names import of_results
 from common.palette import default_palette
 from common.spec import ClassMeta
-from datamodules import label_look, layouts, strays
+from datamodules import label_look, layouts, strays, walking
 from datamodules.base import SegmentationDataModule
 from datamodules.label_values import LabelValues
 from datamodules.layouts import Part
@@ -168,6 +168,20 @@ class FolderDataModule(SegmentationDataModule):
             len(train), labelled[0], len(val), labelled[1], len(names),
         )  # fmt: skip
         return {"train": train, "val": val}, names
+
+
+def expect_apart(cfg: Any, **targets: str | Path | None) -> None:
+    """Raises ConfigError where something is to be written where the pictures of `data=folder` are looked for, so that
+    the next start would read it as pictures. targets: key -> path (None: nothing)."""
+    if cfg.data.name != "folder" or not cfg.data.root:
+        return
+    names = [str(cfg.data[key]) for key in ("images", "labels")]
+    roots = [("data.root", cfg.data.root), *(("data.train_roots", root) for root in cfg.data.train_roots or ())]
+    for key, root in roots:
+        parts = layouts.find(Path(root).expanduser(), key, *names, optional=key != "data.root").parts
+        for target, path in targets.items():
+            if path is not None:
+                walking.expect_apart([(key, part.folder) for part in parts.values()], target, path)
 
 
 def pictures_below(root: str | Path, key: str = "input") -> FolderSource:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from common import distributed
 from common.errors import ConfigError, DataError
-from common.files import whole
+from common.files import make_output, whole
 from common.spec import RegionSpec
 from common.sums import SUM, checksum, read_sealed, write_sealed
 from datamodules.cache import PROGRESS, together
@@ -197,7 +197,7 @@ def _build(plan: RegionPlan, path: Path, pictures: range) -> Iterator[None]:
         log.info("regions (%s): computing those of %d pictures once into %s", plan.spec.source, len(pictures), path)
     said = time.monotonic()
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_output(path)
         loader = DataLoader(_Pictures(plan, missing), batch_size=None, num_workers=plan.workers, collate_fn=_as_it_is)
         for done, (picture, ids) in enumerate(zip(missing, loader, strict=True)):
             if ids is not None:

@@ -11,8 +11,9 @@ from omegaconf import DictConfig
 
 from common import precision
 from common.errors import ConfigError
-from common.files import write_text
+from common.files import make_output, write_text
 from datamodules.base import SegmentationDataModule
+from datamodules.folder import expect_apart
 from datamodules.reading import read_picture
 from datamodules.transforms import Geometry
 from engine import explanation, naming
@@ -47,6 +48,7 @@ def explain(
     height, width = read_picture(source.entries[0].picture).shape[:2]
     expect_inside(where, image, height, width)
     cfg, data, model, checkpoint = restore(checkpoint_path, tokens)
+    expect_apart(cfg, output=output)
     how = embedding.choose(cfg.explain.embedding)
     probe = naming.choose_probe(cfg, model)
     legend = naming.legend_for(checkpoint_path, checkpoint, model, probe, names)
@@ -57,7 +59,7 @@ def explain(
     place = seen_point[1] / frame[0], seen_point[0] / frame[1]
     spot = Spot((seen_point[0] - 0.5, seen_point[1] - 0.5), frame)
     folder = output or naming.folder_of(checkpoint_path, "explain") / f"{image.stem}-{where[0]}-{where[1]}"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_output(folder)
     content = {
         "picture": str(image), "point": list(where), "checkpoint": str(checkpoint_path), "method": cfg.method.name,
         "probe": probe, **facts(view, place, legend, cfg.explain.clusters),

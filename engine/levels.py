@@ -8,6 +8,7 @@ import torch
 import config
 from common import precision
 from common.errors import ConfigError
+from common.files import make_output
 from common.palette import default_palette
 from datamodules.base import SegmentationDataModule
 from datamodules.folder import pictures_below
@@ -34,6 +35,7 @@ def predict_levels(checkpoint_path: Path, source: Path, output: Path, tokens: li
     if "hierarchy" not in model.further:
         raise ConfigError(f"levels=all: method={cfg.method.name} as it was trained has no levels; leave levels out")
     names = model.further["hierarchy"].groups
+    make_output(output)
     pictures = pictures_below(source)
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
     model.to(device)

@@ -16,7 +16,7 @@ from torch import Tensor
 import config
 from common import precision
 from common.errors import ConfigError, DataError
-from common.files import write_text
+from common.files import make_output, write_text
 from datamodules.base import SegmentationDataModule
 from datamodules.folder import FolderSource, pictures_below
 from datamodules.reading import UnreadableError, read_picture
@@ -56,6 +56,7 @@ def predict(
     legend = naming.legend_for(checkpoint_path, checkpoint, model, probe, names)
     model.to(setup.device(cfg))
     source_of = whole_pictures if cfg.predict.window is None else windowed_pictures
+    make_output(output)
     areas, overview, done = Areas(legend), Overview(legend, len(pictures), cfg.predict.overlay_alpha), 0
     unreadable: dict[str, str] = {}
     for number, picture, ids in source_of(cfg, model, pictures, probe, unreadable):

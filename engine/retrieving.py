@@ -21,8 +21,10 @@ from torch import Tensor
 import config
 from common import precision
 from common.errors import ConfigError, DataError
-from common.files import write_text
-from datamodules.folder import FolderSource, pictures_below
+from common.files import make_output, write_text
+from datamodules.folder import FolderSource, expect_apart
+from datamodules.listed import Entry
+from datamodules.reading import is_picture
 from datamodules.transforms import Geometry
 from engine import setup
 from evaluation import page, panels
@@ -72,6 +74,7 @@ def retrieve(checkpoint_path: Path, image: Path, k: int, output: Path | None, to
     cfg = config.restore(checkpoint["labelfree"]["config"], tokens)
     source = one_picture(image)
     cfg, data = setup.build_data(cfg)
+    expect_apart(cfg, output=output)
     model = setup.restore_model(checkpoint, cfg)
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
     model.to(device)
@@ -97,7 +100,7 @@ def retrieve(checkpoint_path: Path, image: Path, k: int, output: Path | None, to
         found.append({"segment": number, "pixels": int(areas[number]), "nearest": list(seen.values())})
     run = checkpoint_path.resolve().parent
     folder = output or (run.parent if run.name == "checkpoints" else run) / "retrieve" / image.stem
-    folder.mkdir(parents=True, exist_ok=True)
+    make_output(folder)
     write(folder, cfg, image.name, query, bank, found)
     log.info("%d segments of %s among %d of %d pictures: %s", len(found), image.name, len(bank.vectors),
              len(bank.images), folder / "gallery.html")  # fmt: skip
@@ -108,11 +111,9 @@ def one_picture(path: Path) -> FolderSource:
     """A source of one picture, without label. Raises DataError where the file is none."""
     if not path.is_file():
         raise DataError(f"image={path}: no such file; name one picture")
-    source = pictures_below(path.parent, "image")
-    source.entries = [entry for entry in source.entries if Path(entry.picture).resolve() == path.resolve()]
-    if not source.entries:
+    if not is_picture(path.name):
         raise DataError(f"image={path}: is no picture by its name; name a jpg or png file")
-    return source
+    return FolderSource([Entry(path.stem, str(path))])
 
 
 @torch.inference_mode()

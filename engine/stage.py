@@ -17,9 +17,10 @@ from omegaconf import DictConfig
 
 from common import chance, distributed
 from common.errors import ConfigError, DataError
-from common.files import cache_folder, size_text
+from common.files import cache_folder, make_output, size_text
 from common.precision import usable
 from datamodules.base import SegmentationDataModule
+from datamodules.folder import expect_apart
 from datamodules.transforms import NATIVE
 from engine import checkpoints, setup
 from engine.preemption import Preemption
@@ -219,6 +220,8 @@ def prepare(stage: Stage, panels: int, folder: Path | None = None) -> Results:
         views = stage.model.shown(results)
         if views and panels:
             target = (folder / "panels" if folder is not None else stage.root) / "pseudo_labels.png"
+            if folder is None:
+                make_output(stage.root)
             write_panel(target, stage.data, views, panels)
             log.info("pseudo-labels: pictures of them are in %s", target)
     return results
@@ -256,10 +259,12 @@ def pseudo(cfg: DictConfig, output: Path | None = None) -> dict[str, Any]:
         raise ConfigError(
             f"method={cfg.method.name}: has no offline stage; use `run.py train method={cfg.method.name}`"
         )
+    expect_apart(cfg, output=output, **{"cache.dir": cache_folder(cfg)})
     setup.connect(model, data)
     stage = Stage(cfg, data, model)
     results = prepare(stage, cfg.evaluation.panels)
     if output is not None and rank_zero_only.rank == 0:
+        make_output(output)
         for name, view in model.shown(results).items():
             write_maps(output / name.replace(": ", "_"), view)
     return {name: describe(place) for name, place in stage.places.items()}

@@ -10,8 +10,9 @@ from omegaconf import DictConfig
 
 import config
 from common.errors import CheckpointError, ConfigError
-from common.files import copy_whole
+from common.files import cache_folder, copy_whole
 from datamodules.base import SegmentationDataModule
+from datamodules.folder import expect_apart
 from engine import environment, exporting, phases, selection, setup, summary
 from engine.callbacks import PanelKeeper, RunKeeper, numbers, progress
 from engine.checkpoints import WholeCheckpointIO
@@ -43,6 +44,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         )
     cfg, data = setup.build_data(cfg)
     folder = open_run(cfg)
+    expect_apart(cfg, **{"run.dir": folder.path.parent, "cache.dir": cache_folder(cfg)})
     if folder.state == "finished":
         log.info("%s is finished; nothing to do (run.overwrite=true trains it again)", folder.path)
         return summary.read(folder.metrics)

@@ -17,6 +17,7 @@ from typing import Any
 import config
 from common.errors import ConfigError, LabelfreeError
 from common.files import write_text
+from datamodules.folder import expect_apart
 from engine import galleries, recipes, run_folder, summary
 from engine.setup import UNLABELLED_CLUSTERS
 from evaluation import comparison, comparison_page, comparison_tables
@@ -86,6 +87,8 @@ def trial(index: int, method: str, seed: int, words: dict[str, str], parent: Pat
     """One training; its folder is that of a finished run of the same configuration, where there is one."""
     own = [f"{key}={value}" for key, value in words.items() if key != "run.dir"]
     cfg = config.compose([f"method={method}", f"seed={seed}", *own])  # a wrong word ends before the first training
+    if not index:
+        expect_apart(cfg, **{"run.dir": parent})
     name = f"{method}-{cfg.data.name}-{cfg.backbone.name}-{run_folder.mark(cfg)}-seed{seed}"
     run_words = [f"method={method}", f"seed={seed}", *own, f"run.dir={parent}", f"run.name={name}"]
     found = finished.equal(config.plain(cfg))

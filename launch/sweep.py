@@ -22,6 +22,7 @@ from rich.table import Table
 import config
 from common.errors import ConfigError, LabelfreeError
 from common.files import whole
+from datamodules.folder import expect_apart
 from engine.run_folder import mark
 from evaluation import headline
 from launch import space
@@ -52,6 +53,8 @@ class LocalSweep(Queue):
         for index, values in enumerate(sweep.trials(trials)):
             own = [space.word(key, value) for key, value in values.items()]
             cfg = config.compose([*same, *own])  # a wrong key or value ends before the first trial
+            if not index:
+                expect_apart(cfg, **{"run.dir": parent})
             name = f"{index:03d}-{mark(cfg)}"
             run_words = [*same, *own, f"run.dir={self.folder}", f"run.name={name}"]
             self.trials.append(Trial(index, values, run_words, self.folder / name))

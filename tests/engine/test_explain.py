@@ -72,7 +72,7 @@ def images(page: str) -> int:
 )
 def test_a_page_with_its_figures_that_needs_no_network(method, expected, written):
     folder = written(method)
-    names = sorted(path.name for path in folder.iterdir())
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     assert names == sorted([*expected, "explain.json", "index.html"])
     for name in expected:
         assert np.asarray(Image.open(folder / name).convert("L")).std() > 10, name

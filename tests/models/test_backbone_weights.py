@@ -152,6 +152,11 @@ def test_selfpatch_checkpoint_without_class_token(tmp_path):
     assert model.net.pos_embed.shape == (1, 16, 32)
     found = model.features(torch.rand(1, 3, 40, 40), attention=True)
     assert (model.prefix, found.cls, found.attention.shape) == (0, None, (1, 2, 25, 25))
+    whole = timm.create_model(cfg.timm, **SMALL)  # as HP loads it: a network with a class token, names may be missing
+    with pytest.raises(RuntimeError, match="size mismatch for pos_embed"):
+        whole.load_state_dict(net.state_dict(), strict=False)
+    refused = OmegaConf.merge(cfg, {"create": {"class_token": True, "global_pool": "token", "final_norm": True}})
+    assert "first differing key cls_token" in refusal(WeightsError, refused)
 
 
 def test_hub_weights_come_from_the_local_cache(tmp_path, monkeypatch):

@@ -1,15 +1,23 @@
-"""Adapters for `transfgu.*`: windows, concept maps, mask transformer, losses and scores of TransFGU."""
+"""Adapters for `transfgu.*`: windows, concept maps, mask transformer, losses, scores and whole steps of TransFGU."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from evaluation.metrics import SegmentationScore
 from grouping import concepts as maps
 from grouping import segments, windows
+from lightning_modules.transfgu import TransFGU
 from losses import concepts
 from models.mask_decoder import MaskDecoder
 from retrieval import kmeans
+from tests.reference import training as replay
 
 Case = dict[str, np.ndarray]
 
@@ -116,3 +124,110 @@ def hungarian_metric(case: Case) -> Case:
         "out_pixel_accuracy": np.array(found.acc),
         "out_mean_class_accuracy": np.array(100 * np.nanmean(recalls)),
     }
+
+
+# Whole steps.
+
+
+def training(case: Case) -> Case:
+    """Whole steps of the released loop with its restarts, and its evaluation, by the real method."""
+    views, maps = (_tensor(case[name]) for name in ("in_views", "in_maps"))
+    batches = [
+        replay.batch(views[step], None, augmented=views[step], **{"augmented.maps": maps[step]})
+        for step in range(len(views))
+    ]
+    # Steps are counted from 0 in some cases and from 1 in others: the last one has a teacher.
+    taught = case.get("in_permutation_steps", np.zeros(0, np.int64))
+    first = int(taught.max()) - (len(views) - 1) if len(taught) else 0
+    permutations = dict(zip((taught - first).tolist(), _tensor(case.get("in_permutations", taught)), strict=True))
+    classes = case["in_initial__decoder.cls_emb"].shape[1]
+    drawn = {
+        "_maps": lambda self, batch, size: resized(batch["augmented.maps"], size),
+        "_permutation": lambda self: permutations[int(self.global_step)],
+    }
+    with tempfile.TemporaryDirectory() as name, patch.multiple(TransFGU, **drawn):
+        folder = Path(name)
+        model = replay.method(case, _words(case, classes), folder, classes)
+        for copy in (model.teacher, model.initial):
+            copy.load_state_dict(model.decoder.state_dict())
+        data = replay.Recorded(batches, _per_epoch(case))
+        steps = replay.train(model, data, folder, len(batches), watch=lambda model: {"restarts": model.restarts})
+        results: Case = {}
+        if "in_val_images" in case:
+            found = replay.scores(model, steps, replay.pictures(case["in_val_images"]), case["in_val_labels"])["own"]
+            results["out_scores"] = np.array([found.miou, found.acc])
+    logged, restarts = steps.logged, steps.seen["restarts"]
+    terms = {name: name for name in ("cross_entropy", "uncertainty", "diversity")} | {"total": "loss"}
+    results |= {f"out_{name}": logged[ours] for name, ours in terms.items()}
+    results |= {name: value for name, value in steps.first_gradients(clipped=True).items() if "decoder" in name}
+    last = len(views) - 1
+    at = [int(restarts.argmax()) - 1, int(restarts.argmax()), last] if restarts.any() else [last]
+    results |= {name: value for name, value in steps.after(at).items() if name.startswith("out_after__decoder.")}
+    if restarts.any():
+        teacher = steps.after(at[1:2])
+        results |= {name: value for name, value in teacher.items() if name.startswith("out_after__teacher.")}
+    return results | {"out_after_steps": np.array(at) + first}
+
+
+def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps on another grid than the tokens', as the release brings them there."""
+    return maps if tuple(maps.shape[-2:]) == size else F.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
+def _setting(case: Case, *names: str, default: Any) -> Any:
+    """The first of these `cfg_` values that a case has; the released one where it names none of them."""
+    return next((case[f"cfg_{name}"].tolist() for name in names if f"cfg_{name}" in case), default)
+
+
+def _per_epoch(case: Case) -> int:
+    epochs = _setting(case, "epochs", "num_epochs", default=4)
+    return int(_setting(case, "steps_per_epoch", "epoch_steps", default=len(case["in_views"]) // epochs))
+
+
+def _words(case: Case, classes: int) -> list[str]:
+    """Shapes are those of the arrays; the page of the kind names no `cfg_` value but says which were the run's."""
+    views, maps = case["in_views"].shape, case["in_maps"].shape
+    dim = case["in_initial__decoder.cls_emb"].shape[2]
+    weights = _setting(case, "weights", "loss_weights", default=[1.0, 0.3, 1.0])
+    named = (("cross_entropy", "cat"), ("uncertainty", "unc"), ("diversity", "emb"))
+    weights = [
+        _setting(case, *(f"weight_{name}" for name in names), *(f"{name}_weight" for name in names), default=value)
+        for names, value in zip(named, weights, strict=True)
+    ]
+    intervals = _setting(case, "interval", "intervals", "restart_interval", "teacher_update_interval", default=2)
+    start = _setting(case, "start", "start_epoch", "restart_start", "bootstrapping_start_epoch", default=2)
+    lr = _setting(case, "lr", "lr_decoder", "learning_rate", default=1e-4)
+    decay = _setting(case, "decay", "weight_decay", "wd", default=5e-4)
+    clamp = _setting(case, "clamp", "clip", "clip_value", "grad_clamp", default=1.0)
+    heads = _setting(case, "decoder_heads", "dec_heads", "heads_decoder", default=case["cfg_heads"].item())
+    layers = len({name.split(".")[2] for name in case if name.startswith("in_initial__decoder.blocks.")})
+    ratio = case["in_initial__decoder.blocks.0.mlp.fc1.weight"].shape[0] / dim
+    dropout = _setting(case, "decoder_dropout", "dropout", default=0.0)
+    size = list(views[-2:])
+    return [
+        "method=transfgu",
+        f"method.num_clusters={classes}",
+        f"method.background={str(classes == maps[2] + 1).lower()}",
+        "method.empty=first",
+        f"method.augment.size={size}",
+        f"method.stage.size={[2 * side for side in size]}",
+        f"data.train_size={[2 * side for side in size]}",
+        "method.crops.size=null",
+        f"method.decoder.dim={dim}",
+        f"method.decoder.layers={layers}",
+        f"method.decoder.heads={int(heads)}",
+        f"method.decoder.mlp_ratio={ratio}",
+        f"method.decoder.dropout={dropout}",
+        *(f"method.weights.{names[0]}={value}" for names, value in zip(named, weights, strict=True)),
+        f"method.restarts.epoch={_per_epoch(case)}",
+        "method.restarts.repeat=1",
+        f"method.restarts.start={int(start)}",
+        f"method.restarts.intervals={intervals if isinstance(intervals, list) else [int(intervals)]}",
+        *(
+            f"optim.{group}.{key}={value}"
+            for group in ("decoder", "decoder_1d")
+            for key, value in (("lr", lr), ("clip_value", clamp))
+        ),
+        f"optim.decoder.weight_decay={decay}",
+        "evaluation.cluster_init=normal",
+    ]

@@ -4,6 +4,7 @@ Groups are chosen by bare words (`method=stego data=folder`), values by dotted k
 strict: only what the layers define exists, a wrong key or type ends in one line with the nearest valid name.
 """
 
+import functools
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,8 +14,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common.errors import CheckpointError, ConfigError, did_you_mean, one_of
+from common.errors import CheckpointError, ConfigError, did_you_mean
 from common.files import write_text
+from common.machine import cores
+from common.rules import Rules, Typed
 
 log = logging.getLogger("labelfree.config")
 
@@ -23,112 +26,22 @@ GROUPS = ("backbone", "data", "method")
 WORDS = ("experiment", "method", "data", "backbone", "trainer")
 DEFAULT_WORDS = {"method": "kmeans_baseline", "data": "scenes", "backbone": "tiny", "trainer": "auto"}
 
-NULLABLE = {
-    "run.name": str,
-    "wandb.entity": str,
-    "trainer.max_steps": int,
-    "trainer.max_epochs": int,
-    "trainer.threads": int,
-    "trainer.devices": (int, str),
-    "predict.size": int,
-    "predict.window": int,
-    "predict.overlap": float,
-    "data.root": str,
-    "data.lists": str,
-    "cache.dir": str,
-    "data.train_size": (int, list),
-    "data.eval_size": (int, list),
-    "backbone.weights": str,
-    "backbone.mean": list,
-    "backbone.std": list,
-    "backbone.levels": list,
-    "backbone.output_stride": int,
-    "backbone.eval_output_stride": int,
-    "backbone.pad_type": str,
-    "backbone.licence": str,
-    "method.num_clusters": int,
-    "method.licence": str,
-    "method.regions.root": str,
-    "method.crop.size": int,
-    "method.stage.size": (int, list),
-    "method.crops.size": int,
-    "method.crops.max_per_image": int,
-    "method.crops.pictures": int,
-    "method.maps.power": (float, str),
-    "method.restarts.epoch": int,
-    "method.things": int,
-    "method.pool.size": int,
-    "method.augment.size": (int, list),
-    "method.slots": int,
-    "method.salience.root": str,
-    "method.terms.self.shift": float,
-    "method.terms.knn.shift": float,
-    "method.terms.random.shift": float,
-    "evaluation.kmeans.clusters": int,
-    "evaluation.window.size": int,
-    "evaluation.window.stride": int,
-    "backbone.published_file": str,
-    "backbone.sha256": str,
-    "backbone.pretraining": str,
-}
-"""Types of keys whose default does not tell them: null, or one of several types."""
-
 CHANGEABLE = ("backbone.weights", "backbone.precision", "backbone.acknowledge_licence")
 """Keys of method and backbone that may be set anew for a checkpoint."""
 
-NEVER_NULL = ("data.train_size", "data.eval_size", "trainer.devices", "method.maps.power")
+THIS_MACHINE = ("cache.dir", "run.dir", "run.name", "run.resume", "run.overwrite")
+"""Where files are written is this machine's to say: what a checkpoint holds of these keys is not followed."""
 
 IN_PHASES = ("method.", "optim.", "data.")
 """Beginnings of the keys that a phase may change."""
 
-CHOICES = {
-    "logger": ("csv", "wandb"),
-    "trainer.accelerator": ("auto", "cpu", "gpu"),
-    "trainer.strategy": ("auto", "ddp"),
-    "trainer.precision": ("32-true", "bf16-mixed", "16-mixed"),
-    "trainer.progress": ("auto", "bar", "lines", "none"),
-    "evaluation.matching": ("hungarian", "hungarian_iou", "many_to_one", "many_to_one_iou"),
-    "evaluation.extra": ("drop", "background", "merge", "stego_compat"),
-    "evaluation.absent": ("skip", "zero"),
-    "evaluation.crf": ("none", "dense"),
-    "evaluation.partition": ("all", "within", "none"),
-    "evaluation.cluster_init": ("normal", "first_batch"),
-    "trainer.contrast": ("global", "local"),
-    "evaluation.kmeans.init": ("k-means++", "random"),
-    "evaluation.posthoc.optimizer": ("adam", "adamw", "sgd"),
-    "evaluation.posthoc.schedule": ("constant", "cosine", "linear"),
-    "predict.probe": ("auto", "cluster", "kmeans"),
-    "explain.embedding": ("auto", "pca", "umap"),
-    "search.backend": ("auto", "faiss_gpu", "faiss_cpu", "torch"),
-    "data.train_crop": ("center", "random", "five", "none", "keep"),
-    "data.eval_crop": ("center", "none", "keep"),
-    "data.interpolation": ("faithful", "nearest", "bilinear", "bilinear_plain", "nearest_corner"),
-    "data.cache": ("none", "ram", "disk"),
-    "backbone.pos_interp": ("dino", "timm"),
-    "backbone.precision": ("float32", "bf16", "fp16"),
-}
-GROUP_CHOICES = {
-    "optimizer": ("adam", "adamw", "sgd"),
-    "schedule": ("constant", "cosine", "linear", "poly", "step"),
-}
-OPTIONAL = (".clip_norm", ".clip_value", ".clip_each", ".weight_decay_end", ".warmup_from")
-"""Keys of optimiser groups that may be null."""
-OPTIM_NOT_NEGATIVE = (
-    ".lr", ".lr_end", ".weight_decay", ".weight_decay_end", ".warmup", ".warmup_from", ".power", ".drop",
-)  # fmt: skip
-POSITIVE = (
-    "trainer.max_steps", "trainer.max_epochs", "trainer.val_every", "trainer.checkpoint_every", "trainer.log_every",
-    "trainer.num_nodes", "trainer.threads", "data.batch_size", "data.eval_batch_size", "method.num_clusters",
-    "evaluation.kmeans.clusters", "evaluation.kmeans.restarts", "evaluation.kmeans.iterations",
-    "evaluation.kmeans.points", "evaluation.kmeans.pictures", "evaluation.retrieval.pictures",
-    "predict.size", "predict.window", "explain.clusters", "explain.points",
-)  # fmt: skip
 
-NOT_NEGATIVE = (
-    "seed", "evaluation.posthoc.epochs", "evaluation.posthoc.lr", "evaluation.posthoc.weight_decay",
-    "evaluation.posthoc.keep_mb", "evaluation.retrieval.k", "evaluation.retrieval.iterations",
-    "evaluation.retrieval.location_scale", "explain.pictures",
-)  # fmt: skip
+class Known(dict[str, Any]):
+    """The keys that there are, with their defaults, and what each may be."""
+
+    def __init__(self, defaults: dict[str, Any], allowed: Rules) -> None:
+        super().__init__(defaults)
+        self.rules = allowed
 
 
 def names(group: str) -> list[str]:
@@ -219,7 +132,7 @@ def compose(tokens: Iterable[str] = (), defaults: dict[str, str] | None = None) 
     )
     if recipe:
         layers.append(("configs/experiment/" + words["experiment"] + ".yaml", recipe))
-    known = flatten(base)
+    known = Known(flatten(base), rules(*(chosen[group] for group in GROUPS)))
     for source, layer in layers:
         for key, value in flatten(layer).items():
             OmegaConf.update(base, key, checked(key, value, known, f"{source}: "))
@@ -240,7 +153,7 @@ def compose(tokens: Iterable[str] = (), defaults: dict[str, str] | None = None) 
     return freeze(cfg)
 
 
-def phases(overlays: Any, known: dict[str, Any], given: Iterable[str]) -> list[dict[str, Any]]:
+def phases(overlays: Any, known: Known, given: Iterable[str]) -> list[dict[str, Any]]:
     """`phases` with dotted keys and checked values; keys `given` on the command line win. Raises ConfigError."""
     found = []
     for number, overlay in enumerate(OmegaConf.to_container(OmegaConf.create(list(overlays))), start=1):
@@ -250,7 +163,7 @@ def phases(overlays: Any, known: dict[str, Any], given: Iterable[str]) -> list[d
             )
         own = flatten(overlay)
         share = own.pop("share", 1)
-        if isinstance(share, bool) or not isinstance(share, int | float) or share <= 0:
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < float("inf"):
             raise ConfigError(f"phases: share={share} of phase {number}: must be a number above 0")
         for key in own:
             if not key.startswith(IN_PHASES):
@@ -265,7 +178,19 @@ def load_group(group: str, name: str) -> dict[str, Any]:
     path = CONFIGS / group / f"{name}.yaml"
     if not path.is_file() or "/" in name:
         raise ConfigError(f"{group}={name}: no such {group}; {did_you_mean(name, names(group))}")
-    return read_yaml(path)
+    tree = read_yaml(path)
+    tree.pop("rules", None)  # see `rules`
+    return tree
+
+
+@functools.cache
+def rules(*members: str) -> Rules:
+    """What each key may be with these members of GROUPS: configs/rules.yaml, and the `rules` of their own yamls."""
+    texts = yaml.safe_load((CONFIGS / "rules.yaml").read_text())
+    for group, name in zip(GROUPS, members, strict=True):
+        own = yaml.safe_load((CONFIGS / group / f"{name}.yaml").read_text()).get("rules", {})
+        texts |= {f"{group}.{key}": text for key, text in own.items()}
+    return Rules(texts)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -298,7 +223,7 @@ def expect_known(key: str, known: dict[str, Any]) -> None:
         raise ConfigError(f"{key}: no such key; {did_you_mean(key, known)}")
 
 
-def parse_value(key: str, raw: str, known: dict[str, Any]) -> Any:
+def parse_value(key: str, raw: str, known: Known) -> Any:
     """The text of a command-line value as the type that its key wants."""
     if raw == "None":
         raise ConfigError(f"{key}=None: write {key}=null for no value")
@@ -310,96 +235,64 @@ def parse_value(key: str, raw: str, known: dict[str, Any]) -> Any:
         raise ConfigError(f"{key}={raw}: cannot be read as a value; quote texts that hold brackets or colons") from None
 
 
-def expected_type(key: str, known: dict[str, Any]) -> tuple[type, ...]:
-    """The types a key takes; empty where any value goes (free-form mappings and null defaults of methods)."""
-    if key.startswith("optim.") and key.endswith(OPTIONAL):
-        return (float,)
-    if key in NULLABLE:
-        types = NULLABLE[key]
-        return types if isinstance(types, tuple) else (types,)
+def expected_type(key: str, known: Known) -> tuple[type, ...]:
+    """The types a key takes: those of its rule, else that of its default; empty where any value goes."""
+    if key in known.rules:
+        return known.rules[key].types
     value = known.get(key)
     return () if value is None or isinstance(value, dict) else (type(value),)
 
 
-def checked(key: str, value: Any, known: dict[str, Any], source: str = "") -> Any:
+def checked(key: str, value: Any, known: Known, source: str = "") -> Any:
     """The value, whole floats turned to int and ints to float where the key wants it. Raises ConfigError."""
     expect_known(key, known)
     types = expected_type(key, known)
-    if value is None:
-        nullable = key in NULLABLE or (key.startswith("optim.") and key.endswith(OPTIONAL))
-        if (types and not nullable) or key in NEVER_NULL:
-            raise ConfigError(f"{source}{key}=null: this key needs a value ({type_names(types)})")
-        return None
-    if not types or (isinstance(value, types) and not (isinstance(value, bool) and bool not in types)):
-        return value
-    if float in types and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if int in types and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if str in types and isinstance(value, int | float) and not isinstance(value, bool) and types == (str,):
-        return str(value)
-    raise ConfigError(f"{source}{key}={value}: expected {type_names(types)}, got {type_names((type(value),))}")
+    rule = known.rules.get(key) or Typed(types)
+    refusal = None if unresolved(value) else rule.refusal(value)
+    if refusal is not None:
+        example = known.get(key)
+        if refusal.startswith("expected a list of") and isinstance(example, list) and example and example != value:
+            refusal += f", as in {str(example).replace(' ', '')}"
+        raise ConfigError(f"{source}{key}={shown(rule.cast(value))}: {refusal}")
+    return rule.cast(value)
 
 
-def type_names(types: tuple[type, ...]) -> str:
-    readable = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "a text",
-        list: "a list like [1,2]",
-        dict: "a mapping",
-    }
-    return " or ".join(readable.get(item, item.__name__) for item in types)
+def shown(value: Any) -> str:
+    """A value as it is written in yaml, shortened where it is long."""
+    if isinstance(value, float):
+        return f"{value:g}" if value.is_integer() else repr(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(shown, value[:20]))}{', …' if len(value) > 20 else ''}]"
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def unresolved(value: Any) -> bool:
+    """Whether a value is that of another key, ${…}: it is checked when it is known."""
+    return isinstance(value, str) and "${" in value
 
 
 def check(cfg: DictConfig) -> None:
     """Rules that one key, or several together, must keep. Raises ConfigError."""
     flat = flatten(cfg)
-    for key, choices in CHOICES.items():
-        if key in flat and flat[key] is not None and flat[key] not in choices:
-            raise ConfigError(
-                f"{key}={flat[key]}: not one of {', '.join(choices)}; {did_you_mean(str(flat[key]), choices)}"
-            )
+    known = Known(flat, rules(*(cfg[group].name for group in GROUPS)))
     for key, value in flat.items():
-        choices = GROUP_CHOICES.get(key.rsplit(".", 1)[-1]) if key.startswith("optim.") else None
-        if choices:
-            one_of(key, value, choices)
-        if key.startswith("optim.") and key.endswith(OPTIM_NOT_NEGATIVE) and value is not None and value < 0:
-            raise ConfigError(f"{key}={value}: must not be negative")
-        if key.startswith("optim.") and ".clip_" in key and value is not None and value <= 0:
-            raise ConfigError(f"{key}={value}: must be above 0, or null for no clipping")
-    for key in POSITIVE:
-        if flat.get(key) is not None and flat[key] < 1:
-            raise ConfigError(f"{key}={flat[key]}: must be at least 1")
-    for key in NOT_NEGATIVE:
-        if flat[key] < 0:
-            raise ConfigError(f"{key}={flat[key]}: must not be negative")
-    resolutions = flat["evaluation.resolutions"]
-    sizes = [size if isinstance(size, list) else [size] for size in resolutions]
-    sound = all(len(size) in (1, 2) and all(type(side) is int and side > 0 for side in size) for size in sizes)
-    if not sound or any(size in sizes[:i] for i, size in enumerate(sizes)):
-        raise ConfigError(
-            f"evaluation.resolutions={resolutions}: expected different sizes in pixels (the shorter side, or [H,W]), "
-            "as in [320,448] or [[320,640]]"
-        )
+        if key in known.rules:
+            checked(key, value, known)
     if cfg.trainer.max_steps is not None and cfg.trainer.max_epochs is not None:
         raise ConfigError(
             f"trainer.max_epochs={cfg.trainer.max_epochs}: trainer.max_steps={cfg.trainer.max_steps} is set too; "
             "set one of them to null"
         )
-    if isinstance(cfg.trainer.devices, str) and cfg.trainer.devices != "auto":
-        raise ConfigError(f"trainer.devices={cfg.trainer.devices}: expected auto or a number of devices")
-    if isinstance(cfg.trainer.devices, int) and cfg.trainer.devices < 1:
-        raise ConfigError(f"trainer.devices={cfg.trainer.devices}: must be at least 1")
     if cfg.trainer.max_steps is None and cfg.trainer.max_epochs is None:
         raise ConfigError(
             "trainer.max_steps=null: set trainer.max_steps or trainer.max_epochs, one of them ends the run"
         )
-    if cfg.predict.overlap is not None and not 0 <= cfg.predict.overlap <= 0.95:
-        raise ConfigError(f"predict.overlap={cfg.predict.overlap}: expected a number from 0 to 0.95, or null")
-    if not 0 <= cfg.predict.overlay_alpha <= 1:
-        raise ConfigError(f"predict.overlay_alpha={cfg.predict.overlay_alpha}: expected a number from 0 to 1")
+    if cfg.evaluation.window.stride is not None and cfg.evaluation.window.size is None:
+        raise ConfigError(
+            f"evaluation.window.stride={cfg.evaluation.window.stride}: there are no windows; set "
+            "evaluation.window.size, or this to null"
+        )
 
 
 def freeze(cfg: DictConfig) -> DictConfig:
@@ -420,8 +313,8 @@ def restore(tree: dict[str, Any], tokens: Iterable[str] = ()) -> DictConfig:
     of the method or the backbone they raise CheckpointError, because what they meant cannot be built any more.
     """
     for group in GROUPS:
-        load_group(group, tree[group]["name"])  # a method that is gone ends here
-    known = flatten(current(tree))
+        load_group(group, str(_mapping(tree, group).get("name")))  # a method that is gone ends here
+    known, whole = flatten(current(tree)), with_defaults(tree)
     free = tuple(f"{key}." for key, value in known.items() if value == {})
     gone = [key for key in flatten(tree) if key not in known and not key.startswith(free)]
     for key in gone:
@@ -432,9 +325,18 @@ def restore(tree: dict[str, Any], tokens: Iterable[str] = ()) -> DictConfig:
             )
     if gone:
         log.warning("the checkpoint holds keys that this version does not have; they are left out: %s", ", ".join(gone))
-    base = OmegaConf.create(without(with_defaults(tree), gone))
-    known = flatten(base)
-    for key, raw in parse_words(tokens).items():
+    words = parse_words(tokens)
+    stored = without(whole, gone)
+    known = Known(known, rules(*(tree[group]["name"] for group in GROUPS)))
+    for key, value in flatten(stored).items():
+        checked(key, value, known, "the checkpoint's ")
+    base = OmegaConf.create(stored)
+    for key in THIS_MACHINE:
+        OmegaConf.update(base, key, known[key])
+    if (base.trainer.threads or 0) > cores():
+        base.trainer.threads = None
+    known = Known(flatten(base), known.rules)
+    for key, raw in words.items():
         if key in WORDS:
             raise ConfigError(
                 f"{key}={raw}: a checkpoint keeps its {key}; only values such as data.root can be changed"
@@ -449,14 +351,27 @@ def restore(tree: dict[str, Any], tokens: Iterable[str] = ()) -> DictConfig:
 
 def current(tree: dict[str, Any]) -> dict[str, Any]:
     """This version's configuration of the method, data set and backbone that a stored tree names, where they exist."""
-    named = {group: tree.get(group, {}).get("name") for group in GROUPS}
+    named = {group: _mapping(tree, group).get("name") for group in GROUPS}
     return plain(compose([f"{group}={name}" for group, name in named.items() if name in names(group)]))
+
+
+def _mapping(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    """A group of a stored tree, empty where it has none. Raises ConfigError for one that is no group."""
+    value = tree.get(key, {})
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"the stored {key}={shown(value)}: expected a group of keys; the file was changed or is foreign"
+        )
+    return value
 
 
 def with_defaults(tree: dict[str, Any]) -> dict[str, Any]:
     """A stored tree, with the defaults of keys that it does not have yet."""
 
     def merged(default: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+        for key, value in default.items():
+            if isinstance(value, dict):
+                _mapping(stored, key)
         pairs = {key: (default.get(key), value) for key, value in stored.items()}
         nested = [key for key, pair in pairs.items() if all(isinstance(side, dict) for side in pair)]
         return {**default, **stored, **{key: merged(*pairs[key]) for key in nested}}

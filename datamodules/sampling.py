@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from common import chance
+from common import chance, machine
 from common.errors import ConfigError
 
 Key = tuple[int, int]
@@ -124,7 +124,7 @@ def worker_count(requested: int, items: int, processes: int = 1) -> int:
         raise ConfigError(f"data.workers={requested}: must be 0 or more worker processes, or -1 to choose by itself")
     if items < SMALL:
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = machine.cores()
     if cores == 1:
         return 0
     bound_by_slurm = "SLURM_CPUS_PER_TASK" in os.environ

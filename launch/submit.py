@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 
 import config
 from common.errors import ConfigError, LabelfreeError, did_you_mean
+from common.rules import type_names
 from launch.space import read_keys
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,7 +68,7 @@ def read_site(path: Path) -> dict[str, Any]:
         if key not in SITE_TYPES:
             raise ConfigError(f"{path}: {key}: no such key; {did_you_mean(str(key), SITE_TYPES)}")
         if isinstance(value, bool) or not isinstance(value, SITE_TYPES[key]):
-            wanted = config.type_names(tuple(kind for kind in SITE_TYPES[key] if kind is not type(None)))
+            wanted = type_names(tuple(kind for kind in SITE_TYPES[key] if kind is not type(None)))
             hint = ", in quotes (yaml reads 24:00:00 as a number of seconds)" if key == "time" else ""
             raise ConfigError(f"{path}: {key}={value}: expected {wanted}{hint}")
     for key in ("cpus_per_task", "notice"):

@@ -81,9 +81,10 @@ def refusal(action) -> str:
 
 def test_sizes_that_cannot_be_evaluated_end_in_one_line(small_run, tmp_path):
     last = small_run("kmeans_baseline").folder / "checkpoints" / "last.ckpt"
-    rule = "expected different sizes in pixels (the shorter side, or [H,W]), as in [320,448] or [[320,640]]"
+    side = "whole numbers from 1 to 16384"
+    rule = f"expected a list of {side} or lists of 2 {side}, no two alike"
     for value, shown in {
-        "[48,0]": "[48, 0]", "[48,48]": "[48, 48]", "[a]": "['a']", "[48.5]": "[48.5]", "[[1,2,3]]": "[[1, 2, 3]]",
+        "[48,0]": "[48, 0]", "[48,48]": "[48, 48]", "[a]": "[a]", "[48.5]": "[48.5]", "[[1,2,3]]": "[[1, 2, 3]]",
     }.items():  # fmt: skip
         line = refusal(lambda value=value: evaluating.evaluate(last, [f"evaluation.resolutions={value}"]))
         assert line == f"evaluation.resolutions={shown}: {rule}"

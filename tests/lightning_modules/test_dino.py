@@ -272,16 +272,17 @@ def test_a_foreign_or_cut_file_is_refused(small_run, tmp_path):
         ),
         (
             "method.crops.local_scale=[0.5]",
-            "method.crops.local_scale=[0.5]: expected two numbers, the smaller first, as [0.1,0.5]",
+            "method.crops.local_scale=[0.5]: expected a list of 2 numbers above 0, at most 1, in ascending "
+            "order, as in [0.05,0.15]",
         ),
         (
             "method.crops.global_scale=[0,1]",
-            "method.crops.global_scale=[0.0, 1.0]: shares of the picture's area, above 0 and at most 1",
+            "method.crops.global_scale=[0, 1]: expected a list of 2 numbers above 0, at most 1, in ascending "
+            "order, as in [0.2,0.6]",
         ),
         (
             "method.augment.blur_p=[1]",
-            "method.augment.blur_p=[1]: expected three probabilities: of the first large crop, the second, and small "
-            "crops",
+            "method.augment.blur_p=[1]: expected a list of 3 numbers from 0 to 1, as in [1.0,0.1,0.5]",
         ),
         ("method.momentum=1.5", "method.momentum=1.5: expected a number from 0 to 1"),
         ("method.temperature.student=0", "method.temperature.student=0: must be above 0"),

@@ -205,10 +205,10 @@ def test_a_picture_without_eigenvectors_has_no_regions_either():
 REFUSED = {
     ("deep_spectral", "method.graph.kind=edge"): "method.graph.kind=edge: not one of deep, colour",
     ("deep_spectral", "method.graph.features=queries"): "method.graph.features=queries: not one of keys, levels",
-    ("tokencut", "method.side=left"): "method.side=left: not one of peak, border",
+    ("tokencut", "method.side=left"): "method.side=left: not one of border, peak",
     ("deep_spectral", "method.graph.scale=0"): "method.graph.scale=0: must be at least 1",
     ("deep_spectral", "method.graph.radius=0"): "method.graph.radius=0: must be above 0",
-    ("deep_spectral", "method.eigs.k=1"): "method.eigs.k=1: the first vector is constant; set 2 or more",
+    ("deep_spectral", "method.eigs.k=1"): "method.eigs.k=1: must be at least 2",
     ("deep_spectral", "method.segments.mode=all"): "method.segments.mode=all: not one of fixed, adaptive, single",
     ("deep_spectral", "method.segments.mode=single"): (
         "method.background=false: with method.segments.mode=single it is one of two; set it to true"
@@ -218,12 +218,12 @@ REFUSED = {
     ("normalized_cut", "method.segments.mode=single"): (
         "method.segments.mode=single: gives no classes; use fixed or adaptive, or method=deep_spectral"
     ),
-    ("tokencut", "method.tau=1"): "method.tau=1: a cosine, expected a number between -1 and 1",
+    ("tokencut", "method.tau=1"): "method.tau=1: expected a number between -1 and 1",
     ("tokencut", "method.foreground=[7]"): (
         "method.foreground=[7]: the data has classes 0 to 3; name some of them"
     ),
     ("tokencut", "method.stage.size=0"): (
-        "method.stage.size=0: must be at least 1 px, or null for the files' own size"
+        "method.stage.size=0: must be at least 1, or null for the files' own size"
     ),
     ("tokencut", "method.stage.size=225"): (
         "method.stage.size: pictures of 225 x 225 px do not fit vit_tiny_patch16_224, whose patches are 8 px: "

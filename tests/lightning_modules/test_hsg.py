@@ -254,14 +254,14 @@ def test_a_run_scores_its_levels_and_predict_writes_them(small_run, tmp_path):
         ),
         (
             ["method.groups=[8]"],
-            "method.groups=[8]: expected fine and coarse groups of a picture, two or more, such as [8,4]",
+            "method.groups=[8]: expected a list of 2 whole numbers from 2 to 65536, as in [8,4]",
         ),
         (["method.transformer.heads=3"], "method.transformer.heads=3: must divide method.dim=16"),
         (["method.slots=0"], "method.slots=0: must be at least 1, or null for no limit"),
         (["method.transformer.layers=0"], "method.transformer.layers=0: must be at least 1"),
-        (["method.transformer.dropout=1"], "method.transformer.dropout=1: must be from 0 to below 1"),
+        (["method.transformer.dropout=1"], "method.transformer.dropout=1: expected a number from 0 to below 1"),
         (["method.graph.knn=0"], "method.graph.knn=0: must be at least 1"),
-        (["method.kappa.fine=70"], "method.kappa.fine=70: must be above 0 and at most 60"),
+        (["method.kappa.fine=70"], "method.kappa.fine=70: must be at most 60"),
         (["method.weights.image=-1"], "method.weights.image=-1: must not be negative"),
         (
             [*PLAIN, "method.weights.image=0"],

@@ -275,7 +275,7 @@ def test_bf16_follows_float32(plain_three, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["method.loss=nca"], "method.loss=nca: not one of vmf, vmf_nca"),
+        (["method.loss=nca"], "method.loss=nca: not one of vmf, vmf_nca; did you mean vmf_nca?"),
         (
             ["method.loss=vmf", "method.labels.enabled=true"],
             "method.loss=vmf: draws nothing by class, so method.labels.enabled=true would change nothing but the "
@@ -291,13 +291,17 @@ def test_bf16_follows_float32(plain_three, tmp_path):
             "method.kmeans.cells=[1, 1]: without regions a picture would be one segment; set "
             "method.kmeans.cells=[5,5] or choose a source of regions",
         ),
-        (["method.kmeans.cells=[5]"], "method.kmeans.cells=[5]: expected rows and columns, such as [5,5]"),
+        (
+            ["method.kmeans.cells=[5]"],
+            "method.kmeans.cells=[5]: expected a list of 2 whole numbers from 1 to 256, as in [1,1]",
+        ),
         (["method.kmeans.grid=hex"], "method.kmeans.grid=hex: not one of linspace, ceil"),
-        (["method.kappa=80"], "method.kappa=80: must be above 0 and at most 60"),
+        (["method.kappa=80"], "method.kappa=80: must be at most 60"),
         (["method.views=0"], "method.views=0: must be at least 1"),
         (
             ["method.crop.zoom=[2.0,0.5]"],
-            "method.crop.zoom=[2.0, 0.5]: expected two factors above 0, the smaller first, as [0.5,2.0]",
+            "method.crop.zoom=[2, 0.5]: expected a list of 2 numbers above 0, at most 100, in ascending "
+            "order, as in [0.5,1.5]",
         ),
         (["method.labels.banks=-1"], "method.labels.banks=-1: must not be negative"),
         (["method.augment.hue=0.7"], "method.augment.hue=0.7: expected a number from 0 to 0.5"),
@@ -307,7 +311,7 @@ def test_bf16_follows_float32(plain_three, tmp_path):
         (["method.head.norm=layer"], "method.head.norm=layer: not one of batch, group, none"),
         (
             ["method.regions.source=hed"],
-            "method.regions.source=hed: not one of felzenszwalb, watershed, slic, folder",
+            "method.regions.source=hed: not one of felzenszwalb, watershed, slic, folder, none",
         ),
     ],
 )

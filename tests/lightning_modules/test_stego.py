@@ -112,16 +112,16 @@ REFUSED = {
     "method.signal=any": "method.signal=any: not one of features, labels",
     "method.salience.share=0": "method.salience.share=0: expected a number above 0, at most 1",
     "method.terms.knn.quantile=1": "method.terms.knn.quantile=1: expected a number between 0 and 1",
-    "method.projection=none": "method.projection=none: not one of nonlinear, linear",
+    "method.projection=none": "method.projection=none: not one of nonlinear, linear; did you mean nonlinear?",
     "method.negatives.draw=any": "method.negatives.draw=any: not one of shifted, cycle",
     "method.samples=0": "method.samples=0: must be at least 1",
     "method.neighbours.stored=6": "method.neighbours.stored=6: must be at least neighbours.drawn=7",
-    "method.terms.knn.weight=-1": "method.terms.knn.weight=-1.0: must not be negative",
-    "method.crf.weight=-1": "method.crf.weight=-1.0: must not be negative",
-    "method.crf.beta=0": "method.crf.beta=0.0: must be above 0",
-    "method.dropout.p=1": "method.dropout.p=1.0: expected a number from 0 to below 1",
+    "method.terms.knn.weight=-1": "method.terms.knn.weight=-1: must not be negative",
+    "method.crf.weight=-1": "method.crf.weight=-1: must not be negative",
+    "method.crf.beta=0": "method.crf.beta=0: must be above 0",
+    "method.dropout.p=1": "method.dropout.p=1: expected a number from 0 to below 1",
     "data.train_crop=keep": "data.train_crop=keep: padding would become patches of the loss; use random or center",
-    "evaluation.crf=yes": "evaluation.crf=yes: not one of none, dense; known: dense, none",
+    "evaluation.crf=yes": "evaluation.crf=yes: not one of none, dense",
 }
 
 

@@ -459,12 +459,12 @@ def test_crops_and_stage_are_drawn_and_resized_as_named():
             "method.crops.tokens=encoded, or method.maps.token=pooled",
         ),
         (["method.kmeans.length=x"], "method.kmeans.length=x: not one of auto, raw, unit"),
-        (["method.maps.power=x"], "method.maps.power=x: expected auto, or a number from 0 to 1"),
+        (["method.maps.power=x"], "method.maps.power=x: expected auto or a number from 0 to 1"),
         (["method.empty=x"], "method.empty=x: not one of ignore, first"),
         (["method.maps.divisor=0"], "method.maps.divisor=0: must be at least 1"),
-        (["method.maps.share=0"], "method.maps.share=0: expected a share above 0, at most 1"),
-        (["method.crops.foreground=1"], "method.crops.foreground=1: expected a share from 0 to below 1"),
-        (["method.crops.max_per_image=0"], "method.crops.max_per_image=0: must be at least 1"),
+        (["method.maps.share=0"], "method.maps.share=0: expected a number above 0, at most 1"),
+        (["method.crops.foreground=1"], "method.crops.foreground=1: expected a number from 0 to below 1"),
+        (["method.crops.max_per_image=0"], "method.crops.max_per_image=0: must be at least 1, or null for all"),
         (
             ["method.restarts.epoch=5", "method.restarts.repeat=20"],
             "method.restarts.repeat=20: counts passes over the pictures, but method.restarts.epoch=5 counts steps; set "
@@ -474,11 +474,13 @@ def test_crops_and_stage_are_drawn_and_resized_as_named():
         (["method.restarts.start=0"], "method.restarts.start=0: must be at least 1"),
         (
             ["method.restarts.intervals=[2,0]"],
-            "method.restarts.intervals=[2, 0]: expected epochs, each at least 1, and one of them",
+            "method.restarts.intervals=[2, 0]: expected a list of whole numbers of at least 1, 1 or more of "
+            "them, as in [2]",
         ),
         (
             ["method.augment.sides=[0.9,0.4]"],
-            "method.augment.sides=[0.9, 0.4]: expected two shares in ascending order, 0 to 1",
+            "method.augment.sides=[0.9, 0.4]: expected a list of 2 numbers above 0, at most 1, in ascending "
+            "order, as in [0.4,0.9]",
         ),
         (["method.weights.diversity=-1"], "method.weights.diversity=-1: must not be negative"),
         (["method.num_clusters=1"], "method.num_clusters=1: must be at least 2"),

@@ -190,7 +190,7 @@ def test_files_of_a_folder_are_found_by_the_names_of_the_pictures(folder):
 
 
 def test_missing_and_coloured_region_files_end_in_one_line(folder):
-    Image.new("RGB", (60, 40)).save(folder / "tree" / "p0.png")
+    Image.new("RGB", (60, 40), (1, 2, 3)).save(folder / "tree" / "p0.png")
     with pytest.raises(DataError) as caught:
         regions.given(Places(), folder).read(0, (40, 60))
     assert str(caught.value) == (

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from common.archives import unfolds
 from common.files import keep_as, whole
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
@@ -50,6 +51,8 @@ def damage(path: Path) -> str | None:
     try:
         if path.stat().st_size == 0:
             return "empty"
+        if folded := unfolds(path):
+            return folded
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError):  # the kinds that damaged archives raise

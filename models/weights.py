@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from common.archives import unfolds
 from common.errors import ConfigError, WeightsError
 from models import positions
 
@@ -36,6 +37,10 @@ HEADS = re.compile(
     r"|decoder\w*|queue\w*|\w+_head)(\.|$)"
 )
 """Keys of pre-training heads and the like, which no backbone uses. A key that the network owns is never dropped."""
+
+LARGER = 4
+"""Files of so many times the network's values (heads, a second network) are taken to float32 before they are compared;
+of larger ones only what belongs to the network."""
 
 RESTRICTED = re.compile(r"(^|[^a-z])(nc|non-?commercial|research|dinov3|sapiens2|amlr|seer)([^a-z]|$)", re.IGNORECASE)
 
@@ -104,6 +109,8 @@ def read(path: Path) -> Mapping[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if folded := unfolds(path):
+            raise WeightsError(f"backbone.weights={path}: is not read ({folded}); save it anew with torch.save")
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -115,6 +122,8 @@ def read(path: Path) -> Mapping[str, Any]:
                 "save its state dict alone, best as .safetensors"
             ) from None
         raise unreadable(path) from None
+    except WeightsError:
+        raise
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise unreadable(path) from error
     if not isinstance(content, Mapping):
@@ -288,9 +297,12 @@ def fit(
         WeightsError: the first key that differs, its expected and found shape.
     """
     state, dropped, prefix = unwrap(content, expected)
-    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    for key, value in state.items():
+        _expect_stored(key, value, source)
+    if sum(value.numel() for value in state.values()) <= LARGER * sum(shape.numel() for shape in expected.values()):
+        state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     if grid is not None and "pos_embed" in state:
-        state["pos_embed"] = _on_grid(state["pos_embed"], grid, prefix_rows, rule)
+        state["pos_embed"] = _on_grid(state["pos_embed"].float(), grid, prefix_rows, rule)
     candidates = [state]
     if convert is not None and _differences(_without_heads(state, expected, unused), expected):
         try:
@@ -312,7 +324,25 @@ def fit(
             f"{source}: not the weights of {network}: first differing key {key}: expected {wanted}, found {found} "
             f"({len(differing)} keys differ, {len(expected)} expected); choose the file of backbone.timm={network}"
         )
+    for key in expected:
+        value = best[key] = best[key].float() if best[key].is_floating_point() else best[key]
+        if not value.isfinite().all():
+            count = int((~value.isfinite()).sum())
+            raise WeightsError(
+                f"{source}: tensor {key} holds {count} of {value.numel()} values that are not finite (NaN, infinity); "
+                "take an earlier file of the training that they come from"
+            )
     return Fitted({key: best[key] for key in expected}, dropped, prefix)
+
+
+def _expect_stored(key: str, value: Tensor, source: str) -> None:
+    """Raises WeightsError for a tensor of more values than the file holds: a few bytes that are repeated in memory."""
+    layout = value.layout == torch.strided and not value.is_quantized
+    if not layout or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise WeightsError(
+            f"{source}: tensor {key} of shape {list(value.shape)} is no plain array of values in the file; save a copy "
+            "that is, as .clone().contiguous() makes it"
+        )
 
 
 def _without_heads(state: Mapping[str, Any], expected: Mapping[str, Any], unused: frozenset[str]) -> dict[str, Tensor]:

@@ -142,7 +142,7 @@ def clusters(words: list[str]) -> None:
 
 
 def compare(words: list[str]) -> None:
-    """compare methods="a b" seeds="0 1 2" [data=… key=value …] | runs="runs/a runs/b": one table, one page"""
+    """compare methods="a b" seeds="0 1 2" [data=… key=value …] | runs="runs/a runs/b" [eval="key=value …"]: a table"""
     from launch.compare import main as run
 
     code = run(words)

@@ -1,6 +1,10 @@
 """`run.py eval`: the scores of a checkpoint; without changes they are those of its run, to the digit."""
 
+import hashlib
+import json
 import logging
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ from omegaconf import DictConfig
 import config
 from common.errors import ConfigError
 from datamodules.base import SegmentationDataModule
-from engine import setup, summary
+from engine import environment, setup, summary
 from engine.callbacks import PanelKeeper, numbers, progress
 from engine.fitting import KMeansFit, PosthocFit, RetrievalFit
 from engine.training import write_files
@@ -21,10 +25,15 @@ from lightning_modules.base import UnsupervisedSegmenter
 log = logging.getLogger(__name__)
 
 
-def evaluate(checkpoint_path: Path, tokens: list[str]) -> dict[str, Any]:
+RECORD = "evaluated.json"
+"""Beside the scores: which checkpoint was evaluated, and with which words."""
+
+
+def evaluate(checkpoint_path: Path, tokens: list[str], into: Path | None = None) -> dict[str, Any]:
     """Evaluate a checkpoint; `tokens` may change values such as data.root or evaluation.matching.
 
-    Writes metrics.json, tables and panels into `<run folder>/eval/<checkpoint name>/` and returns the metrics. A
+    Writes metrics.json, tables and panels into `<run folder>/eval/<checkpoint name>/` (or `into`), with the
+    configuration and what it was made with, so that comparisons take the folder; returns the metrics. A
     checkpoint written before its run ended has no k-means centroids: they are fitted here.
     `evaluation.resolutions=[320,448]`: all of it at each resolution, into `eval/<checkpoint name>@320+448/`, with keys
     `val@320/<probe>/<metric>` and `protocol@320/…`; probes that have to be fitted are fitted once, at data.eval_size.
@@ -56,14 +65,14 @@ def evaluate(checkpoint_path: Path, tokens: list[str]) -> dict[str, Any]:
         posthoc.check()
     setup.connect(model, data)
     step = int(checkpoint["global_step"])
-    parent = checkpoint_path.resolve().parent
-    root = (parent.parent if parent.name == "checkpoints" else parent) / "eval"
+    root, started = evaluations(checkpoint_path), time.perf_counter()
     # At data.eval_size, once, where they are not there yet.
     fits: list[Callback] = [centroids, posthoc, RetrievalFit(cfg, data)]
     sizes = config.plain(cfg)["evaluation"]["resolutions"]
     metrics: dict[str, Any] = {}
     if not sizes:
-        folder = root / checkpoint_path.stem
+        folder = into or root / checkpoint_path.stem
+        (folder / RECORD).unlink(missing_ok=True)  # not whole any more
         metrics |= evaluate_once(cfg, data, model, fits, step, folder)
     else:
         for size in sizes:
@@ -79,7 +88,39 @@ def evaluate(checkpoint_path: Path, tokens: list[str]) -> dict[str, Any]:
     metrics |= published(checkpoint)
     if rank_zero_only.rank == 0:
         report.write_json(folder / "metrics.json", metrics)
+        config.save(cfg, folder / "config.yaml")
+        seconds, where = time.perf_counter() - started, setup.device(cfg)
+        made = environment.describe(cfg.seed, where, environment.git_commit(), seconds, None, 1)
+        report.write_json(folder / "environment.json", made)
+        report.write_json(folder / RECORD, record(checkpoint_path, tokens))
     return metrics
+
+
+def evaluations(checkpoint_path: Path) -> Path:
+    """Where the evaluations of a checkpoint lie."""
+    parent = checkpoint_path.resolve().parent
+    return (parent.parent if parent.name == "checkpoints" else parent) / "eval"
+
+
+def record(checkpoint_path: Path, tokens: Sequence[str]) -> dict[str, Any]:
+    """What tells this evaluation from others: the content of the checkpoint, and the words."""
+    with checkpoint_path.open("rb") as handle:
+        content = hashlib.file_digest(handle, "sha256").hexdigest()
+    return {"checkpoint": checkpoint_path.name, "sha256": content, "words": sorted(tokens)}
+
+
+def kept_in(checkpoint_path: Path, tokens: Sequence[str]) -> Path:
+    """A folder of its own for the evaluation of a checkpoint with these words."""
+    mark = hashlib.sha256(repr(sorted(tokens)).encode()).hexdigest()[:6]
+    return evaluations(checkpoint_path) / f"{checkpoint_path.stem}-{mark}"
+
+
+def is_kept(folder: Path, checkpoint_path: Path, tokens: Sequence[str]) -> bool:
+    """Whether a folder holds this evaluation of the checkpoint as it is now."""
+    path = folder / RECORD
+    if not (path.is_file() and checkpoint_path.is_file()):
+        return False
+    return json.loads(path.read_text()) == record(checkpoint_path, tokens)
 
 
 def published(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -63,9 +63,11 @@ def shown(image: np.ndarray, what: str, lossless: bool = False) -> str:
 def read_out(entry: Entry, count: int) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray], ClassMeta, str]:
     """Pictures, truth and clusters of `count` evaluated pictures as colours, uint8 [H,W,3] each; the classes, and the
     probe that the clusters are of."""
-    checkpoint = setup.read_checkpoint(entry.first.folder / "checkpoints" / "last.ckpt")
+    checkpoint = setup.read_checkpoint(entry.first.read_from)
     alone = {"trainer.accelerator": "auto", "trainer.devices": 1, "trainer.num_nodes": 1, "trainer.strategy": "auto"}
-    cfg, data = setup.build_data(config.changed(config.restore(checkpoint["labelfree"]["config"]), alone))
+    cfg, data = setup.build_data(
+        config.changed(config.restore(checkpoint["labelfree"]["config"], entry.first.words), alone)
+    )
     model = setup.restore_model(checkpoint, cfg).to(setup.device(cfg))
     data.pad_multiple = model.pad_multiple
     source = data.source("val")

@@ -45,6 +45,23 @@ class Finished:
     environment: dict[str, Any]
     title: str = ""
     """The method's name in papers."""
+    tables: Path | None = None
+    """Of an evaluation: where its scores lie."""
+    checkpoint: Path | None = None
+    """What was evaluated; None: the run's last.ckpt."""
+    words: tuple[str, ...] = ()
+    """What the evaluation changed in the run's configuration."""
+
+    @property
+    def read_from(self) -> Path:
+        """The checkpoint that the scores are of."""
+        return self.checkpoint or self.folder / "checkpoints" / "last.ckpt"
+
+    @property
+    def shown(self) -> str:
+        """The name of its folder, with that of the evaluation where there is one."""
+        inside = self.tables is not None and self.tables != self.folder
+        return f"{self.folder.name}/eval/{self.tables.name}" if inside else self.folder.name
 
     @classmethod
     def read(cls, folder: Path, flatten: Callable[[Any], dict[str, Any]], load: Callable[[Path], Any]) -> "Finished":
@@ -88,7 +105,7 @@ class Finished:
 
     def table(self, name: str) -> list[dict[str, str]]:
         """The rows of classes.csv or clusters.csv; none where the data had no labels."""
-        path = self.folder / name
+        path = (self.tables or self.folder) / name
         if not path.is_file():
             return []
         with path.open(newline="") as handle:
@@ -284,7 +301,7 @@ class Section:
 def kind(run: Finished) -> str:
     """What is equal for the runs of one entry: settings and protocol."""
     settings = {key: value for key, value in run.config.items() if not key.startswith(SAME_ENTRY)}
-    return repr((sorted(settings.items()), sorted(run.protocol.items())))
+    return repr((sorted(settings.items()), sorted(run.protocol.items()), run.read_from.name))
 
 
 def once(runs: Iterable[Finished]) -> tuple[list[Finished], list[str]]:
@@ -295,7 +312,10 @@ def once(runs: Iterable[Finished]) -> tuple[list[Finished], list[str]]:
         method, seed = run.metrics["method"], run.metrics["seed"]
         first = kept.setdefault((kind(run), seed), run)
         if first is not run:
-            twice.append(f"{run.folder} is left out: {method}, seed {seed} in the configuration of {first.folder}")
+            twice.append(
+                f"{run.tables or run.folder} is left out: {method}, seed {seed} in the configuration of "
+                f"{first.tables or first.folder}"
+            )
     return list(kept.values()), twice
 
 
@@ -337,6 +357,8 @@ def name(entries: list[Entry]) -> None:
             for key, value in entry.first.config.items()
             if not key.startswith(SAME_ENTRY) and base.get(key) != value
         }
+        if entry.first.read_from.name != same[0].first.read_from.name:
+            own = {"checkpoint": entry.first.read_from.name, **own}
         shown = [f"{key.removeprefix('method.')}={value}" for key, value in list(own.items())[:3]]
         more = f", {len(own) - 3} more" if len(own) > 3 else ""
         entry.label = entry.method + (f" ({', '.join(shown)}{more})" if own else "")

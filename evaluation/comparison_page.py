@@ -229,7 +229,7 @@ def environment(runs: Sequence[Finished]) -> str:
         commit = (facts["git_commit"] or "-")[:10] + ("+" if (facts["git_commit"] or "").endswith("+") else "")
         command = Cell(f"<code>{escape(' '.join(facts['command']))}</code>", classes="wide")
         rows.append([
-            run.folder.name, str(facts["seed"]), facts["device"], str(facts["processes"]),
+            run.shown, str(facts["seed"]), facts["device"], str(facts["processes"]),
             page.number(facts["seconds"], 0), facts["versions"]["torch"], commit, command,
         ])  # fmt: skip
     versions = sorted({f"{name} {version}" for run in runs for name, version in run.environment["versions"].items()})

@@ -14,7 +14,7 @@ STAGES = {"val": "Scores of the last step", "best": "Scores of the best checkpoi
 def labels_used(entry: Entry, stage: str = "val") -> str:
     """What labels were used for: training, or the choice of the checkpoint whose scores these are."""
     metrics = entry.first.metrics
-    chosen = metrics["selection/uses_labels"] and (stage == "best" or metrics.get("checkpoint") == "best.ckpt")
+    chosen = metrics["selection/uses_labels"] and (stage == "best" or entry.first.read_from.name == "best.ckpt")
     return ", ".join(["training"] * metrics["uses_labels"] + ["choice of best"] * chosen) or "none"
 
 
@@ -51,8 +51,9 @@ HEADS = ["method", "backbone", "seeds", "steps", "batch", "labels"]
 
 
 def length(entry: Entry) -> list[str]:
-    """Steps, and pictures a step over all devices."""
-    return [str(entry.first.metrics["steps"]), str(entry.first.config["data.batch_size"])]
+    """Steps (of checkpoints that differ in them from the first to the last), and pictures a step over all devices."""
+    steps = sorted({run.metrics["steps"] for run in entry.runs})
+    return [" to ".join(map(str, dict.fromkeys([steps[0], steps[-1]]))), str(entry.first.config["data.batch_size"])]
 
 
 def protocol_text(section: Section) -> str:

@@ -3,6 +3,7 @@
 `methods="a b" seeds="0 1 2" data=… key=value …`, or `runs="runs/a runs/b"`, or both. `a:key=value` is a word for method
 `a` alone. A finished run of the same configuration below `run.dir` is taken as it is, whoever trained it; the others
 are trained one after the other. The same command goes on where it was stopped. `part=i/n`: one share of a job array.
+`eval="evaluation.crf=dense"` scores all of them anew from their checkpoints, once, in place of training them again.
 """
 
 import csv
@@ -10,7 +11,6 @@ import hashlib
 import logging
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,18 @@ import config
 from common.errors import ConfigError, LabelfreeError
 from common.files import write_text
 from datamodules.folder import expect_apart
-from engine import galleries, recipes, run_folder, summary
+from engine import galleries, recipes, run_folder
 from engine.setup import UNLABELLED_CLUSTERS
 from evaluation import comparison, comparison_page, comparison_tables
 from evaluation.comparison import Finished, Section
+from launch import finished as finished_runs
+from launch.finished import read_run
 from launch.submit import count
 from launch.trials import Queue, Trial, part_of
-from lightning_modules import registry
 
 log = logging.getLogger("labelfree.compare")
 
-OWN_WORDS = ("methods", "runs", "seeds", "name", "part")
+OWN_WORDS = ("methods", "runs", "seeds", "name", "part", "eval")
 
 
 class Comparison(Queue):
@@ -39,6 +40,7 @@ class Comparison(Queue):
         methods, folders = (named.get(key, "").split() for key in ("methods", "runs"))
         if not methods and not folders:
             raise ConfigError('compare: name methods="a b" to train, or runs="runs/a runs/b" that are finished')
+        self.words = finished_runs.scoring_words(named.get("eval", ""))
         for_training = [key for key in ("seeds", *words) if key in named and key != "run.dir"]
         if not methods and for_training:
             key = for_training[0]
@@ -51,14 +53,15 @@ class Comparison(Queue):
                 raise ConfigError(f"{key}={words[key]}: {key.partition(':')[0]} is none of methods={' '.join(methods)}")
         seeds = [count("seeds", word, 0) for word in named.get("seeds", "0").split()]
         parent = Path(words.get("run.dir", "runs"))
-        mark = hashlib.sha256(repr((sorted(words.items()), methods, seeds, folders)).encode()).hexdigest()[:6]
+        told = (sorted(words.items()), methods, seeds, folders, *[sorted(self.words)] * bool(self.words))
+        mark = hashlib.sha256(repr(told).encode()).hexdigest()[:6]
         title = named.get("name") or f"{'+'.join(methods)[:60] or 'runs'}-{mark}"
         if not re.fullmatch(r"[\w][\w.+-]*", title):
             raise ConfigError(f"name={title}: expected a plain folder name")
         super().__init__("comparison", parent / "compare" / title, [], None)
         self.given = [Path(folder) for folder in folders]
-        for folder in self.given:
-            read_run(folder)  # what cannot be compared ends before the first training
+        for folder in self.given:  # what cannot be compared ends before the first training
+            finished_runs.expect_words(read_run(folder), self.words)
         finished = Stored(parent, self.given)
         for method in methods:
             shared = {key: value for key, value in words.items() if ":" not in key}
@@ -66,6 +69,7 @@ class Comparison(Queue):
             shared |= {key.removeprefix(own): value for key, value in words.items() if key.startswith(own)}
             for seed in dict.fromkeys(seeds):
                 self.trials.append(trial(len(self.trials), method, seed, shared, parent, finished))
+                config.restore(config.plain(config.compose(self.trials[-1].words)), self.words)
 
     def finished(self) -> list[Finished]:
         """All runs that are there: the given ones first, each once."""
@@ -73,6 +77,16 @@ class Comparison(Queue):
             item.look(self.target)
         done = [item.folder for item in self.trials if item.state == "finished"]
         return [read_run(folder) for folder in dict.fromkeys(path.resolve() for path in [*self.given, *done])]
+
+    def scored(self, runs: list[Finished]) -> tuple[list[Finished], list[str]]:
+        """The runs with their scores under the words of `eval`, and a line for each that could not be scored."""
+        found, failed = [], []
+        for run in runs if self.words else ():
+            try:
+                found.append(finished_runs.scored_anew(run, self.words))
+            except LabelfreeError as error:
+                failed.append(f"{run.metrics['method']}, seed {run.metrics['seed']}, {run.shown}: {error}")
+        return (found, failed) if self.words else (runs, [])
 
     def missing(self) -> list[str]:
         """A line for every training that is not finished."""
@@ -134,14 +148,6 @@ def classes_of(folder: Path) -> int:
         return sum(1 for _ in csv.DictReader(handle))
 
 
-def read_run(folder: Path) -> Finished:
-    """A finished run. Raises ConfigError."""
-    found = Finished.read(folder, config.flatten, lambda path: config.with_defaults(run_folder.read_yaml(path)))
-    known = found.metrics["method"] in registry.names()
-    title = registry.method_class(found.metrics["method"]).title if known else ""
-    return replace(found, metrics=summary.read(folder / "metrics.json"), title=title)
-
-
 def report(folder: Path, title: str, runs: list[Finished], missing: list[str]) -> list[Section]:
     """Write table.md, table.tex, table.csv and index.html into `folder`. A training that is there twice counts once."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -178,9 +184,16 @@ def main(words: list[str]) -> int:
     if part and missing:
         print(f"{len(missing)} trainings are not finished yet; the share that ends last writes the report")
         return code
+    runs, failed = queue.scored(runs)
+    for line in failed:
+        log.warning("not scored: %s", line)
+    code, missing = code or int(bool(failed)), [*missing, *failed]
+    if failed and not runs:
+        raise LabelfreeError(f"compare: no run could be scored anew; first: {failed[0]}")
     if not runs:
         raise LabelfreeError(f"compare: no training ended, so there is nothing to compare; first: {missing[0]}")
     title = named.get("name") or ", ".join(dict.fromkeys(run.metrics["method"] for run in runs))
+    title += f" ({' '.join(queue.words)})" if queue.words else ""
     sections = report(queue.folder, f"Comparison: {title}", runs, missing)
     sys.stdout.write(comparison_tables.markdown(sections, f"Comparison: {title}"))
     print(f"\n{queue.folder / 'index.html'}; table.md, table.tex and table.csv are beside it")

@@ -1,0 +1,101 @@
+"""Finished runs and evaluations as a comparison takes them: read from their folders, or scored anew and read then."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import config
+from common.errors import ConfigError
+from engine import evaluating, run_folder, summary
+from evaluation.comparison import Finished
+from evaluation.report import LAST_STEP
+from lightning_modules import registry
+
+log = logging.getLogger("labelfree.compare")
+
+ANEW = ("evaluation.", "data.", "trainer.", "search.")
+"""Beginnings of the keys that finished runs may be scored anew with."""
+FILES = ("metrics.json", "config.yaml", "environment.json")
+"""Of a finished run."""
+KEPT = ("selection/rule", "selection/uses_labels", "train_images_per_second")
+"""Of a run's metrics, beside the scores of an evaluation."""
+
+
+def read_run(folder: Path) -> Finished:
+    """A finished run, or an evaluation: what `run.py eval` left in `<run>/eval/<checkpoint>`. Raises ConfigError."""
+    path = folder / "metrics.json"
+    if path.is_file() and "checkpoint" in summary.read(path):
+        return read_evaluation(folder)
+    found = Finished.read(folder, config.flatten, stored)
+    return replace(found, metrics=summary.read(path), title=title(found.metrics["method"]))
+
+
+def stored(path: Path) -> dict[str, Any]:
+    """A stored configuration, with the defaults of keys that are younger."""
+    return config.with_defaults(run_folder.read_yaml(path))
+
+
+def title(method: str) -> str:
+    """A method's name in papers; empty of one that is gone."""
+    return registry.method_class(method).title if method in registry.names() else ""
+
+
+def read_evaluation(folder: Path) -> Finished:
+    """An evaluation as a run: its scores and settings, and of the run it belongs to, where that is beside it, what
+    training was like. Raises ConfigError."""
+    metrics, home = summary.read(folder / "metrics.json"), folder.resolve().parent.parent
+    if not any(key.startswith("val/") for key in metrics):
+        raise ConfigError(
+            f"runs: {folder} holds scores at several resolutions; evaluate at one of them (data.eval_size), or leave "
+            "it out"
+        )
+    name, path = metrics["checkpoint"], folder / evaluating.RECORD
+    words = tuple(json.loads(path.read_text())["words"]) if path.is_file() else ()
+    run = read_run(home) if all((home / name).is_file() for name in FILES) else None
+    # One of an earlier version has neither its own configuration nor what it was made with.
+    scores = run if run is not None and not path.is_file() else Finished.read(folder, config.flatten, stored)
+    labelled = any(key.endswith("/miou") for key in metrics)
+    chosen = {"selection/rule": LAST_STEP, "selection/uses_labels": name == "best.ckpt" and labelled}
+    settings, environment, place = scores.config, scores.environment, folder
+    if run is not None:
+        chosen = {key: run.metrics[key] for key in KEPT if key in run.metrics}
+        settings = settings | {key: value for key, value in run.config.items() if key.startswith("trainer.")}
+        environment, place = run.environment, home
+    checkpoints = home / "checkpoints" if (home / "checkpoints").is_dir() else home
+    return Finished(
+        place, chosen | metrics, settings, environment, title(metrics["method"]), folder, checkpoints / name, words
+    )
+
+
+def scoring_words(text: str) -> list[str]:
+    """`eval="evaluation.crf=dense data.eval_size=448"` as words. Raises ConfigError."""
+    words = text.split()
+    for key, value in config.parse_words(words).items():
+        if not key.startswith(ANEW):
+            raise ConfigError(f"eval: {key}={value}: scores finished runs anew; it takes keys of {', '.join(ANEW)}")
+        if key == "evaluation.resolutions":
+            raise ConfigError(f"eval: {key}={value}: a table has one resolution; name it with data.eval_size")
+    return words
+
+
+def expect_words(run: Finished, words: Sequence[str]) -> None:
+    """Raises ConfigError where a run cannot be scored anew with these words."""
+    config.restore(stored((run.tables or run.folder) / "config.yaml"), words)
+
+
+def scored_anew(run: Finished, words: Sequence[str]) -> Finished:
+    """The run with the scores of its checkpoint under other words, evaluated where that was not done before.
+
+    Raises LabelfreeError where it cannot be evaluated.
+    """
+    tokens = [f"{key}={value}" for key, value in config.parse_words([*run.words, *words]).items()]
+    folder = evaluating.kept_in(run.read_from, tokens)
+    if evaluating.is_kept(folder, run.read_from, tokens):
+        log.info("%s is taken as it is", folder)
+    else:
+        log.info("%s is scored with %s", run.read_from, " ".join(tokens))
+        evaluating.evaluate(run.read_from, tokens, folder)
+    return read_evaluation(folder)

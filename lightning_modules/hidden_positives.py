@@ -23,6 +23,7 @@ from lightning_modules.base import Loss, UnsupervisedSegmenter
 from lightning_modules.relations import Place, Relation, Seen, cell, stacked
 from losses.consistency import consistency
 from losses.contrastive import (
+    DENOMINATORS,
     MIN_TEMPERATURE,
     ghp_contrastive,
     lambda_schedule,
@@ -74,10 +75,11 @@ class HiddenPositives(UnsupervisedSegmenter):
             log.info("local positives take an affinity of the features in place of the backbone's attention")
 
     def _pool_for_the_batch(self) -> int:
-        """Entries that leave an anchor four to eight positives: an eighth of a step's patches, up to a power of two.
+        """An eighth of a step's patches, up to a power of two.
 
-        A patch is a positive where it is nearer than all of a pool, so among N patches of the batch about N / M are. On
-        the scenes (2,048 patches) two are too few, on CamVid (6,272) 49 are too many; see README.
+        A patch is a positive where it is nearer than all of a pool, so among N patches of other pictures about N / M
+        are: eight to sixteen. Those of an anchor's own picture are nearer, and share the draws of its dropout: on the
+        scenes some fifty more. See docs/methods/hidden_positives.md for other sizes.
         """
         sides = self.cfg.data.train_size
         height, width = (sides, sides) if isinstance(sides, int) else sides
@@ -154,6 +156,7 @@ class HiddenPositives(UnsupervisedSegmenter):
             reweighting=settings.reweighting,
             version=VERSIONS[settings.loss_version],
             symmetric=settings.positives.symmetric,
+            denominator=settings.denominator,
             pictures=(self.reach.rank() * pictures, pictures),
             guarded=settings.guarded,
         )
@@ -335,6 +338,7 @@ def check_settings(settings: Any, backbone: Any) -> None:
         )
     one_of("method.pool.refill", settings.pool.refill, ("kept", "release"))
     one_of("method.loss_version", settings.loss_version, VERSIONS)
+    one_of("method.denominator", settings.denominator, DENOMINATORS)
     for name, value in (("temperature", settings.temperature), ("lhp.sigma", settings.lhp.sigma)):
         if value <= 0:
             raise ConfigError(f"method.{name}={value}: must be above 0")

@@ -25,6 +25,7 @@ MIN_TEMPERATURE = 0.02
 """Below it exp(1 / temperature) leaves float32; unit rows need no subtraction of a maximum above it."""
 
 VERSIONS = (1, 2, "2-fixed")
+DENOMINATORS = ("agnostic", "positives")
 
 _BLOCK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 _BLOCKS = 3
@@ -126,6 +127,7 @@ def ghp_contrastive(
     reweighting: bool = True,
     version: int | str = 1,
     symmetric: bool = True,
+    denominator: str = "agnostic",
     pictures: tuple[int, int] | None = None,
     guarded: bool = True,
     block_bytes: int | None = None,
@@ -145,6 +147,9 @@ def ghp_contrastive(
         version: 1 is one weighted mean over both kinds of positives, of anchors that have a TA positive; 2 adds lam
             times a mean of its own for TS, and as released puts z in the place of z_mix; "2-fixed" does not.
         symmetric: a patch is a positive also where only the other's threshold is passed ("SA" in the ablation).
+        denominator: what a positive is compared with beside the candidates. `agnostic`: the TA positives, as released.
+            `positives`: those of both kinds, as the paper's formulas have it. A TS positive that is left out pulls
+            without an end, and its weight raises the push on all that are in: see docs/methods/hidden_positives.md.
         pictures: (first, count), the pictures whose patches are this rank's anchors; None means all. The columns are
             always all N.
         guarded: anchors without positives, or with an empty denominator, are left out before the logarithm, and a
@@ -159,10 +164,10 @@ def ghp_contrastive(
     The sum over the given pictures is divided by 2 * count, or by count where z_mix is None.
 
     Raises:
-        ConfigError: TA and TS both off, temperature below MIN_TEMPERATURE, an unknown version.
+        ConfigError: TA and TS both off, temperature below MIN_TEMPERATURE, an unknown version or denominator.
         ValueError: N is not a multiple of cells, features without thresholds, candidates of another shape.
     """
-    _check(z, f, s_ema, threshold_ag, threshold_sp, cells, temperature, candidates, version)
+    _check(z, f, s_ema, threshold_ag, threshold_sp, cells, temperature, candidates, version, denominator)
     first, count = pictures if pictures is not None else (0, len(z) // cells)
     if version == 2:  # the released slip: both halves read z, and their mean is one of them
         z_mix = None
@@ -184,6 +189,7 @@ def ghp_contrastive(
         joint=version == 1,
         reweighting=reweighting,
         symmetric=symmetric,
+        whole=denominator == "positives",
         guarded=guarded,
         block_bytes=block_bytes,
     )
@@ -208,6 +214,8 @@ class _Plan:
     joint: bool
     reweighting: bool
     symmetric: bool
+    whole: bool
+    """Whether TS positives are in the denominators beside TA positives."""
     guarded: bool
     block_bytes: int | None
 
@@ -275,6 +283,8 @@ class _Sweep:
         ]
         present = [i for i, kind in enumerate(plan.kinds) if kind is not None]
         denominators = denominator_mask(self.bits[present[0]], plan.candidates, start, out=self.bits[2])
+        if plan.whole and len(present) == 2:
+            denominators |= self.bits[1]
         shares, kept = self._shares(counts, denominators)
         mass = sum(counts[i] * shares[i] for i in present)
         return _Picture(start, [(self.bits[i], shares[i]) for i in present], denominators, mass, kept)
@@ -337,13 +347,15 @@ class _Sweep:
         return loss
 
 
-def _check(z, f, s_ema, threshold_ag, threshold_sp, cells, temperature, candidates, version) -> None:
+def _check(z, f, s_ema, threshold_ag, threshold_sp, cells, temperature, candidates, version, denominator) -> None:
     if f is None and s_ema is None:
         raise ConfigError("hidden positives: task-agnostic and task-specific positives are both off; switch one on")
     if temperature < MIN_TEMPERATURE:
         raise ConfigError(f"temperature = {temperature}: must be at least {MIN_TEMPERATURE}")
     if version not in VERSIONS:
         raise ConfigError(f"loss version = {version}: must be one of {', '.join(map(str, VERSIONS))}")
+    if denominator not in DENOMINATORS:
+        raise ConfigError(f"denominator = {denominator}: must be one of {', '.join(DENOMINATORS)}")
     if (f is None) != (threshold_ag is None) or (s_ema is None) != (threshold_sp is None):
         raise ValueError("features and their threshold must be given, or left out, together")
     if len(z) % cells:

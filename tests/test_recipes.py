@@ -119,6 +119,7 @@ def test_recipes_of_hidden_positives_hold_the_released_values(name):
     assert (optim.head.lr, optim.head.weight_decay, optim.head.clip_norm) == (5e-4, 0.1, 10.0)
     assert (optim.projection.lr, optim.linear_probe.lr, optim.cluster_probe.lr) == (5e-4, 1e-3, 5e-3)
     assert (method.loss_version, method.reweighting, method.lhp.sigma) == ("1", True, 28.0)
+    assert method.denominator == "agnostic"
 
 
 @pytest.mark.parametrize("name", [name for name in config.names("experiment") if name.startswith("transfgu")])

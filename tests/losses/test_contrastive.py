@@ -47,7 +47,10 @@ def with_gradients(case, **changes):
     return loss.detach(), *[side.grad for side in sides]
 
 
-def dense(case, *, lam=0.4, temperature=0.6, reweighting=True, version=1, symmetric=True, candidates="case"):
+def dense(
+    case, *, lam=0.4, temperature=0.6, reweighting=True, version=1, symmetric=True, candidates="case",
+    denominator="agnostic",
+):  # fmt: skip
     """The formula of the method document, sections 4 and 5, with N x N matrices and autograd (all anchors filled)."""
     total, cells = len(case["z"]), case["cells"]
     off_diagonal = ~torch.eye(total, dtype=torch.bool)
@@ -60,6 +63,7 @@ def dense(case, *, lam=0.4, temperature=0.6, reweighting=True, version=1, symmet
     ag, sp = mask(case["f"], case["threshold_ag"]), mask(case["s_ema"], case["threshold_sp"])
     chosen = case["candidates"] if candidates == "case" else torch.ones(cells, total, dtype=torch.bool)
     inside = (ag | chosen.repeat(total // cells, 1)) & off_diagonal
+    inside = inside | sp if denominator == "positives" else inside
     sides = [case["z"].clone().requires_grad_(), case["z_mix"].clone().requires_grad_()]
 
     def mean_over_anchors(log_p, weights, kept):
@@ -104,6 +108,8 @@ def assert_same(got, expected, rtol=1e-9, atol=1e-11):
         {"candidates": None},
         {"version": "2-fixed"},
         {"version": "2-fixed", "reweighting": False},
+        {"denominator": "positives"},
+        {"denominator": "positives", "version": "2-fixed"},
     ],
     ids=str,
 )
@@ -111,6 +117,22 @@ def assert_same(got, expected, rtol=1e-9, atol=1e-11):
 def test_equals_the_dense_formula_with_its_gradients(settings, pictures):
     case = scene(pictures=pictures)
     assert_same(with_gradients(case, **settings), dense(case, **settings))
+
+
+@pytest.mark.parametrize(("denominator", "pushed"), [("agnostic", True), ("positives", False)])
+def test_specific_positives_push_agnostic_ones_away_only_where_the_denominator_leaves_them_out(denominator, pushed):
+    """One anchor (patch 0 of 8, on an axis) with one TA positive, a TS positive at its place and no candidates."""
+    rows = torch.eye(8, dtype=torch.float64)
+    f, s_ema = rows.clone(), rows.clone()
+    f[1] = s_ema[2] = rows[0]
+    limits = torch.full((8,), 0.5, dtype=torch.float64)
+    z = torch.nn.functional.normalize(torch.ones(8, 8, dtype=torch.float64) + rows, dim=1).requires_grad_()
+    none = torch.zeros(8, 8, dtype=torch.bool)
+    ghp_contrastive(
+        z, None, f, s_ema, limits, limits, cells=8, temperature=0.4, lam=1.0, candidates=none, denominator=denominator
+    ).backward()
+    towards = -(z.grad[1] @ z.detach()[0])  # what a step down the gradient does to the positive's similarity
+    assert (towards < 0) == pushed
 
 
 def test_float32_is_near_the_dense_formula():
@@ -333,6 +355,7 @@ def test_lambda_grows_after_the_warm_up():
         ),
         ({"temperature": 0.01}, ConfigError, "temperature = 0.01: must be at least 0.02"),
         ({"version": 3}, ConfigError, "loss version = 3: must be one of 1, 2, 2-fixed"),
+        ({"denominator": "all"}, ConfigError, "denominator = all: must be one of agnostic, positives"),
         ({"f": None}, ValueError, "features and their threshold must be given, or left out, together"),
         ({"cells": 7}, ValueError, "36 rows are not a whole number of pictures of 7 patches"),
         (

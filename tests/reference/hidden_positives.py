@@ -230,6 +230,7 @@ def _words(case: Case) -> list[str]:
         f'method.loss_version="{int(case["cfg_loss_version"])}"',
         f"method.reweighting={bool(case['cfg_reweighting'])}",
         f"method.dropout.outputs={'in_keep_features_out' in case}",
+        "method.denominator=agnostic",
         "method.lhp.attention=backbone",
         "method.pool.refill=release",
         "method.pool.half=true",

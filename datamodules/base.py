@@ -97,6 +97,10 @@ class SegmentationDataModule(L.LightningDataModule):
         """Names and colours of the classes; called after the sources are built (`self.source(split)` works)."""
         raise NotImplementedError
 
+    def settled(self) -> dict[str, Any]:
+        """Values of `data.*` keys that only the pictures could tell, for the checkpoint; called after `setup`."""
+        return {}
+
     # ---- state ----
 
     def setup(self, stage: str | None = None) -> None:

@@ -14,6 +14,7 @@ may lack a label.
 import logging
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,15 @@ from common.errors import ConfigError, DataError
 from common.names import of_results
 from common.palette import default_palette
 from common.spec import ClassMeta
-from datamodules import label_look, layouts, strays, walking
+from datamodules import label_look, layouts, picture_look, ranges, strays, walking
 from datamodules.base import SegmentationDataModule
 from datamodules.label_values import LabelValues
 from datamodules.layouts import Part
 from datamodules.listed import Entry, ListedSource
 from datamodules.opening import ENDINGS
 from datamodules.pairing import other_files, pair
-from datamodules.reading import check_size, read_classes
+from datamodules.ranges import Range
+from datamodules.reading import check_size, read_classes, read_picture
 from datamodules.walking import pictures as pictures_in
 
 log = logging.getLogger(__name__)
@@ -46,10 +48,19 @@ class FolderSource(ListedSource):
     Raises DataError for a label value that is no class, beside what `ListedSource` raises.
     """
 
-    def __init__(self, entries: list[Entry], values: LabelValues | None = None) -> None:
+    def __init__(
+        self, entries: list[Entry], values: LabelValues | None = None, value_range: Range | None = None
+    ) -> None:
+        """values: what the labels hold; None: no labels. value_range: of pictures of more than 8 bits."""
         super().__init__(entries)
         self.values = values
+        self.read_with(value_range)
         self.classes = 0 if values is None else values.classes
+
+    def read_with(self, value_range: Range | None) -> None:
+        """The range of values of pictures of more than 8 bits from now on."""
+        self.value_range = value_range
+        self.read_picture = partial(read_picture, value_range=value_range)
 
     @property
     def has_classes(self) -> bool:
@@ -63,7 +74,8 @@ class FolderSource(ListedSource):
         return self.values(label, entry.label)
 
     def fingerprint(self) -> str:
-        return f"{super().fingerprint()}/{self.classes}{self.values.facts() if self.values else ''}"
+        values = self.values.facts() if self.values is not None else ""
+        return f"{super().fingerprint()}/{self.classes}{values}{self.value_range or ''}"
 
 
 @dataclass(frozen=True)
@@ -133,11 +145,15 @@ class FolderDataModule(SegmentationDataModule):
             return
         self._entries, self._names = self._find()
         self._values = LabelValues(self.data.label_values, self._names)
+        self._range = picture_look.settle(self._entries["train"], ranges.parse(self.data.value_range))
         super().setup(stage)
         label_look.examine(self._entries, self._names, self._values)
 
     def build_source(self, split: str) -> FolderSource:
-        return FolderSource(self._entries[split], self._values)
+        return FolderSource(self._entries[split], self._values, self._range)
+
+    def settled(self) -> dict[str, Any]:
+        return {"data.value_range": None if self._range is None else list(self._range)}
 
     def build_meta(self) -> ClassMeta:
         return ClassMeta(self._names, default_palette(len(self._names)))
@@ -184,15 +200,21 @@ def expect_apart(cfg: Any, **targets: str | Path | None) -> None:
                 walking.expect_apart([(key, part.folder) for part in parts.values()], target, path)
 
 
-def pictures_below(root: str | Path, key: str = "input") -> FolderSource:
-    """Every picture below a folder, without labels, for prediction. `key` names it in errors. Raises DataError."""
+def pictures_below(root: str | Path, key: str = "input", data: Any = None) -> FolderSource:
+    """Every picture below a folder, without labels, for prediction. `key` names it in errors; `data`: the keys `data.*`
+    of the run, whose range of values is kept. Raises DataError."""
     root = Path(root).expanduser()
     if not root.is_dir():
         raise DataError(f"{key}={root}: there is no such folder")
     pictures = pictures_in(root)
     if not pictures:
         raise _no_pictures(key, root, "any depth")
-    return FolderSource([Entry(id, str(root / name)) for id, name in zip(of_results(pictures), pictures, strict=True)])
+    entries = [Entry(id, str(root / name)) for id, name in zip(of_results(pictures), pictures, strict=True)]
+    if data is None:
+        return FolderSource(entries)
+    chosen = ranges.kept(data)
+    picture_look.settle(entries, chosen, settable="value_range" in data)
+    return FolderSource(entries, value_range=chosen)
 
 
 def _common_names(trees: list[Tree], labelled: set[str]) -> tuple[str, ...]:

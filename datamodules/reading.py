@@ -2,8 +2,10 @@
 
 Rules, the same for every picture: the EXIF orientation is applied; palettes, CMYK and other colour spaces become RGB as
 Pillow converts them; transparency is laid on white, as viewers show it; 16-bit grey is divided by 257 and rounded, so
-65535 becomes 255 (16-bit colour keeps its high byte, which Pillow reads: one level of difference at most); of several
-frames or pages the first is taken. Everything is decoded to the end: a header can be good where the body is cut.
+65535 becomes 255 (16-bit colour keeps its high byte, which Pillow reads: one level of difference at most), unless a
+range of values is given (`ranges.py`); a band of a tif beside its colours that is no transparency is left out; of
+several frames or pages the first is taken. Everything is decoded to the end: a header can be good where the body is
+cut.
 """
 
 import hashlib
@@ -12,25 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 from scipy.io import loadmat
 
 from common.errors import DataError
 from common.names import octets, shown
 from datamodules import opening
 from datamodules.opening import ENDINGS, opened
-from datamodules.ranges import is_deep
-
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""From the EXIF orientation to what sets the picture upright."""
+from datamodules.orientation import orientation, upright
+from datamodules.ranges import Range, in_planes, is_deep, plain_bands, raw_mode, sixteen_bits, to_bytes, values
 
 
 class UnreadableError(DataError):
@@ -50,12 +42,14 @@ def is_picture(name: str) -> bool:
     return name.lower().endswith(ENDINGS) and not name.startswith(".")
 
 
-def read_picture(path: str | Path) -> np.ndarray:
-    """The picture as uint8 [H,W,3], as a viewer shows it. Raises UnreadableError."""
+def read_picture(path: str | Path, value_range: Range | None = None) -> np.ndarray:
+    """The picture as uint8 [H,W,3], as a viewer shows it. Raises UnreadableError.
+
+    value_range: the values that become 0 and 255, of pictures of more than 8 bits; None: 0 and 65535.
+    """
     try:
         with opened(path) as image:
-            image.load()
-            return _rgb(_upright(image))
+            return _whole(image, value_range)
     except MemoryError:
         raise
     except Exception as error:  # the decoders raise whatever they like: OSError, SyntaxError, struct.error, …
@@ -138,7 +132,7 @@ def header_size(path: str | Path) -> tuple[int, int]:
         with opened(path) as image:
             width, height = image.size
             # Pillow turns a tif itself, and would decode a whole png to find its orientation
-            turned = image.format not in ("PNG", "TIFF") and _orientation(image) >= 5
+            turned = image.format not in ("PNG", "TIFF") and orientation(image) >= 5
             return (width, height) if turned else (height, width)
     except MemoryError:
         raise
@@ -183,7 +177,7 @@ def turned(path: str | Path) -> bool:
     try:
         with opened(path) as image:
             # Pillow would decode a whole png to find a tag behind its pixels
-            return (image.format != "PNG" or "exif" in image.info) and _orientation(image) != 1
+            return (image.format != "PNG" or "exif" in image.info) and orientation(image) != 1
     except MemoryError:
         raise
     except Exception:  # named when it is read
@@ -204,33 +198,54 @@ def _ids(image: Image.Image, deep: bool) -> np.ndarray | None:
     return None
 
 
-def _orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # a spoilt EXIF block leaves the pixels as they are
-        return 1
+def _whole(image: Image.Image, value_range: Range | None) -> np.ndarray:
+    """An open picture, not yet decoded, as uint8 [H,W,3]."""
+    deep = is_deep(image) and (value_range is not None or not image.mode.startswith("RGB") or in_planes(image))
+    tif = image.format == "TIFF"
+    if not deep:
+        if tif and raw_mode(image).startswith("RGBa"):  # Pillow would divide by the band before it is looked at
+            return _straight(image)
+        image.load()
+        return _rgb(upright(image), tif)
+    bands, coloured = values(image), image.mode.startswith("RGB")
+    found = sixteen_bits(bands) if value_range is None else to_bytes(bands, value_range)
+    if found.ndim == 2:
+        return np.repeat(found[..., None], 3, axis=2)
+    if found.shape[2] == 4 and not (tif and not is_alpha(bands[..., 3])):
+        found[..., 3] = bands[..., 3] >> 8
+        return _rgb(Image.fromarray(found))
+    return np.ascontiguousarray(found[..., :3]) if coloured else np.repeat(found[..., :1], 3, axis=2)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    turn = TURNS.get(_orientation(image))
-    return image if turn is None else image.transpose(turn)
-
-
-def _rgb(image: Image.Image) -> np.ndarray:
+def _rgb(image: Image.Image, tif: bool = False) -> np.ndarray:
+    """A decoded picture, upright, as uint8 [H,W,3]. `tif`: a fourth band may be no transparency."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return np.asarray(image)
-    if image.mode.startswith("I;16") or image.mode == "I":
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("32-bit values outside 0..65535; save it with 8 or 16 bit")
-        return np.repeat(((values + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
-    if image.mode == "F":
-        raise ValueError("float values; save it with 8 or 16 bit")
+    if tif and image.mode in ("RGBA", "LA") and not is_alpha(np.asarray(image)[..., -1]):
+        return np.asarray(image.convert(image.mode[:-1]).convert("RGB"))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return np.asarray(image.convert("RGB"))
+
+
+def _straight(image: Image.Image) -> np.ndarray:
+    """A tif whose colours are multiplied with its fourth band, if that is transparency, as uint8 [H,W,3]."""
+    with opened(image.filename) as again:
+        again.tile = [tile._replace(args=plain_bands(tile.args)) for tile in again.tile]
+        again.load()
+        bands = np.asarray(upright(again))
+    if not is_alpha(bands[..., 3]):
+        return np.ascontiguousarray(bands[..., :3])
+    image.load()
+    return _rgb(upright(image))
+
+
+def is_alpha(band: np.ndarray) -> bool:
+    """Whether a fourth band can be transparency: most of it holds two values at most, as opaque and clear."""
+    counts = np.bincount(band.ravel())
+    return np.sort(counts)[-2:].sum() >= band.size / 2
 
 
 def _pixels(array: np.ndarray) -> str:

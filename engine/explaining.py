@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 from common import precision
 from common.errors import ConfigError
 from common.files import make_output, write_text
+from datamodules import ranges
 from datamodules.base import SegmentationDataModule
 from datamodules.folder import expect_apart
-from datamodules.reading import read_picture
 from datamodules.transforms import Geometry
 from engine import explanation, naming
 from engine.clusters import restore
@@ -45,10 +45,11 @@ def explain(
         DataError: the picture cannot be read.
     """
     where, source = parse_point(point), one_picture(image)
-    height, width = read_picture(source.entries[0].picture).shape[:2]
-    expect_inside(where, image, height, width)
     cfg, data, model, checkpoint = restore(checkpoint_path, tokens)
     expect_apart(cfg, output=output)
+    source.read_with(ranges.kept(cfg.data))
+    height, width = source.read(0)[0].shape[:2]
+    expect_inside(where, image, height, width)
     how = embedding.choose(cfg.explain.embedding)
     probe = naming.choose_probe(cfg, model)
     legend = naming.legend_for(checkpoint_path, checkpoint, model, probe, names)

@@ -12,7 +12,6 @@ from common.files import make_output
 from common.palette import default_palette
 from datamodules.base import SegmentationDataModule
 from datamodules.folder import pictures_below
-from datamodules.reading import read_picture
 from datamodules.transforms import Geometry
 from engine import setup
 from evaluation import panels
@@ -36,7 +35,7 @@ def predict_levels(checkpoint_path: Path, source: Path, output: Path, tokens: li
         raise ConfigError(f"levels=all: method={cfg.method.name} as it was trained has no levels; leave levels out")
     names = model.further["hierarchy"].groups
     make_output(output)
-    pictures = pictures_below(source)
+    pictures = pictures_below(source, data=cfg.data)
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
     model.to(device)
     size = cfg.predict.size or cfg.data.eval_size
@@ -53,7 +52,7 @@ def predict_levels(checkpoint_path: Path, source: Path, output: Path, tokens: li
         rows, columns = int(valid[0].any(1).sum()), int(valid[0].any(0).sum())
         height, width = batch["size"][0].tolist()
         frame = (round(image.shape[2] * height / rows), round(image.shape[3] * width / columns))
-        picture = read_picture(pictures.entries[int(batch["index"][0])].picture)
+        picture = pictures.read(int(batch["index"][0]))[0]
         for name, level in zip(names, maps, strict=True):
             ids = upsample_ids(level, frame)[0, :height, :width].clamp(min=0).cpu().numpy()
             colours = default_palette(int(ids.max()) + 1)

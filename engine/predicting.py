@@ -19,7 +19,7 @@ from common.errors import ConfigError, DataError
 from common.files import make_output, write_text
 from datamodules.base import SegmentationDataModule
 from datamodules.folder import FolderSource, pictures_below
-from datamodules.reading import UnreadableError, read_picture
+from datamodules.reading import UnreadableError
 from datamodules.transforms import Geometry
 from engine import naming, setup, windows
 from engine.naming import Legend
@@ -49,7 +49,7 @@ def predict(
     setup.begin()
     checkpoint = setup.read_checkpoint(checkpoint_path)
     cfg = config.restore(checkpoint["labelfree"]["config"], tokens)
-    pictures = pictures_below(source)
+    pictures = pictures_below(source, data=cfg.data)
     expect_apart(source, output)
     model = setup.restore_model(checkpoint, cfg)
     probe = naming.choose_probe(cfg, model)
@@ -114,7 +114,7 @@ def whole_pictures(
     unreadable |= loader.account.files
     for batch in loader:
         number = int(batch["index"][0])
-        yield number, read_picture(pictures.entries[number].picture), cluster_ids(model, batch, probe)
+        yield number, pictures.read(number)[0], cluster_ids(model, batch, probe)
         unreadable |= loader.account.files
     unreadable |= loader.account.files
 
@@ -131,10 +131,10 @@ def windowed_pictures(
     def scores_of(images: Tensor) -> Tensor:
         return read(model, images)[1][probe]
 
-    for number, entry in enumerate(pictures.entries):
+    for number in range(len(pictures)):
         try:
             with any_size():
-                picture = read_picture(entry.picture)
+                picture = pictures.read(number)[0]
         except UnreadableError as error:
             log.warning("%s; it is skipped", error)
             unreadable[error.file] = str(error)

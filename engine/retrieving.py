@@ -22,6 +22,7 @@ import config
 from common import precision
 from common.errors import ConfigError, DataError
 from common.files import make_output, write_text
+from datamodules import ranges
 from datamodules.folder import FolderSource, expect_apart
 from datamodules.listed import Entry
 from datamodules.reading import is_picture
@@ -75,6 +76,7 @@ def retrieve(checkpoint_path: Path, image: Path, k: int, output: Path | None, to
     source = one_picture(image)
     cfg, data = setup.build_data(cfg)
     expect_apart(cfg, output=output)
+    source.read_with(ranges.kept(cfg.data))
     model = setup.restore_model(checkpoint, cfg)
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
     model.to(device)

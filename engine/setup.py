@@ -77,7 +77,8 @@ def begin() -> None:
 
 
 def build_data(cfg: DictConfig) -> tuple[DictConfig, SegmentationDataModule]:
-    """The DataModule, set up, and the configuration with what only the data could tell (method.num_clusters)."""
+    """The DataModule, set up, and the configuration with what only the data could tell (method.num_clusters,
+    data.value_range)."""
     if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError(
             "trainer.accelerator=gpu: no CUDA device is visible; use trainer.accelerator=auto, or see `run.py doctor`"
@@ -86,8 +87,11 @@ def build_data(cfg: DictConfig) -> tuple[DictConfig, SegmentationDataModule]:
     published.expect_here(cfg.backbone)  # and so do weights that are missing
     data = load_datamodule(cfg.data.name)(cfg)
     data.setup()
+    found = data.settled()
     if cfg.method.num_clusters is None:
-        cfg = config.changed(cfg, {"method.num_clusters": data.meta.num_classes or UNLABELLED_CLUSTERS})
+        found["method.num_clusters"] = data.meta.num_classes or UNLABELLED_CLUSTERS
+    if found:
+        cfg = config.changed(cfg, found)
     return cfg, data
 
 

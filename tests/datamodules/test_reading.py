@@ -155,7 +155,8 @@ def test_files_that_are_no_pictures(tmp_path):
     with pytest.raises(UnreadableError) as error:
         reading.read_picture(path)
     assert str(error.value) == (
-        f"{path}: this file cannot be read as a picture (float values; save it with 8 or 16 bit)"
+        f"{path}: this file cannot be read as a picture (float values; name their range in "
+        "data.value_range=[low,high] or auto, or save it with 8 or 16 bit)"
     )
 
 

@@ -5,6 +5,8 @@ import logging
 
 import numpy as np
 import pytest
+import torch
+import yaml
 from PIL import Image
 
 import run
@@ -81,3 +83,33 @@ def test_masks_of_0_and_255_from_the_command_line(capsys, tmp_path):
     assert not (tmp_path / "runs").exists()
     metrics, _ = trained(capsys, words, "data.label_values={0: 0, 255: 1}", "method.features=colour")
     assert metrics["val/kmeans/miou"] > 90
+
+
+def test_the_range_of_values_is_settled_in_training_and_kept(capsys, tmp_path):
+    """Pictures of 12 bits: without a range a line says so; `auto` becomes numbers, which predict and eval read with."""
+
+    def twelve(image):
+        return image[..., 0].astype(np.uint16) * 8 + 900
+
+    words = folder(tmp_path, {"train": half(), "val": half()}, picture=twelve)
+    plain, said = trained(capsys, words, "method.features=colour")
+    assert "set data.value_range=[0,4095] (what becomes 0 and 255), or data.value_range=auto" in said
+    metrics, said = trained(capsys, words, "method.features=colour", "data.value_range=auto", "run.overwrite=true")
+    assert "values of more than 8 bits" not in said
+    settings = yaml.safe_load((tmp_path / "runs" / "x" / "config.yaml").read_text())
+    low, high = settings["data"]["value_range"]
+    assert 890 < low < 1000 < 2300 < high < 2700
+    checkpoint = tmp_path / "runs" / "x" / "checkpoints" / "last.ckpt"
+    stored = torch.load(checkpoint, weights_only=True)["labelfree"]["config"]["data"]["value_range"]
+    assert stored == [low, high]
+    assert run.main(["eval", f"ckpt={checkpoint}"]) == 0
+    again = json.loads((tmp_path / "runs" / "x" / "eval" / "last" / "metrics.json").read_text())
+    assert again["val/kmeans/miou"] == metrics["val/kmeans/miou"] > plain["val/kmeans/miou"] - 1
+    out = tmp_path / "out"
+    assert run.main(["predict", f"ckpt={checkpoint}", f"input={tmp_path}/images/val", f"output={out}"]) == 0
+    assert np.asarray(Image.open(out / "overlay" / "0.png")).std() > 20
+    capsys.readouterr()
+    wrong = ["predict", f"ckpt={checkpoint}", f"input={tmp_path}/images/val", f"output={out}2", "data.value_range=auto"]
+    assert run.main(wrong) == 2
+    assert "data.value_range=auto: expected a list" in capsys.readouterr().err
+    trained(capsys, words, "method.features=colour", "data.value_range=auto")  # finished: the same settings again

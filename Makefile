@@ -132,8 +132,9 @@ data: $(READY) ## DATA=cocostuff27 [ARGS="root=folder rebuild=true"]: what to fe
 weights: $(READY) ## [BACKBONE=dino_vits8] [ARGS="fetch=true backbone.weights=file"]: what to fetch, from where, under which terms; checks the file
 	@$(PY) run.py weights $(if $(BACKBONE),backbone=$(BACKBONE)) $(ARGS)
 
-list: $(READY) ## methods, data sets, backbones, trainers, experiments
-	@$(PY) run.py list
+list: $(READY) ## [METHOD= DATA= BACKBONE= TRAINER= EXPERIMENT=]: what there is; what one of it is, takes, and was published with
+	@$(PY) run.py list $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(if $(METHOD),method=$(METHOD)) $(if $(DATA),data=$(DATA)) \
+		$(if $(BACKBONE),backbone=$(BACKBONE)) $(if $(TRAINER),trainer=$(TRAINER))
 
 show-config: $(READY) ## METHOD=… [DATA= BACKBONE= TRAINER= EXPERIMENT= SEED= STEPS= NAME= ARGS=]: the merged configuration
 	@$(PY) run.py show-config $(WORDS)

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,32 +13,6 @@ from common.files import FULL
 from common.names import shown
 
 log = logging.getLogger("labelfree")
-
-
-def take(words: list[str], *names: str) -> tuple[dict[str, str], list[str]]:
-    """Split `names` off a list of key=value words; raises ConfigError where one of them is missing."""
-    import config
-
-    config.parse_words(words)
-    found = {word.partition("=")[0]: word.partition("=")[2] for word in words}
-    for name in names:
-        if not found.get(name):
-            raise ConfigError(f"{name}: is needed; write {name}=…")
-    rest = [word for word in words if word.partition("=")[0] not in names]
-    return {name: found[name] for name in names}, rest
-
-
-def option(words: list[str], name: str) -> tuple[str | None, list[str]]:
-    """Take one key=value word that may be absent off a list: (its value or None, the other words)."""
-    found = [word.partition("=")[2] for word in words if word.partition("=")[0] == name]
-    return found[-1] if found else None, [word for word in words if word.partition("=")[0] != name]
-
-
-def whole_number(name: str, text: str, meaning: str) -> int:
-    """A word's value as a number from 1 on. Raises ConfigError."""
-    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
-        raise ConfigError(f"{name}={text}: expected a whole number, {meaning}")
-    return int(text)
 
 
 def train(words: list[str]) -> None:
@@ -65,72 +38,82 @@ def say_default(words: list[str]) -> None:
 def pseudo(words: list[str]) -> None:
     """pseudo method=… data=… backbone=… [output=folder] [key=value …]: the offline stage alone; its labels as pngs"""
     import config
-    from engine.stage import pseudo as run
 
     named = config.parse_words(words)
     output = named.pop("output", None)
-    run(config.compose([f"{key}={value}" for key, value in named.items()]), Path(output) if output else None)
+    cfg = config.compose([f"{key}={value}" for key, value in named.items()])
+    from engine.stage import pseudo as run
+
+    run(cfg, Path(output) if output else None)
 
 
 def evaluate(words: list[str]) -> None:
     """eval ckpt=… [key=value …]: the scores of a checkpoint"""
+    from launch.words import of_checkpoint
+
+    named, rest = of_checkpoint(words, "ckpt")
     from engine.evaluating import evaluate as run
 
-    named, rest = take(words, "ckpt")
     show(run(Path(named["ckpt"]), rest))
 
 
 def predict(words: list[str]) -> None:
     """predict ckpt=… input=folder output=folder [names=file|none] [levels=all] [key=value …]: maps, overlays, areas"""
+    from launch.words import of_checkpoint
+
+    named, rest = of_checkpoint(words, "ckpt", "input", "output", optional=("levels", "names"))
+    paths = [Path(named[name]) for name in ("ckpt", "input", "output")]
+    if named["levels"] not in (None, "all"):
+        raise ConfigError(f"levels={named['levels']}: expected all, or no such word")
     from engine.levels import predict_levels
     from engine.predicting import expect_apart
     from engine.predicting import predict as run
 
-    named, rest = take(words, "ckpt", "input", "output")
-    levels, rest = option(rest, "levels")
-    names, rest = option(rest, "names")
-    paths = [Path(named[name]) for name in ("ckpt", "input", "output")]
-    if levels not in (None, "all"):
-        raise ConfigError(f"levels={levels}: expected all, or no such word")
     expect_apart(*paths[1:])
-    if levels:
+    if named["levels"]:
         predict_levels(*paths, rest)
-    run(*paths, rest, names)
+    run(*paths, rest, named["names"])
 
 
 def retrieve(words: list[str]) -> None:
     """retrieve ckpt=… image=… [k=8] [output=folder] [key=value …]: a picture's segments and the nearest ones"""
+    from launch.words import of_checkpoint, whole_number
+
+    named, rest = of_checkpoint(words, "ckpt", "image", optional=("k", "output"))
+    nearest = 8 if named["k"] is None else whole_number("k", named["k"], "the nearest segments of each segment")
     from engine.retrieving import retrieve as run
 
-    named, rest = take(words, "ckpt", "image")
-    k, rest = option(rest, "k")
-    output, rest = option(rest, "output")
-    nearest = 8 if k is None else whole_number("k", k, "the nearest segments of each segment")
-    run(Path(named["ckpt"]), Path(named["image"]), nearest, None if output is None else Path(output), rest)
+    run(Path(named["ckpt"]), Path(named["image"]), nearest, maybe_path(named["output"]), rest)
 
 
 def explain(words: list[str]) -> None:
     """explain ckpt=… image=… point=x,y [output=folder] [names=file|none] [key=value …]: why a patch is what it is"""
+    from launch.words import of_checkpoint
+
+    named, rest = of_checkpoint(words, "ckpt", "image", "point", optional=("output", "names"))
     from engine.explaining import explain as run
 
-    named, rest = take(words, "ckpt", "image", "point")
-    output, rest = option(rest, "output")
-    names, rest = option(rest, "names")
-    folder = None if output is None else Path(output)
-    run(Path(named["ckpt"]), Path(named["image"]), named["point"], folder, rest, names)
+    folder = maybe_path(named["output"])
+    run(Path(named["ckpt"]), Path(named["image"]), named["point"], folder, rest, named["names"])
+
+
+def maybe_path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
 
 
 def clusters(words: list[str]) -> None:
     """clusters ckpt=… [sweep=6..40 | k=8] [key=value …]: what each cluster is, a file to name them; another number"""
-    named, rest = take(words, "ckpt")
-    sweep, rest = option(rest, "sweep")
-    k, rest = option(rest, "k")
+    from launch.words import of_checkpoint, whole_number
+
+    named, rest = of_checkpoint(words, "ckpt", optional=("sweep", "k"))
+    sweep, k = named["sweep"], named["k"]
     if sweep is not None and k is not None:
         raise ConfigError(f"k={k}: sweep={sweep} tries numbers of clusters, k takes one; give one of the two")
     if k is not None:
+        number = whole_number("k", k, "the number of clusters to take")
         from engine.cluster_count import take as run
 
-        run(Path(named["ckpt"]), whole_number("k", k, "the number of clusters to take"), rest)
+        run(Path(named["ckpt"]), number, rest)
     elif sweep is not None:
         from engine.cluster_count import sweep as run
 
@@ -143,6 +126,10 @@ def clusters(words: list[str]) -> None:
 
 def compare(words: list[str]) -> None:
     """compare methods="a b" seeds="0 1 2" [data=… key=value …] | runs="runs/a runs/b" [eval="key=value …"]: a table"""
+    import config
+    from launch import asked
+
+    asked.read(config.parse_words(words))
     from launch.compare import main as run
 
     code = run(words)
@@ -152,75 +139,69 @@ def compare(words: list[str]) -> None:
 
 def export(words: list[str]) -> None:
     """export ckpt=… output=….pt2 [names=file|none] [key=value …]: one torch.export program, free of this project"""
+    from launch.words import of_checkpoint
+
+    named, rest = of_checkpoint(words, "ckpt", "output", optional=("names",))
     from engine.programs import export as run
 
-    named, rest = take(words, "ckpt", "output")
-    names, rest = option(rest, "names")
-    run(Path(named["ckpt"]), Path(named["output"]), rest, names)
+    run(Path(named["ckpt"]), Path(named["output"]), rest, named["names"])
 
 
 def import_checkpoint(words: list[str]) -> None:
     """import-checkpoint from=stego|hp file=… output=….ckpt [data=…] [key=value …]: the authors' checkpoint as ours"""
-    from engine.importing import import_checkpoint as run
+    from launch.words import take
 
     named, rest = take(words, "from", "file", "output")
+    from engine.importing import import_checkpoint as run
+
     run(named["from"], Path(named["file"]), Path(named["output"]), rest)
 
 
 def data(words: list[str]) -> None:
     """data [name=… [root=…] [rebuild=true] [key=value …]]: what to fetch and under which terms; checks what is there"""
     import config
-    from datamodules import inventory
 
     named = config.parse_words(words)
     rebuild = config.flag(named, "rebuild")
     name, root = (named.pop(key, None) for key in ("name", "root"))
-    if name is None:
-        if words:
-            raise ConfigError(f"{words[0]}: name the data set first, as in run.py data name=cocostuff27 root=<folder>")
-        print("\n".join(inventory.names()))
-        return
+    if name is None and words:
+        raise ConfigError(f"{words[0]}: name the data set first, as in run.py data name=cocostuff27 root=<folder>")
     keys = {key if "." in key else f"data.{key}": value for key, value in named.items()}
     keys |= {} if root is None else {"data.root": root}
-    cfg = config.compose([f"data={name}", *(f"{key}={value}" for key, value in keys.items())])
-    for line in inventory.describe(cfg):
+    group = [] if name is None else [f"data={name}"]
+    cfg = config.compose([*group, *(f"{key}={value}" for key, value in keys.items())])
+    from datamodules import inventory
+
+    for line in inventory.names() if name is None else inventory.describe(cfg):
         print(line)
-    for line in inventory.examine(cfg, rebuild):
+    for line in () if name is None else inventory.examine(cfg, rebuild):
         print(line)
 
 
 def weights(words: list[str]) -> None:
     """weights [backbone=… [fetch=true] [key=value …]]: what to fetch, from where, under which terms; checks the file"""
     import config
-    from models import published
 
     named = config.parse_words(words)
     fetch = config.flag(named, "fetch")
-    if "backbone" not in named:
-        if words:
-            raise ConfigError(f"{words[0]}: name the backbone first, as in run.py weights backbone=dino_vits8")
+    if words and "backbone" not in named:
+        raise ConfigError(f"{words[0]}: name the backbone first, as in run.py weights backbone=dino_vits8")
+    cfg = config.compose([f"{key}={value}" for key, value in named.items()]).backbone
+    from models import published
+
+    if not words:
         print("\n".join(published.overview()))
         return
-    cfg = config.compose([f"{key}={value}" for key, value in named.items()]).backbone
     for line in published.report(cfg, fetch):
         print(line, flush=True)
 
 
 def list_names(words: list[str]) -> None:
-    """list: methods, data sets, backbones, trainers, and experiments with the figure to reach"""
-    import config
-    from lightning_modules import registry
+    """list [method=… data=… backbone=… trainer=… experiment=…]: what there is, and what one of it takes"""
+    from engine.listing import listing
 
-    if words:
-        raise ConfigError(f"{words[0]}: list takes no words")
-    for group in ("method", "data", "backbone", "trainer"):
-        members = config.names(group)
-        if group == "method":
-            classes = {name: registry.method_class(name) for name in members}
-            members = [f"{name} (uses labels)" if item.uses_labels else name for name, item in classes.items()]
-        print(f"{group:<11} {', '.join(members) or '-'}")
-    for name in config.names("experiment"):
-        print(f"experiment  {name}\n            {config.figure(name)}")
+    for line in listing(words):
+        print(line)
 
 
 def show_config(words: list[str]) -> None:
@@ -234,10 +215,12 @@ def show_config(words: list[str]) -> None:
 
 def doctor(words: list[str]) -> None:
     """doctor: versions, CUDA, faiss, disk, run folder, W&B; one line each"""
+    import config
+
+    config.compose(words)
     from engine.doctor import examine
 
-    _, rest = take(words)
-    if not examine(rest):
+    if not examine(words):
         raise SystemExit(1)
 
 
@@ -298,15 +281,15 @@ def refused(error: OSError) -> str:
     return f"{error.filename or 'a file'}: {said}; name another place, or change its rights"
 
 
-def at_home(word: str) -> str:
-    """`key=~/pictures` with the user's home folder in it; shells put it in at the beginning of a word alone."""
-    key, equals, value = word.partition("=")
-    return f"{key}={os.path.expanduser(value)}" if equals and value.startswith("~/") else word
+HELP = {"help", "-h", "--help"}
 
 
-def usage() -> str:
-    lines = [f"  run.py {function.__doc__.strip()}" for function in COMMANDS.values()]
-    return "Commands (always key=value, never --flags):\n" + "\n".join(lines)
+def explain_words(asked: list[str]) -> None:
+    """The commands, or one of them with the words that follow it."""
+    from launch.manual import manual, usage
+
+    for line in manual(COMMANDS[asked[0]], asked[1:]) if asked else usage(COMMANDS):
+        print(line)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -329,14 +312,17 @@ def main(argv: list[str] | None = None) -> int:
     ):
         logging.getLogger(room).setLevel(logging.INFO)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    if not argv or argv[0] in ("help", "-h", "--help"):
-        print(usage())
-        return 0 if argv else 2
-    command, words = argv[0], [at_home(word) for word in argv[1:]]
     try:
-        if command not in COMMANDS:
-            raise ConfigError(f"{command}: no such command; {did_you_mean(command, COMMANDS)}")
-        COMMANDS[command](words)
+        helped = bool(HELP.intersection(argv)) or not argv
+        asked = [word for word in argv if word not in HELP]
+        if asked and asked[0] not in COMMANDS:
+            raise ConfigError(f"{asked[0]}: no such command; {did_you_mean(asked[0], COMMANDS)}")
+        if helped:
+            explain_words(asked)
+            return 0 if argv else 2
+        from launch.words import at_home
+
+        COMMANDS[argv[0]]([at_home(word) for word in argv[1:]])
     except LabelfreeError as error:
         print(f"error: {shown(error)}", file=sys.stderr)
         return 2

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from common.errors import DiskFullError
+from common.errors import CheckpointError, DiskFullError
 from common.names import written
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -148,3 +148,11 @@ def size_text(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def expect_checkpoint(path: Path) -> None:
+    """Raises CheckpointError where there is no such file."""
+    if not path.is_file():
+        raise CheckpointError(
+            f"ckpt={path}: no such file; a run keeps its own under checkpoints/last.ckpt and best.ckpt"
+        )

@@ -3,7 +3,6 @@
 import csv
 import errno
 import fcntl
-import hashlib
 import logging
 import os
 import secrets
@@ -21,11 +20,9 @@ import config
 from common.errors import CheckpointError, ConfigError
 from common.files import clear_when_full, copy_whole, remove_unfinished, whole, write_text
 from engine import checkpoints
+from engine.identity import SAME_RUN, mark
 
 log = logging.getLogger(__name__)
-
-SAME_RUN = ("run.", "wandb.", "logger", "trainer.progress", "trainer.threads", "data.workers", "data.cache", "cache.")
-"""Keys that may differ between the parts of one run."""
 
 NAME_VARIABLE = "LABELFREE_RUN_NAME"
 """Carries a name made from the time to the processes that Lightning starts for further devices."""
@@ -133,12 +130,6 @@ def requeued(path: Path) -> bool:
     job = path / JOB_FILE
     again = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
     return again and job.is_file() and job.read_text() == os.environ.get(JOB_VARIABLE)
-
-
-def mark(cfg: DictConfig) -> str:
-    """What tells this configuration from others, but for its seed and what may differ between the parts of a run."""
-    different = {key: value for key, value in config.flatten(cfg).items() if not key.startswith((*SAME_RUN, "seed"))}
-    return hashlib.sha256(repr(different).encode()).hexdigest()[:6]
 
 
 def run_name(cfg: DictConfig) -> str:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 import config
 from common.errors import CheckpointError, ConfigError
+from common.files import expect_checkpoint
 from common.precision import usable
 from common.spec import ClassMeta
 from datamodules.base import SegmentationDataModule, load_datamodule
@@ -196,10 +197,7 @@ def has_wandb_key() -> bool:
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint of ours, on the CPU; nothing of it is executed. Raises CheckpointError with one line."""
-    if not path.is_file():
-        raise CheckpointError(
-            f"ckpt={path}: no such file; a run keeps its own under checkpoints/last.ckpt and best.ckpt"
-        )
+    expect_checkpoint(path)
     broken = checkpoints.damage(path)
     if broken is not None:
         raise CheckpointError(

@@ -1,14 +1,11 @@
 """The parts of metrics.json: flat keys, scores in percent, null where there is nothing."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from datamodules.base import SegmentationDataModule
 from evaluation.report import plain
-from lightning_modules import registry
 from lightning_modules.base import UnsupervisedSegmenter
 
 
@@ -61,14 +58,6 @@ def facts(cfg: DictConfig, model: UnsupervisedSegmenter, steps: int) -> dict[str
         "seed": cfg.seed,
         "steps": steps,
     }
-
-
-def read(path: Path) -> dict[str, Any]:
-    """The content of metrics.json; of a run from before it named its headline, with that of its method."""
-    metrics = json.loads(path.read_text())
-    if "headline" not in metrics and metrics.get("method") in registry.names():
-        metrics["headline"] = registry.method_class(metrics["method"]).headline
-    return metrics
 
 
 def at_resolution(found: dict[str, Any], size: int | list[int]) -> dict[str, Any]:

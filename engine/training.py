@@ -17,6 +17,7 @@ from engine import environment, exporting, phases, selection, setup, summary
 from engine.callbacks import PanelKeeper, RunKeeper, numbers, progress
 from engine.checkpoints import WholeCheckpointIO
 from engine.fitting import KMeansFit, PosthocFit, RetrievalFit
+from engine.metrics_file import read_metrics
 from engine.preemption import Preemption
 from engine.run_folder import RunFolder, open_run
 from engine.stage import Stage, prepare
@@ -47,7 +48,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     expect_apart(cfg, **{"run.dir": folder.path.parent, "cache.dir": cache_folder(cfg)})
     if folder.state == "finished":
         log.info("%s is finished; nothing to do (run.overwrite=true trains it again)", folder.path)
-        return summary.read(folder.metrics)
+        return read_metrics(folder.metrics)
     base, begun = cfg, 0
     total = setup.total_steps(cfg, data)
     steps = phases.plan(base, total)

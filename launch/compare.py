@@ -19,43 +19,28 @@ from common.errors import ConfigError, LabelfreeError
 from common.files import write_text
 from datamodules.folder import expect_apart
 from engine import galleries, recipes, run_folder
+from engine.identity import SAME_RUN, mark
 from engine.setup import UNLABELLED_CLUSTERS
 from evaluation import comparison, comparison_page, comparison_tables
 from evaluation.comparison import Finished, Section
 from launch import finished as finished_runs
+from launch.asked import read
 from launch.finished import read_run
-from launch.submit import count
 from launch.trials import Queue, Trial, part_of
 
 log = logging.getLogger("labelfree.compare")
-
-OWN_WORDS = ("methods", "runs", "seeds", "name", "part", "eval")
 
 
 class Comparison(Queue):
     """The trainings of a comparison, and the folders that it takes as they are."""
 
     def __init__(self, named: dict[str, str]) -> None:
-        words = {key: value for key, value in named.items() if key not in OWN_WORDS}
-        methods, folders = (named.get(key, "").split() for key in ("methods", "runs"))
-        if not methods and not folders:
-            raise ConfigError('compare: name methods="a b" to train, or runs="runs/a runs/b" that are finished')
+        asked = read(named)
+        words, methods, seeds, folders, parent = asked.words, asked.methods, asked.seeds, asked.folders, asked.parent
         self.words = finished_runs.scoring_words(named.get("eval", ""))
-        for_training = [key for key in ("seeds", *words) if key in named and key != "run.dir"]
-        if not methods and for_training:
-            key = for_training[0]
-            raise ConfigError(f'{key}={named[key]}: is for runs that are trained here; name methods="a b" too')
-        for key in ("run.name", "method", "experiment", "seed"):
-            if key in words:
-                raise ConfigError(f'{key}={words[key]}: follows from methods="…" and seeds="…"; leave it out')
-        for key in words:
-            if ":" in key and key.partition(":")[0] not in methods:
-                raise ConfigError(f"{key}={words[key]}: {key.partition(':')[0]} is none of methods={' '.join(methods)}")
-        seeds = [count("seeds", word, 0) for word in named.get("seeds", "0").split()]
-        parent = Path(words.get("run.dir", "runs"))
         told = (sorted(words.items()), methods, seeds, folders, *[sorted(self.words)] * bool(self.words))
-        mark = hashlib.sha256(repr(told).encode()).hexdigest()[:6]
-        title = named.get("name") or f"{'+'.join(methods)[:60] or 'runs'}-{mark}"
+        own_mark = hashlib.sha256(repr(told).encode()).hexdigest()[:6]
+        title = named.get("name") or f"{'+'.join(methods)[:60] or 'runs'}-{own_mark}"
         if not re.fullmatch(r"[\w][\w.+-]*", title):
             raise ConfigError(f"name={title}: expected a plain folder name")
         super().__init__("comparison", parent / "compare" / title, [], None)
@@ -64,11 +49,9 @@ class Comparison(Queue):
             finished_runs.expect_words(read_run(folder), self.words)
         finished = Stored(parent, self.given)
         for method in methods:
-            shared = {key: value for key, value in words.items() if ":" not in key}
-            own = f"{method}:"
-            shared |= {key.removeprefix(own): value for key, value in words.items() if key.startswith(own)}
+            own = asked.words_of(method)
             for seed in dict.fromkeys(seeds):
-                self.trials.append(trial(len(self.trials), method, seed, shared, parent, finished))
+                self.trials.append(trial(len(self.trials), method, seed, own, parent, finished))
                 config.restore(config.plain(config.compose(self.trials[-1].words)), self.words)
 
     def finished(self) -> list[Finished]:
@@ -103,7 +86,7 @@ def trial(index: int, method: str, seed: int, words: dict[str, str], parent: Pat
     cfg = config.compose([f"method={method}", f"seed={seed}", *own])  # a wrong word ends before the first training
     if not index:
         expect_apart(cfg, **{"run.dir": parent})
-    name = f"{method}-{cfg.data.name}-{cfg.backbone.name}-{run_folder.mark(cfg)}-seed{seed}"
+    name = f"{method}-{cfg.data.name}-{cfg.backbone.name}-{mark(cfg)}-seed{seed}"
     run_words = [f"method={method}", f"seed={seed}", *own, f"run.dir={parent}", f"run.name={name}"]
     found = finished.equal(config.plain(cfg))
     if found is not None:
@@ -125,7 +108,7 @@ class Stored:
         A run stores the number of clusters that it had, also where it followed from the classes.
         """
         natural = wanted["method"]["num_clusters"] is None
-        ignore = (*run_folder.SAME_RUN, *(["method.num_clusters"] if natural else []))
+        ignore = (*SAME_RUN, *(["method.num_clusters"] if natural else []))
         for folder in self.folders:
             stored = self.read.setdefault(folder, run_folder.read_yaml(folder / "config.yaml"))
             if any(stored.get(group, {}).get("name") != wanted[group]["name"] for group in config.GROUPS):

@@ -9,7 +9,8 @@ from typing import Any
 
 import config
 from common.errors import ConfigError
-from engine import evaluating, run_folder, summary
+from engine import evaluating, run_folder
+from engine.metrics_file import read_metrics
 from evaluation.comparison import Finished
 from evaluation.report import LAST_STEP
 from lightning_modules import registry
@@ -27,10 +28,10 @@ KEPT = ("selection/rule", "selection/uses_labels", "train_images_per_second")
 def read_run(folder: Path) -> Finished:
     """A finished run, or an evaluation: what `run.py eval` left in `<run>/eval/<checkpoint>`. Raises ConfigError."""
     path = folder / "metrics.json"
-    if path.is_file() and "checkpoint" in summary.read(path):
+    if path.is_file() and "checkpoint" in read_metrics(path):
         return read_evaluation(folder)
     found = Finished.read(folder, config.flatten, stored)
-    return replace(found, metrics=summary.read(path), title=title(found.metrics["method"]))
+    return replace(found, metrics=read_metrics(path), title=title(found.metrics["method"]))
 
 
 def stored(path: Path) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def title(method: str) -> str:
 def read_evaluation(folder: Path) -> Finished:
     """An evaluation as a run: its scores and settings, and of the run it belongs to, where that is beside it, what
     training was like. Raises ConfigError."""
-    metrics, home = summary.read(folder / "metrics.json"), folder.resolve().parent.parent
+    metrics, home = read_metrics(folder / "metrics.json"), folder.resolve().parent.parent
     if not any(key.startswith("val/") for key in metrics):
         raise ConfigError(
             f"runs: {folder} holds scores at several resolutions; evaluate at one of them (data.eval_size), or leave "

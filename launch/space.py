@@ -13,7 +13,6 @@ import numpy as np
 import yaml
 
 import config
-from common.chance import numpy_generator
 from common.errors import ConfigError, did_you_mean, one_of
 
 KEYS = (
@@ -88,6 +87,8 @@ class Sweep:
             return grid[:number]
         if number is None:
             raise ConfigError(f"{self.path}: run_cap: is needed with method: {self.tree['method']}; or say TRIALS=…")
+        from common.chance import numpy_generator  # imports torch, and a wrong word shall end without
+
         return [
             {
                 key: draw(spec, numpy_generator(0, f"sweep.{key}", index))

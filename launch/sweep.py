@@ -22,13 +22,13 @@ from rich.table import Table
 import config
 from common.errors import ConfigError, LabelfreeError
 from common.files import whole
-from datamodules.folder import expect_apart
-from engine.run_folder import mark
+from engine.identity import mark
 from evaluation import headline
 from launch import space
 from launch.space import Sweep
 from launch.submit import ROOT, count
 from launch.trials import Queue, Trial, part_of, shown
+from lightning_modules.facts import facts
 
 SECONDS = 5
 """How long the server of W&B is waited for."""
@@ -54,6 +54,8 @@ class LocalSweep(Queue):
             own = [space.word(key, value) for key, value in values.items()]
             cfg = config.compose([*same, *own])  # a wrong key or value ends before the first trial
             if not index:
+                from datamodules.folder import expect_apart  # imports torch, and a wrong word shall end without
+
                 expect_apart(cfg, **{"run.dir": parent})
             name = f"{index:03d}-{mark(cfg)}"
             run_words = [*same, *own, f"run.dir={self.folder}", f"run.name={name}"]
@@ -87,9 +89,7 @@ class LocalSweep(Queue):
 
 def headline_of(sweep: Sweep, words: list[str]) -> str:
     """The key of the score that the method of these trials is known by."""
-    from lightning_modules import registry
-
-    return headline.expected(registry.method_class(config.compose([*sweep.words, *words]).method.name).headline)
+    return headline.expected(facts(config.compose([*sweep.words, *words]).method.name).headline)
 
 
 def why_here(offline: bool) -> str | None:
@@ -157,6 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         sweep, trials = space.read(space.find(name)), None if raw is None else count("trials", raw, 1)
         expect_method(sweep, named.get("method"))
         rest = [f"{key}={value}" for key, value in named.items()]
+        config.compose([*sweep.words, *rest])  # a wrong word ends here, before anything heavy is imported
         if sweep.target == space.HEADLINE["name"]:
             sweep = sweep.following(headline_of(sweep, rest))
             print(f"target: {sweep.target}, the headline score of the method; it reads labels")

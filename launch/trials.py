@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import AGAIN, ConfigError
-from engine import summary
+from engine.metrics_file import read_metrics
 from evaluation import headline
 from launch.submit import ROOT
 
@@ -42,7 +42,7 @@ class Trial:
         """Take the state and the score from the run folder; `target`: the key of the score, None: the headline."""
         path = self.folder / "metrics.json"
         if path.is_file():
-            metrics = summary.read(path)
+            metrics = read_metrics(path)
             self.state, self.target = "finished", target or headline.key_of(metrics)
             self.score = metrics.get(self.target)
         environment = self.folder / "environment.json"

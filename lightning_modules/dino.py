@@ -1,4 +1,4 @@
-"""DINO: self-distillation without labels (Caron et al., ICCV 2021), with iBOT's dense term (Zhou et al., ICLR 2022).
+"""DINO (Caron et al., ICCV 2021) makes a backbone: self-distillation without labels, with the dense term of iBOT.
 
 A student sees crops of a picture, large and small, and predicts what a teacher, its slow copy, makes of the large ones.
 Two terms for patches go through the same head, both as options: `dense` hides patches of the large crops from the

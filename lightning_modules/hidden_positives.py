@@ -1,4 +1,4 @@
-"""Hidden Positives (Seong et al., "Leveraging Hidden Positives for Unsupervised Semantic Segmentation", CVPR 2023).
+"""Hidden Positives (Seong et al., CVPR 2023): a contrastive loss whose positives are found in pools of patches.
 
 A light head on frozen features is trained by a contrastive loss over patches. The positives of a patch are other
 patches of the batch that are more similar to it than every entry of a reference pool: task-agnostic ones by the frozen

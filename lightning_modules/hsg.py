@@ -1,5 +1,4 @@
-"""HSG (Ke et al., "Unsupervised Hierarchical Semantic Segmentation with Multiview Cosegmentation and Clustering
-Transformers", CVPR 2022).
+"""HSG (Ke et al., CVPR 2022): segments of several views, grouped by clustering transformers, finely and coarsely.
 
 Cells of several views of a picture are sorted into segments by k-means, cut by contour regions. Two clustering
 transformers gather the segments of all views of a picture into fine groups, and those into coarse ones; a transition

@@ -1,4 +1,4 @@
-"""The baseline of every table: k-means on the features themselves. Its score is val/kmeans/*.
+"""k-means on frozen features (or on colours): the row that every method has to beat. Its score is val/kmeans/*.
 
 Nothing is trained but the two online probes. `method.features: colour` clusters mean patch colours instead, the floor
 that any feature has to beat.

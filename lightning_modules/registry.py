@@ -4,6 +4,7 @@ import importlib
 
 import config
 from common.errors import ConfigError, did_you_mean
+from lightning_modules import facts
 from lightning_modules.base import UnsupervisedSegmenter
 
 
@@ -25,9 +26,5 @@ def method_class(name: str) -> type[UnsupervisedSegmenter]:
         for item in vars(module).values()
         if isinstance(item, type) and issubclass(item, UnsupervisedSegmenter) and item.__module__ == module.__name__
     ]
-    if len(found) != 1:
-        raise ConfigError(
-            f"method={name}: lightning_modules/{name}.py must define exactly one UnsupervisedSegmenter, "
-            f"found {len(found)}"
-        )
+    facts.expect_one(name, len(found))
     return found[0]

@@ -1,4 +1,4 @@
-"""SegSort (Hwang et al., "SegSort: Segmentation by Discriminative Sorting of Segments", ICCV 2019).
+"""SegSort (Hwang et al., ICCV 2019): vectors of pixels drawn to their own segments and away from all others.
 
 A network gives every cell a unit vector. Cells are sorted into segments inside each picture: by contour regions, by
 spherical k-means from a grid, or both; a segment's prototype is the normalised sum of its cells. The loss draws cells

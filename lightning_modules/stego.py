@@ -1,4 +1,4 @@
-"""STEGO (Hamilton et al., ICLR 2022): Unsupervised Semantic Segmentation by Distilling Feature Correspondences.
+"""STEGO (Hamilton et al., ICLR 2022): codes whose cosines copy, sharpened, the cosines of frozen features.
 
 A small head maps frozen patch features to codes whose cosines copy, sharpened, those of the features: between a picture
 and itself, one of its nearest pictures, and random pictures of the batch. Method document sections 2 to 5.

@@ -471,6 +471,7 @@ def test_a_path_that_the_system_refuses_is_named(capsys, tmp_path):
 
 
 def test_levels_are_not_written_into_the_pictures(capsys, tmp_path):
+    (tmp_path / "x.ckpt").touch()
     words = ("predict", f"ckpt={tmp_path}/x.ckpt", f"input={tmp_path}", f"output={tmp_path}/out", "levels=all")
     assert error_line(capsys, *words) == (
         f"error: output={tmp_path}/out: lies in the input folder and would be read as pictures; name another"

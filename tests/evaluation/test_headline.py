@@ -6,7 +6,8 @@ import logging
 import pytest
 import yaml
 
-from engine import evaluating, summary
+from engine import evaluating
+from engine.metrics_file import read_metrics
 from evaluation import headline, report
 from launch import space, sweep, trials
 from lightning_modules import registry
@@ -61,9 +62,9 @@ def test_an_old_run_has_the_headline_of_its_method(tmp_path):
     path = tmp_path / "metrics.json"
     old = {key: value for key, value in BASELINE.items() if key not in ("headline", "num_clusters")}
     path.write_text(json.dumps(old))
-    assert headline.key_of(summary.read(path)) == "val/kmeans/miou"
+    assert headline.key_of(read_metrics(path)) == "val/kmeans/miou"
     path.write_text(json.dumps(old | {"method": "gone"}))
-    assert headline.key_of(summary.read(path)) == "val/cluster/miou"
+    assert headline.key_of(read_metrics(path)) == "val/cluster/miou"
 
 
 def test_a_trial_reports_it(tmp_path, capsys):

@@ -1,0 +1,55 @@
+"""What a comparison is asked for, read and checked before anything heavy is imported: a wrong word answers at once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import config
+from common.errors import ConfigError
+from launch.submit import count
+
+OWN_WORDS = ("methods", "runs", "seeds", "name", "part", "eval")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Methods to train on the same words, each with all seeds, and folders of finished runs."""
+
+    methods: list[str]
+    seeds: list[int]
+    folders: list[str]
+    words: dict[str, str]
+    """Those of the trainings, with `a:key` for method `a` alone."""
+
+    @property
+    def parent(self) -> Path:
+        return Path(self.words.get("run.dir", "runs"))
+
+    def words_of(self, method: str) -> dict[str, str]:
+        """The words of one method's trainings."""
+        shared = {key: value for key, value in self.words.items() if ":" not in key}
+        own = f"{method}:"
+        return shared | {key.removeprefix(own): value for key, value in self.words.items() if key.startswith(own)}
+
+
+def read(named: dict[str, str]) -> Asked:
+    """The words of `compare`. Raises ConfigError where they do not fit, also those of the trainings."""
+    words = {key: value for key, value in named.items() if key not in OWN_WORDS}
+    methods, folders = (named.get(key, "").split() for key in ("methods", "runs"))
+    if not methods and not folders:
+        raise ConfigError('compare: name methods="a b" to train, or runs="runs/a runs/b" that are finished')
+    for_training = [key for key in ("seeds", *words) if key in named and key != "run.dir"]
+    if not methods and for_training:
+        key = for_training[0]
+        raise ConfigError(f'{key}={named[key]}: is for runs that are trained here; name methods="a b" too')
+    for key in ("run.name", "method", "experiment", "seed"):
+        if key in words:
+            raise ConfigError(f'{key}={words[key]}: follows from methods="…" and seeds="…"; leave it out')
+    for key in words:
+        if ":" in key and key.partition(":")[0] not in methods:
+            raise ConfigError(f"{key}={words[key]}: {key.partition(':')[0]} is none of methods={' '.join(methods)}")
+    seeds = [count("seeds", word, 0) for word in named.get("seeds", "0").split()]
+    asked = Asked(methods, seeds, folders, words)
+    for method in methods:
+        own = asked.words_of(method)
+        config.compose([f"method={method}", *(f"{key}={value}" for key, value in own.items())])
+    return asked

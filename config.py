@@ -230,9 +230,13 @@ def parse_value(key: str, raw: str, known: Known) -> Any:
     if expected_type(key, known) == (str,) and raw != "null":
         return raw[1:-1] if len(raw) > 1 and raw[0] == raw[-1] and raw[0] in "\"'" else raw
     try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(raw)):  # a word can stand for millions
+            raise yaml.YAMLError
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]))["value"]
-    except (OmegaConfBaseException, yaml.YAMLError):
-        raise ConfigError(f"{key}={raw}: cannot be read as a value; quote texts that hold brackets or colons") from None
+    except (OmegaConfBaseException, yaml.YAMLError, RecursionError, ValueError):
+        raise ConfigError(
+            f"{key}={shown(raw)}: cannot be read as a value; quote texts that hold brackets or colons"
+        ) from None
 
 
 def expected_type(key: str, known: Known) -> tuple[type, ...]:

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import loadmat
 
+from common import trees
 from common.errors import DataError
 from common.names import octets, shown
 from datamodules import opening
@@ -156,8 +157,8 @@ def read_classes(path: str | Path) -> tuple[str, ...]:
         return ()
     rule = 'it must be a list of at most 255 class names in id order, such as ["sky", "road"]'
     try:
-        names = json.loads(path.read_bytes())  # bytes: json knows the marks that editors put in front
-    except (OSError, ValueError) as error:
+        names = trees.json_of(path)
+    except (OSError, trees.TreeError) as error:
         raise DataError(f"{path}: cannot be read as json ({opening.reason(error)}); {rule}") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) > 255:
         found = f"a list of {len(names)}" if isinstance(names, list) else f"a {type(names).__name__}"

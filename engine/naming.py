@@ -10,10 +10,10 @@ from typing import Any
 
 import jinja2
 import numpy as np
-import yaml
 from omegaconf import DictConfig
 from torch import Tensor
 
+from common import trees
 from common.errors import CheckpointError, ConfigError
 from common.files import write_text
 from common.names import shown
@@ -134,12 +134,10 @@ def load(path: Path) -> dict[str, Any]:
             f"names={path}: no such file; `run.py clusters ckpt=…` writes one to edit, names=none: without"
         )
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f"line {where.line + 1}" if where is not None else type(error).__name__
+        content = trees.yaml_of(path)
+    except trees.TreeError as error:
         raise ConfigError(
-            f"names={path}: cannot be read as yaml ({line}); put names that hold : or # in quotes"
+            f"names={path}: cannot be read as yaml ({error}); put names that hold : or # in quotes"
         ) from None
     if not isinstance(content, dict) or any(key not in content for key in KEYS):
         raise ConfigError(f"names={path}: must hold the keys {', '.join(KEYS)}; let `run.py clusters` write it anew")
@@ -154,8 +152,9 @@ def read(path: Path, probe: str, values: Tensor) -> Legend:
     content, own = load(path), mark(values)
     if (content["probe"], str(content["centroids"])) != (probe, own):
         raise ConfigError(
-            f"names={path}: names the clusters {content['centroids']} of probe {content['probe']}, this checkpoint has "
-            f"{own} of probe {probe}; let `run.py clusters` write a new file, or set names=none"
+            f"names={path}: names the clusters {shown(content['centroids'])[:40]} of probe "
+            f"{shown(content['probe'])[:40]}, "
+            f"this checkpoint has {own} of probe {probe}; let `run.py clusters` write a new file, or set names=none"
         )
     entries = content["clusters"]
     if not isinstance(entries, dict) or set(entries) != set(range(len(values))):
@@ -165,7 +164,9 @@ def read(path: Path, probe: str, values: Tensor) -> Legend:
         entry = entries[number]
         name = entry.get("name") if isinstance(entry, dict) else None
         if name in (None, ""):
-            raise ConfigError(f'names={path}: cluster {number}: expected {{name: sky, colour: "#3478be"}}, got {entry}')
+            raise ConfigError(
+                f'names={path}: cluster {number}: expected {{name: sky, colour: "#3478be"}}, got {shown(entry)[:100]}'
+            )
         colour = first.setdefault(shown(name), parse_colour(path, number, entry.get("colour")))
         names.append(shown(name))
         colours.append(colour)

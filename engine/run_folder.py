@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 import config
+from common import trees
 from common.errors import CheckpointError, ConfigError
 from common.files import clear_when_full, copy_whole, remove_unfinished, whole, write_text
 from engine import checkpoints
@@ -206,9 +206,9 @@ def open_run(cfg: DictConfig) -> RunFolder:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The stored configuration of a run; raises ConfigError where it is not one. Tags that would call code are not."""
     try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        content = type(error).__name__
+        content = trees.yaml_of(path)
+    except trees.TreeError as error:
+        content = error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: is not the configuration of a run ({content}); give the run another run.name")
     return content

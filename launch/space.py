@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 import config
+from common import trees
 from common.errors import ConfigError, did_you_mean, one_of
+from config import shown
 
 KEYS = (
     "program", "command", "method", "metric", "parameters", "run_cap", "early_terminate",
@@ -41,6 +42,12 @@ HEADLINE = {"name": "headline", "goal": "maximize"}
 """The metric of a file that names none: the score that the method is known by (`Sweep.following` puts it in)."""
 
 DEFAULTS = {"mu": 0.0, "sigma": 1.0, "q": 1.0}
+
+LARGEST = 10**15
+"""Numbers beyond it are slips, and no floats keep their last digits."""
+SPREADS, MOST_EXPONENT = 40, 700
+"""No draw of a normal distribution lies further from its mean, in sigmas; and e to more is beyond what floats hold."""
+MOST_TRIALS = 100_000
 
 
 @dataclass(frozen=True)
@@ -101,9 +108,9 @@ class Sweep:
 def read_keys(path: Path, model: str, empty: bool = False) -> dict[str, Any]:
     """The mapping of a yaml file; `model` names a good one. Raises ConfigError (without `empty`, also for no keys)."""
     try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is no yaml ({str(error).splitlines()[0]}); compare it with {model}") from None
+        tree = trees.yaml_of(path)
+    except trees.TreeError as error:
+        raise ConfigError(f"{path}: is no yaml that can be read ({error}); compare it with {model}") from None
     if empty and tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -116,32 +123,45 @@ def read(path: Path) -> Sweep:
     tree = read_keys(path, "configs/sweep/hidden_positives.yaml")
     for key in tree:
         if key not in KEYS:
-            raise ConfigError(f"{path}: {key}: no such key; {did_you_mean(str(key), KEYS)}")
+            raise ConfigError(f"{path}: {shown(key)}: no such key; {did_you_mean(str(key), KEYS)}")
     tree = {"metric": HEADLINE, **tree}
     for key in ("command", "method", "metric", "parameters"):
         if not tree.get(key):
             raise ConfigError(f"{path}: {key}: is needed; compare it with configs/sweep/hidden_positives.yaml")
     one_of(f"{path}: method", tree["method"], METHODS)
     metric = tree["metric"]
-    if not isinstance(metric, dict) or not metric.get("name") or metric.get("goal") not in ("maximize", "minimize"):
-        raise ConfigError(f"{path}: metric={metric}: expected {{name: val/…, goal: maximize}} or minimize")
+    if (
+        not isinstance(metric, dict)
+        or not isinstance(metric.get("name"), str)
+        or metric.get("goal") not in ("maximize", "minimize")
+    ):
+        raise ConfigError(f"{path}: metric={shown(metric)}: expected {{name: val/…, goal: maximize}} or minimize")
     command = tree["command"]
     if not isinstance(command, list) or "train" not in command or ARGUMENTS not in command[command.index("train") :]:
         raise ConfigError(f"{path}: command: must hold train and, after it, {ARGUMENTS} (key=value words, no dashes)")
+    for word in command:
+        if not isinstance(word, str) or not word.isprintable():
+            raise ConfigError(f"{path}: command: {word!a}: expected texts; put a number in quotes")
     cap = tree.get("run_cap")
-    if cap is not None and (type(cap) is not int or cap < 1):
-        raise ConfigError(f"{path}: run_cap={cap}: expected a whole number of at least 1")
+    if cap is not None and (type(cap) is not int or not 1 <= cap <= MOST_TRIALS):
+        raise ConfigError(f"{path}: run_cap={cap}: expected a whole number from 1 to {MOST_TRIALS}")
     if not isinstance(tree["parameters"], dict):
-        raise ConfigError(f"{path}: parameters={tree['parameters']}: expected a mapping of keys to their values")
+        raise ConfigError(f"{path}: parameters={shown(tree['parameters'])}: expected a mapping of keys to their values")
     for key, spec in tree["parameters"].items():
         tree["parameters"][key] = checked(f"{path}: parameters.{key}", spec, tree["method"])
+    if tree["method"] == "grid":
+        size = math.prod(len(spec.get("values", [0])) for spec in tree["parameters"].values())
+        if size > MOST_TRIALS:
+            raise ConfigError(f"{path}: parameters: a grid of {size} trials; {MOST_TRIALS} are the most, or draw some")
     return Sweep(path, tree)
 
 
 def checked(where: str, spec: Any, method: str) -> dict[str, Any]:
     """One parameter, with its distribution named. Raises ConfigError."""
     if not isinstance(spec, dict):
-        raise ConfigError(f"{where}={spec}: expected a mapping such as {{values: [1, 2]}} or {{min: 0.1, max: 1.0}}")
+        raise ConfigError(
+            f"{where}={shown(spec)}: expected a mapping such as {{values: [1, 2]}} or {{min: 0.1, max: 1.0}}"
+        )
     if "parameters" in spec:
         raise ConfigError(f"{where}: nested parameters hide the key; write its dotted name, as in optim.head.lr")
     kind = spec.get("distribution") or guessed(spec)
@@ -157,23 +177,45 @@ def checked(where: str, spec: Any, method: str) -> dict[str, Any]:
         if key not in spec and key not in DEFAULTS:
             raise ConfigError(f"{where}: {key}: is needed by {kind}")
     if "values" in spec and (not isinstance(spec["values"], list) or not spec["values"]):
-        raise ConfigError(f"{where}: values={spec['values']}: expected a list such as [1, 2]")
-    if any(value is None for value in spec.get("values", [spec.get("value", 0)])):
-        raise ConfigError(f"{where}: null: W&B hands it over as None, which is no value here; leave it out")
+        raise ConfigError(f"{where}: values={shown(spec['values'])}: expected a list such as [1, 2]")
+    for value in spec.get("values", [spec.get("value", 0)]):
+        if value is None:
+            raise ConfigError(f"{where}: null: W&B hands it over as None, which is no value here; leave it out")
+        if any(not isinstance(entry, str | int | float) for entry in (value if isinstance(value, list) else [value])):
+            raise ConfigError(f"{where}: {shown(value)}: expected numbers, texts, true or false, or lists of them")
     for key in ("min", "max", "mu", "sigma", "q"):
         if key in spec and (isinstance(spec[key], bool) or not isinstance(spec[key], int | float)):
             raise ConfigError(
-                f"{where}: {key}={spec[key]}: expected a number (yaml reads 1e-4 as a text; write 1.0e-4)"
+                f"{where}: {key}={shown(spec[key])}: expected a number (yaml reads 1e-4 as a text; write 1.0e-4)"
             )
+        if key in spec and not abs(spec[key]) <= LARGEST:
+            raise ConfigError(f"{where}: {key}={spec[key]:g}: expected a number from {-LARGEST:g} to {LARGEST:g}")
+    for key in ("q", "sigma"):
+        if spec.get(key, 1) <= 0:
+            raise ConfigError(f"{where}: {key}={spec[key]}: must be above 0")
+    if kind == "int_uniform" and any(not isinstance(spec[key], int) for key in ("min", "max")):
+        raise ConfigError(f"{where}: min={spec['min']}, max={spec['max']}: expected whole numbers for int_uniform")
     if "min" in spec and not spec["min"] < spec["max"]:
         raise ConfigError(f"{where}: min={spec['min']}: must be below max={spec['max']}")
     if "log_uniform" in kind and spec["min"] <= 0:
         raise ConfigError(f"{where}: min={spec['min']}: must be above 0 for {kind}")
+    ends = [spec[key] for key in ("min", "max") if key in spec]
+    if kind.endswith("normal"):
+        mean, wide = spec.get("mu", DEFAULTS["mu"]), SPREADS * spec.get("sigma", DEFAULTS["sigma"])
+        ends = [mean - wide, mean + wide]
+        if kind == "log_normal" and ends[1] > MOST_EXPONENT:
+            raise ConfigError(f"{where}: mu={mean}, sigma={wide / SPREADS:g}: e to such powers is no number any more")
+    if kind.startswith("q_") and max(map(abs, ends)) / spec.get("q", DEFAULTS["q"]) > LARGEST:
+        raise ConfigError(f"{where}: q={spec['q']}: is too small for these values")
     probabilities = spec.get("probabilities")
-    if probabilities is not None and (
-        len(probabilities) != len(spec["values"]) or not math.isclose(sum(probabilities), 1.0)
-    ):
-        raise ConfigError(f"{where}: probabilities={probabilities}: expected one a value, with a sum of 1")
+    if probabilities is not None:
+        given = probabilities if isinstance(probabilities, list) else []
+        sound = all(type(share) in (int, float) and 0 <= share <= 1 for share in given)
+        if not sound or len(given) != len(spec["values"]) or not math.isclose(sum(given), 1.0):
+            raise ConfigError(
+                f"{where}: probabilities={shown(probabilities)}: expected one a value, each from 0 to 1, with a sum "
+                "of 1"
+            )
     return spec
 
 

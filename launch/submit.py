@@ -41,6 +41,9 @@ SITE_TYPES: dict[str, tuple[type, ...]] = {
 }
 """Keys of site.yaml and their types; a key that a file leaves out is that of launch/site.yaml."""
 
+MOST = 1_000_000
+"""Cores of a task and seconds of notice, at most."""
+
 SET_HERE = ("trainer.num_nodes", "trainer.devices", "trainer.strategy")
 """Words that follow from nodes= and gpus=."""
 
@@ -70,12 +73,22 @@ def read_site(path: Path) -> dict[str, Any]:
         if isinstance(value, bool) or not isinstance(value, SITE_TYPES[key]):
             wanted = type_names(tuple(kind for kind in SITE_TYPES[key] if kind is not type(None)))
             hint = ", in quotes (yaml reads 24:00:00 as a number of seconds)" if key == "time" else ""
-            raise ConfigError(f"{path}: {key}={value}: expected {wanted}{hint}")
+            raise ConfigError(f"{path}: {key}={config.shown(value)}: expected {wanted}{hint}")
+        for entry in value if isinstance(value, list) else [value]:
+            if isinstance(entry, dict | list | None) and entry is not value:
+                raise ConfigError(f"{path}: {key}={config.shown(value)}: expected a list of texts")
+            if not str(entry).isprintable():
+                raise ConfigError(f"{path}: {key}={entry!a}: must not hold control characters")
     for key in ("cpus_per_task", "notice"):
-        if own.get(key, 1) < 1:
-            raise ConfigError(f"{path}: {key}={own[key]}: must be at least 1")
-    if "{gpus}" not in own.get("gpu_option", "{gpus}"):
-        raise ConfigError(f"{path}: gpu_option={own['gpu_option']}: must hold {{gpus}}, as in --gres=gpu:{{gpus}}")
+        if not 1 <= own.get(key, 1) <= MOST:
+            raise ConfigError(
+                f"{path}: {key}={own[key]}: must be {'at least 1' if own[key] < 1 else f'at most {MOST}'}"
+            )
+    option = own.get("gpu_option", "{gpus}")
+    if "{gpus}" not in option:
+        raise ConfigError(f"{path}: gpu_option={option}: must hold {{gpus}}, as in --gres=gpu:{{gpus}}")
+    if "{" in (other := option.replace("{gpus}", "")) or "}" in other:
+        raise ConfigError(f"{path}: gpu_option={option}: {{gpus}} is the only part in braces that is known")
     return {**yaml.safe_load((ROOT / "launch" / "site.yaml").read_text()), **own}
 
 
@@ -122,7 +135,7 @@ def plan(tokens: Sequence[str]) -> Submission:
         **{key: site[key] for key in ("partition", "account", "qos", "constraint", "mem") if site[key] is not None},
     }
     command = ["sbatch", "--parsable", *(f"--{key}={value}" for key, value in options.items())]
-    command += [site["gpu_option"].format(gpus=gpus)] if gpus else []
+    command += [site["gpu_option"].replace("{gpus}", str(gpus))] if gpus else []
     command += [*map(str, site["extra"]), SCRIPT, *run_words]
     variables = {"LABELFREE_PYTHON": site["python"] or sys.executable, "LABELFREE_OUTPUT": site["output"]}
     if site["setup"]:

@@ -96,7 +96,10 @@ def test_a_run_scores_it_and_eval_reproduces_it(tmp_path):
     ("word", "message"),
     [
         ("grid=hex", "evaluation.retrieval.grid=hex: not one of linspace, ceil"),
-        ("cells=[0,2]", "evaluation.retrieval.cells=[0, 2]: expected rows and columns, such as [5,5]"),
+        (
+            "cells=[0,2]",
+            "evaluation.retrieval.cells=[0, 2]: expected a list of 2 whole numbers from 1 to 256, as in [5,5]",
+        ),
         ("upsample=0", "evaluation.retrieval.upsample=0: must be at least 1"),
         ("pictures=0", "evaluation.retrieval.pictures=0: must be at least 1"),
         ("k=-1", "evaluation.retrieval.k=-1: must not be negative"),

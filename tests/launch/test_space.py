@@ -108,7 +108,7 @@ def parameter(**spec):
             changed(command=["${program}", "train", "${args}"]),
             "command: must hold train and, after it, ${args_no_hyphens} (key=value words, no dashes)",
         ),
-        (changed(run_cap=0), "run_cap=0: expected a whole number of at least 1"),
+        (changed(run_cap=0), "run_cap=0: expected a whole number from 1 to 100000"),
         (
             changed(parameters={"optim": {"parameters": {"head": {}}}}),
             "parameters.optim: nested parameters hide the key; write its dotted name, as in optim.head.lr",
@@ -140,7 +140,8 @@ def parameter(**spec):
         ),
         (
             parameter(values=[1, 2], probabilities=[0.5, 0.6]),
-            "parameters.optim.head.lr: probabilities=[0.5, 0.6]: expected one a value, with a sum of 1",
+            "parameters.optim.head.lr: probabilities=[0.5, 0.6]: expected one a value, "
+            "each from 0 to 1, with a sum of 1",
         ),
     ],
 )

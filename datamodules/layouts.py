@@ -153,8 +153,7 @@ def _label_folder(root: Path, key: str, split: str, labels: str) -> Path | None:
 def _named(root: Path, name: str) -> dict[str, Path]:
     """{split: folder} of a folder named by a key: `<name>`, `<name>/train`, or `train/<name>`; nothing without it."""
     if (root / name).is_dir():
-        inner = {} if (root / name).resolve() == root.resolve() else _below(root / name)
-        return inner or {WHOLE: root / name}
+        return _below(root / name) or {WHOLE: root / name}
     return {split: folder / name for split, folder in _below(root).items() if (folder / name).is_dir()}
 
 

@@ -41,8 +41,6 @@ def pair(
         return {}
     stems = {stem: name for name in pictures if (stem := _stem(name, image_suffix)) is not None}
     files = files_below(labels, lambda name: is_label(name) and _ends(name, label_suffix))
-    if not files and (others := other_files([labels])):
-        log.warning("%s: holds no label, which would be a png, tif or bmp file, but %s", labels, others)
     by_stem: dict[str, str] = {}
     for name in files:
         stem = _stem(name, label_suffix)
@@ -52,6 +50,8 @@ def pair(
             )
         by_stem[stem] = name
     _refuse_lossy(labels, {stem for stem in stems if stem not in by_stem}, label_suffix)
+    if not files and (others := other_files([labels])):
+        log.warning("%s: holds no label, which would be a png, tif or bmp file, but %s", labels, others)
     paired = {name: str(labels / by_stem[stem]) for stem, name in _each(pictures, image_suffix) if stem in by_stem}
     left = [name for stem, name in sorted(by_stem.items()) if stem not in stems]
     if by_stem and not paired:

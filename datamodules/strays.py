@@ -18,6 +18,8 @@ import numpy as np
 from common.errors import DataError
 from datamodules.layouts import LABELS, SPLITS, without_split
 from datamodules.opening import opened
+from datamodules.pairing import is_label
+from datamodules.walking import files_below
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +67,21 @@ def expect_none(folder: Path, pictures: list[str], root: Path, key: str) -> None
         )  # fmt: skip
 
 
+def elsewhere(root: Path, folders: list[Path], pictures: list[str]) -> str:
+    """The end of a line about missing labels: the folder outside those of pictures whose files are named after most of
+    them; empty where there is none."""
+    stems = {_bare(os.path.basename(name)) for name in pictures}
+    found: Counter[str] = Counter()
+    for name in files_below(root, is_label):
+        outside = not any(folder in (root / name).parents for folder in folders)
+        if outside and "/" in name and _bare(os.path.basename(name)) in stems:
+            found[without_split(os.path.dirname(name))] += 1
+    if not found:
+        return ""
+    place, count = min(found.items(), key=lambda item: (-item[1], item[0]))
+    return f" ({count} files of {place} are named after pictures: data.labels={place})"
+
+
 def _labels_of(folder: Path, pairs: list[tuple[str, str]]) -> int | None:
     """Which side of the pairs holds labels, 0 or 1; None where neither does, or both look alike."""
     sample = _spread(pairs)
@@ -82,10 +99,12 @@ def _refusal(
     picture, label = pair[1 - labels], pair[labels]
     if places[0] == places[1]:
         end = _suffix(picture, label)
-        remedy = f"move the labels into a folder labels beside images{end}"
+        place = without_split(_relative(folder / places[0], root))
+        place = "." if place.lower() in {name for names in SPLITS.values() for name in names} else place
+        keys = f", or set data.images={place} data.labels={place} data.label_suffix={end}" if end else ""
         return DataError(
             f"{key}={root}: {folder / label} looks like the label of {folder / picture}, and would be taken as a "
-            f"picture; {remedy}"
+            f"picture; move the labels into a folder labels beside images{keys}"
         )
     inner = [_relative(folder / places[side], root) for side in (1 - labels, labels)]
     return DataError(
@@ -96,11 +115,10 @@ def _refusal(
 
 
 def _suffix(picture: str, label: str) -> str:
+    """What the name of a label has behind that of its picture; empty where they differ otherwise."""
     stems = [unicodedata.normalize("NFC", os.path.splitext(name)[0]) for name in (picture, label)]
     end = stems[1].removeprefix(stems[0])
-    if not end or end == stems[1]:
-        return ""
-    return f", or set data.images=. data.labels=. data.label_suffix={end}"
+    return "" if end == stems[1] else end
 
 
 def _relative(path: Path, root: Path) -> str:

@@ -157,6 +157,21 @@ def test_labels_beside_their_pictures(tmp_path, suffix):
         assert sum(counts(found)[1::2]) == 4
 
 
+@pytest.mark.parametrize(("place", "key"), [("images/{}", "images"), ("{}", "."), ("{}/images", "images")])
+def test_labels_beside_the_pictures_of_a_split(tmp_path, place, key):
+    root = tree(tmp_path, place, place, suffix="_mask")
+    assert refused(root).endswith(f", or set data.images={key} data.labels={key} data.label_suffix=_mask")
+    assert counts(module(root, images=key, labels=key, label_suffix="_mask")) == (4, 4, 2, 2)
+
+
+def test_labels_in_an_unknown_folder_beside_images_are_found_for_the_line(tmp_path):
+    root = tree(tmp_path, "images/{}", "truth/{}", suffix="_gt")
+    message = refused(root)
+    assert "SegmentationClass in" in message
+    assert " (6 files of truth are named after pictures: data.labels=truth); put the labels there" in message
+    assert counts(module(root, labels="truth", label_suffix="_gt")) == (4, 4, 2, 2)
+
+
 def test_pictures_of_several_cameras_are_pictures_and_said(tmp_path, caplog):
     for camera in ("left", "right"):
         for i in range(10):

@@ -63,6 +63,12 @@ class Geometry:
             five_crop_ratio=float(data.five_crop_ratio),
         )
 
+    @classmethod
+    def whole(cls, cfg: Any) -> "Geometry":
+        """The whole picture, its shorter side `predict.size` (null: data.eval_size): what `predict` shows a network."""
+        size = cfg.predict.size or cfg.data.eval_size
+        return cls(size if isinstance(size, int) else min(size), "keep", cfg.data.interpolation)
+
     @property
     def crops(self) -> int:
         """Items that each picture gives."""

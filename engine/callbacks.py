@@ -11,7 +11,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
-from torch import Tensor
 
 from common import distributed
 from common.chance import key
@@ -192,45 +191,6 @@ def numbers(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
     """The logged values under a prefix as plain finite numbers."""
     values = {key: float(value) for key, value in metrics.items() if key.startswith(prefix)}
     return {key: value for key, value in values.items() if math.isfinite(value)}
-
-
-class PanelKeeper(Callback):
-    """Keeps picture, truth and predictions of a few fixed validation pictures of the evaluation that runs."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.kept: dict[int, dict[str, Any]] = {}
-        self._wanted: set[int] = set()
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        own = range(trainer.global_rank, len(trainer.datamodule.source("val")), trainer.world_size)
-        step = max(1, len(own) // max(1, self.count))
-        self._wanted = set(list(own[step // 2 :: step])[: self.count]) if trainer.is_global_zero else set()
-        self.kept = {}
-
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: dict[str, Tensor],
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        if not self._wanted:
-            return
-        for row, index in enumerate(batch["index"].tolist()):
-            if index not in self._wanted:
-                continue
-            valid = batch["valid"][row]
-            rows, columns = int(valid.any(1).sum()), int(valid.any(0).sum())
-            label = batch["label"][row, :rows, :columns].cpu().numpy() if "label" in batch else None
-            self.kept[index] = {
-                "id": batch["id"][row],
-                "image": (batch["image"][row, :, :rows, :columns] * 255).round().byte().permute(1, 2, 0).cpu().numpy(),
-                "label": label,
-                "maps": {probe: values[row, :rows, :columns].cpu().numpy() for probe, values in outputs.items()},
-            }
 
 
 class ProgressLines(Callback):

@@ -16,8 +16,9 @@ import config
 from common.errors import ConfigError
 from datamodules.base import SegmentationDataModule
 from engine import environment, setup, summary
-from engine.callbacks import PanelKeeper, numbers, progress
+from engine.callbacks import numbers, progress
 from engine.fitting import KMeansFit, PosthocFit, RetrievalFit
+from engine.panel_keeper import PanelKeeper
 from engine.training import write_files
 from evaluation import report
 from lightning_modules.base import UnsupervisedSegmenter

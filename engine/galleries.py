@@ -1,4 +1,4 @@
-"""The same pictures under every entry of a comparison, read out anew from the checkpoints of its runs."""
+"""The same pictures under every entry of a comparison, whole, read out anew from the checkpoints of its runs."""
 
 import logging
 
@@ -9,6 +9,7 @@ from PIL import Image
 import config
 from common.errors import LabelfreeError
 from common.spec import IGNORE, ClassMeta
+from datamodules.transforms import Geometry
 from engine import setup
 from engine.fitting import Chosen
 from evaluation import page, panels, readout
@@ -77,7 +78,9 @@ def read_out(entry: Entry, count: int) -> tuple[list[np.ndarray], list[np.ndarra
     colours = panels.cluster_colours(data.meta, mapping, clusters_of(cfg, probe))
     classes = panels.class_colours(data.meta)
     images, truth, maps = [], [], []
-    for batch in data.loader(Chosen(source, places.tolist()), geometry="eval", purpose="gallery", batch_size=1):
+    for batch in data.loader(
+        Chosen(source, places.tolist()), geometry=Geometry.whole(cfg), purpose="gallery", batch_size=1
+    ):
         valid = batch["valid"][0]
         window = slice(0, int(valid.any(1).sum())), slice(0, int(valid.any(0).sum()))
         _, scores = model.read(batch["image"].to(model.device))

@@ -105,9 +105,7 @@ def whole_pictures(
     cfg: DictConfig, model: UnsupervisedSegmenter, pictures: FolderSource, probe: str, unreadable: dict[str, str]
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(number, picture [H,W,3], ids [H,W]) of every picture that can be read, seen as a whole; the others are named."""
-    size = cfg.predict.size or cfg.data.eval_size
-    size = size if isinstance(size, int) else min(size)
-    geometry = Geometry(size=size, crop="keep", interpolation=cfg.data.interpolation)
+    geometry = Geometry.whole(cfg)
     reader = SegmentationDataModule(cfg)
     reader.pad_multiple = model.pad_multiple
     loader = reader.loader(pictures, geometry=geometry, batch_size=1)

@@ -14,10 +14,11 @@ from common.files import cache_folder, copy_whole
 from datamodules.base import SegmentationDataModule
 from datamodules.folder import expect_apart
 from engine import environment, exporting, phases, selection, setup, summary
-from engine.callbacks import PanelKeeper, RunKeeper, numbers, progress
+from engine.callbacks import RunKeeper, numbers, progress
 from engine.checkpoints import WholeCheckpointIO
 from engine.fitting import KMeansFit, PosthocFit, RetrievalFit
 from engine.metrics_file import read_metrics
+from engine.panel_keeper import PanelKeeper
 from engine.preemption import Preemption
 from engine.run_folder import RunFolder, open_run
 from engine.stage import Stage, prepare

@@ -5,6 +5,7 @@ import json
 import struct
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -170,3 +171,13 @@ def test_two_trainings_of_a_process_are_two_runs(tmp_path):
     for name, own in zip("ab", ids, strict=True):
         (folder,) = (tmp_path / name / "wandb").glob("offline-run-*")
         assert folder.name.endswith(own.strip())
+
+
+def test_the_summary_leads_with_the_headline(tmp_path, monkeypatch):
+    monkeypatch.setattr(StepLogger, "experiment", SimpleNamespace(summary={}))
+    logger = StepLogger.__new__(StepLogger)
+    logger.summarise({"headline": "kmeans", "val/cluster/miou": 11.7, "val/kmeans/miou": 30.6})
+    assert StepLogger.experiment.summary == {"headline": 30.6, "headline_key": "val/kmeans/miou"}
+    StepLogger.experiment.summary.clear()
+    logger.summarise({"headline": "own"})
+    assert StepLogger.experiment.summary == {}

@@ -30,7 +30,8 @@ from torch.utils.data import DataLoader, Dataset
 from common import distributed
 from common.errors import ConfigError, DataError, LabelfreeError
 from common.files import size_text
-from datamodules.dataset import read_pair, take_foreign
+from datamodules import shapes
+from datamodules.dataset import fitted, read_pair, take_foreign
 from datamodules.decoded import COLUMNS, DecodedStore, DecodedWriter
 from datamodules.label_map import Foreign
 from datamodules.reading import UnreadableError
@@ -98,6 +99,8 @@ class Plan:
         for index in range(0, len(self.source), step):
             with contextlib.suppress(UnreadableError):
                 size = measure(index) if measure else self.source.read(index)[0].shape[:2]
+                if shapes.is_long(self.geometry, *size):
+                    continue
                 height, width = self.geometry.kept_size(*size)
                 pixels.append(height * width)
         each = sum(pixels) / max(1, len(pixels))
@@ -217,9 +220,12 @@ class _Pictures(Dataset):
     def __getitem__(self, picture: int) -> tuple[list | LabelfreeError, Foreign]:
         try:
             image, label = read_pair(self.source, picture, self.has_labels)
+            crops = [
+                (*fitted(self.source, picture, self.geometry, image, label, crop), image.shape[:2])
+                for crop in range(self.geometry.crops)
+            ]
         except LabelfreeError as error:
             return error, {}
-        crops = [(*self.geometry.resize(image, label, crop), image.shape[:2]) for crop in range(self.geometry.crops)]
         return crops, take_foreign(self.source)
 
 

@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 from common import chance, distributed
 from common.errors import DataError, LabelfreeError
 from common.spec import IGNORE, OUTSIDE
+from datamodules import shapes
 from datamodules.decoded import ChangedError, DecodedStore
 from datamodules.label_map import Foreign, ForeignIds
-from datamodules.reading import UnreadableError
+from datamodules.reading import UnreadableError, unreadable
 from datamodules.transforms import Geometry
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ class PictureDataset(Dataset):
         picture, crop = divmod(index, self.geometry.crops)
         image, label = read_pair(self.source, picture, self.has_labels)
         size = image.shape[:2]
-        image, label = self.geometry.resize(image, label, crop)
+        image, label = fitted(self.source, picture, self.geometry, image, label, crop)
         needed = image.nbytes + (0 if label is None else label.nbytes)
         if needed <= self.room:
             self.room -= needed
@@ -190,6 +191,18 @@ def read_pair(source: Any, picture: int, has_labels: bool) -> tuple[np.ndarray, 
     if not has_labels:
         return image, None
     return image, np.full(image.shape[:2], IGNORE, dtype=np.uint8) if label is None else label
+
+
+def fitted(
+    source: Any, picture: int, geometry: Geometry, image: np.ndarray, label: np.ndarray | None, crop: int = 0
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """`Geometry.resize` of a picture of a source. Raises UnreadableError where its shape or the memory forbid it."""
+    file = shapes.file_of(source, picture)
+    shapes.expect_whole(file, image.shape[:2], geometry)
+    try:
+        return geometry.resize(image, label, crop)
+    except (MemoryError, OverflowError) as error:
+        raise unreadable(file, error) from error
 
 
 def take_foreign(source: Any) -> Foreign:

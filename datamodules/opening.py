@@ -7,11 +7,15 @@ system. So kinds are declared here, and nothing else is tried, whatever a file i
 
 import os
 import stat
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
+
+from common import memory
+from common.files import size_text
 
 KINDS = {
     "AVIF": (".avif",),
@@ -37,6 +41,10 @@ FORMATS = (*KINDS, "DIB")
 """What is tried on a file, whatever its ending; DIB is a BMP without the header of its file."""
 ENDINGS = tuple(sorted(ending for endings in KINDS.values() for ending in endings))
 """What counts as a picture, in any case of letters."""
+SMALL = 1 << 24
+"""Pixels below which nobody asks for the free memory."""
+BYTES = 10
+"""Of memory for each pixel: decoded, as RGB, and a copy or overlay."""
 
 
 class SpecialFileError(OSError):
@@ -44,13 +52,25 @@ class SpecialFileError(OSError):
 
 
 @contextmanager
-def opened(path: str | Path) -> Iterator[Image.Image]:
-    """A picture file, whose pixels are not decoded yet; closed at the end.
+def opened(path: str | Path, whole: bool = True) -> Iterator[Image.Image]:
+    """A picture file, whose pixels are not decoded yet; closed at the end. whole: they are going to be.
 
-    Raises what the decoders raise, UnidentifiedImageError for a file of no declared kind, and SpecialFileError.
+    Raises what the decoders raise, UnidentifiedImageError for a file of no declared kind, SpecialFileError, and
+    MemoryError, before any is taken, where there is too little for the pixels.
     """
     plain(path)
-    with Image.open(path, formats=FORMATS) as image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half of the limit that is kept
+        image = Image.open(path, formats=FORMATS)
+    with image:
+        pixels = image.width * image.height
+        if whole and pixels > SMALL:
+            room = memory.free()
+            if room is not None and BYTES * pixels > room:
+                raise MemoryError(
+                    f"{pixels / 1e6:.0f} million pixels need about {size_text(BYTES * pixels)} of memory, and "
+                    f"{size_text(max(0, room))} are free"
+                )
         yield image
 
 
@@ -64,6 +84,8 @@ def plain(path: str | Path) -> None:
 
 def reason(error: Exception) -> str:
     """Why a file cannot be read, in a few words and on one line."""
+    if isinstance(error, OverflowError) or (isinstance(error, MemoryError) and not str(error)):
+        return "it needs more memory than there is"
     if isinstance(error, UnidentifiedImageError):
         return "empty, or not a kind of picture that is known"
     return " ".join(str(error).split()) or type(error).__name__

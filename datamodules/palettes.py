@@ -37,8 +37,6 @@ def colours(path: str | Path) -> list[int] | None:
     try:
         with opened(path) as image:
             return image.getpalette("RGB") if image.mode == "P" else None
-    except MemoryError:
-        raise
     except Exception:  # named when it is read
         return None
 
@@ -54,8 +52,6 @@ def used(path: str | Path) -> set[int]:
         with opened(path) as image:
             image.load()
             return set(np.unique(np.asarray(image)).tolist())
-    except MemoryError:
-        raise
     except Exception:
         return set()
 

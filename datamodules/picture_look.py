@@ -81,8 +81,6 @@ def look(entries: list[Entry]) -> Seen:
                     seen.deep.append(entry.picture)
                     if len(seen.samples) < DECODED:
                         seen.samples.append(_sample(image))
-        except MemoryError:
-            raise
         except Exception as error:
             log.debug("%s: not looked at (%s)", entry.picture, error)
     return seen

@@ -10,6 +10,7 @@ cut.
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,29 @@ class UnreadableError(DataError):
         self.reason = reason
 
     def __reduce__(self) -> tuple:
-        return UnreadableError, (self.file, self.reason)
+        return type(self), (self.file, self.reason)
+
+
+class WindowsOnlyError(UnreadableError):
+    """A picture that is sound, but too large, or too long and thin, to be seen as a whole."""
+
+    def __init__(self, file: str | Path, reason: str) -> None:
+        DataError.__init__(
+            self,
+            f"{shown(file)}: {reason}; cut it into parts, or let predict see it by windows (predict.window=<pixels>)",
+        )
+        self.file = str(file)
+        self.reason = reason
+
+
+def unreadable(path: str | Path, error: Exception) -> UnreadableError:
+    """What a decoder said, as the error of its file."""
+    if isinstance(error, Image.DecompressionBombError):
+        count = re.search(r"\((\d+) pixels\)", str(error))
+        many = f"{int(count[1]) / 1e6:.0f} million" if count else "its"
+        most = 2 * Image.MAX_IMAGE_PIXELS / 1e6
+        return WindowsOnlyError(path, f"{many} pixels are more than the {most:.0f} million that are read as a whole")
+    return UnreadableError(path, opening.reason(error))
 
 
 def is_picture(name: str) -> bool:
@@ -51,10 +74,8 @@ def read_picture(path: str | Path, value_range: Range | None = None) -> np.ndarr
     try:
         with opened(path) as image:
             return _whole(image, value_range)
-    except MemoryError:
-        raise
     except Exception as error:  # the decoders raise whatever they like: OSError, SyntaxError, struct.error, …
-        raise UnreadableError(path, opening.reason(error)) from error
+        raise unreadable(path, error) from error
 
 
 def read_label(path: str | Path, what: str = "a label holds one class id per pixel") -> np.ndarray:
@@ -76,10 +97,8 @@ def read_label(path: str | Path, what: str = "a label holds one class id per pix
             found = _ids(image, deep)
             if found is not None:
                 return found
-    except MemoryError:
-        raise
     except Exception as error:
-        raise UnreadableError(path, opening.reason(error)) from error
+        raise unreadable(path, error) from error
     raise DataError(
         f"{path}: {what}, but this is a picture of mode {mode}; save the ids as a grey or palette png of 8 or 16 bit"
     )
@@ -93,10 +112,8 @@ def read_first_channel(path: str | Path) -> np.ndarray:
             if image.mode in ("RGB", "RGBA"):
                 return np.asarray(image)[..., 0]
             mode = image.mode
-    except MemoryError:
-        raise
     except Exception as error:
-        raise UnreadableError(path, opening.reason(error)) from error
+        raise unreadable(path, error) from error
     raise DataError(
         f"{path}: a panoptic map is an RGB png with the class in its red channel, but this is a picture of mode {mode}"
     )
@@ -113,12 +130,10 @@ def read_mat(path: str | Path, variable: str) -> np.ndarray:
         value = found[variable]
         if value.dtype.names:
             value = value["Segmentation"][0, 0]
-    except MemoryError:
-        raise
     except KeyError as error:
         raise UnreadableError(path, f"it holds no variable {error.args[0]}") from error
     except Exception as error:
-        raise UnreadableError(path, opening.reason(error)) from error
+        raise unreadable(path, error) from error
     if value.ndim not in (2, 3) or value.size == 0:
         raise UnreadableError(path, f"{variable} is no picture but an array of shape {value.shape}")
     return value
@@ -130,15 +145,13 @@ def header_size(path: str | Path) -> tuple[int, int]:
     A png whose orientation stands behind its pixels is taken as it lies. Raises UnreadableError.
     """
     try:
-        with opened(path) as image:
+        with opened(path, whole=False) as image:
             width, height = image.size
             # Pillow turns a tif itself, and would decode a whole png to find its orientation
             turned = image.format not in ("PNG", "TIFF") and orientation(image) >= 5
             return (width, height) if turned else (height, width)
-    except MemoryError:
-        raise
     except Exception as error:
-        raise UnreadableError(path, opening.reason(error)) from error
+        raise unreadable(path, error) from error
 
 
 def check_size(label: np.ndarray, path: str | Path, image: np.ndarray, picture: str | Path) -> None:
@@ -176,11 +189,9 @@ def read_classes(path: str | Path) -> tuple[str, ...]:
 def turned(path: str | Path) -> bool:
     """Whether an orientation tag at the beginning of a file turns the picture; False for one that cannot be read."""
     try:
-        with opened(path) as image:
+        with opened(path, whole=False) as image:
             # Pillow would decode a whole png to find a tag behind its pixels
             return (image.format != "PNG" or "exif" in image.info) and orientation(image) != 1
-    except MemoryError:
-        raise
     except Exception:  # named when it is read
         return False
 

@@ -27,6 +27,7 @@ from common.files import make_output, whole
 from common.spec import RegionSpec
 from common.sums import SUM, checksum, read_sealed, write_sealed
 from datamodules.cache import PROGRESS, together
+from datamodules.opening import opened
 from datamodules.reading import UnreadableError, fingerprint, is_picture, read_label
 
 log = logging.getLogger(__name__)
@@ -158,10 +159,8 @@ def computed(path: str) -> np.ndarray:
     """The ids of a file of the cache, uint8 or uint16 [H,W]. Raises UnreadableError where they are not those written:
     the decoder of pngs passes over some changed bytes."""
     try:
-        with Image.open(path, formats=("PNG",)) as opened:
-            ids, of_ids = np.asarray(opened), opened.info.get(SUM)
-    except MemoryError:
-        raise
+        with opened(path) as image:
+            ids, of_ids = np.asarray(image), image.info.get(SUM)
     except Exception as error:  # the decoder raises several kinds for damaged files
         raise UnreadableError(path, " ".join(str(error).split()) or type(error).__name__) from error
     if of_ids != str(checksum(ids)):

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from common import precision
 from common.errors import ConfigError
 from common.files import make_output, write_text
-from datamodules import ranges
+from datamodules import ranges, shapes
 from datamodules.base import SegmentationDataModule
 from datamodules.folder import expect_apart
 from datamodules.transforms import Geometry
@@ -105,6 +105,7 @@ def look(
     size = cfg.predict.size or cfg.data.eval_size
     size = size if isinstance(size, int) else min(size)
     geometry = Geometry(size=size, crop="keep", interpolation=cfg.data.interpolation)
+    shapes.expect_whole(source.entries[0].picture, source.size(0), geometry)
     own = next(iter(data.loader(source, geometry=geometry, batch_size=1)))
     yield read(model, own, probe)
     left = cfg.explain.pictures

@@ -1,6 +1,8 @@
 """`run.py predict`: cluster maps of any folder of pictures, at their own size and under their own names."""
 
+import heapq
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +19,11 @@ import config
 from common import precision
 from common.errors import ConfigError, DataError
 from common.files import make_output, write_text
+from common.names import shown
+from datamodules import shapes
 from datamodules.base import SegmentationDataModule
 from datamodules.folder import FolderSource, pictures_below
-from datamodules.reading import UnreadableError
+from datamodules.reading import UnreadableError, WindowsOnlyError, header_size
 from datamodules.transforms import Geometry
 from engine import naming, setup, windows
 from engine.naming import Legend
@@ -32,6 +36,8 @@ log = logging.getLogger(__name__)
 
 BAND = 512
 """Rows of an overlay drawn at once."""
+FINEST = 4
+"""Times the usual pixels of a picture that is seen by windows without anyone having asked for them."""
 
 
 def predict(
@@ -62,7 +68,7 @@ def predict(
     for number, picture, ids in source_of(cfg, model, pictures, probe, unreadable):
         name = pictures.id(number)
         write(output, name, picture, ids, legend, cfg.predict.overlay_alpha)
-        file = Path(os.path.relpath(pictures.entries[number].picture, source.expanduser())).as_posix()
+        file = shown(Path(os.path.relpath(pictures.entries[number].picture, source.expanduser())).as_posix())
         overview.add(number, name, picture, ids, areas.add(name, file, ids))
         done += 1
         if done % max(1, len(pictures) // 10) == 0:
@@ -87,8 +93,8 @@ def predict(
     panels.legend_png(output / "legend.png", list(classes), [legend.colours[ids[0]] for ids in classes.values()])
     areas.save(output / "areas.csv")
     overview.save(output / "overview.png")
-    shown = overlays_page(source.resolve().name, legend, areas, probe, checkpoint_path)
-    write_text(output / "overlays.html", shown)
+    page = overlays_page(source.resolve().name, legend, areas, probe, checkpoint_path)
+    write_text(output / "overlays.html", page)
     report.write_json(output / "clusters.json", content)
     unread = f", {missed} could not be read" if missed else ""
     log.info("%d pictures in %s%s; look at %s", done, output, unread, output / "overlays.html")
@@ -104,15 +110,97 @@ def expect_apart(source: Path, output: Path) -> None:
 def whole_pictures(
     cfg: DictConfig, model: UnsupervisedSegmenter, pictures: FolderSource, probe: str, unreadable: dict[str, str]
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(number, picture [H,W,3], ids [H,W]) of every picture that can be read, seen as a whole; the others are named."""
+    """(number, picture [H,W,3], ids [H,W]) of every picture that can be read, in turn; the others are named.
+
+    Pictures are seen as a whole, but for those that are too large, or too long and thin: these by windows.
+    """
     geometry = Geometry.whole(cfg)
+    apart: dict[int, WindowsOnlyError] = {}
+    for number, entry in enumerate(pictures.entries):
+        try:
+            shapes.expect_whole(entry.picture, header_size(entry.picture), geometry)
+        except WindowsOnlyError as error:
+            apart[number] = error
+        except UnreadableError:
+            pass  # named when it is read
+    numbers = [number for number in range(len(pictures)) if number not in apart]
+    parts = [odd_pictures(cfg, model, pictures, probe, unreadable, apart, geometry)]
+    if numbers:
+        parts.append(seen_whole(cfg, model, pictures, probe, unreadable, numbers, geometry))
+    yield from heapq.merge(*parts, key=lambda found: found[0])
+
+
+def odd_pictures(
+    cfg: DictConfig,
+    model: UnsupervisedSegmenter,
+    pictures: FolderSource,
+    probe: str,
+    unreadable: dict[str, str],
+    apart: dict[int, WindowsOnlyError],
+    geometry: Geometry,
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Those of `apart` (number -> why it is not seen as a whole) by windows of the usual size, each named.
+
+    They keep their own scale up to `FINEST` times the usual pixels, so that none takes much longer than others.
+    """
+    size = geometry.size
+    windowed = config.changed(cfg, {"predict.window": size})
+    for number, error in apart.items():
+        if model.crf is not None:
+            log.warning("%s; it is skipped, because evaluation.crf=dense is for whole pictures", error)
+            unreadable[error.file] = str(error)
+            continue
+        log.warning(
+            "%s: %s; it is seen by windows of %d px (predict.window=%d: at its own scale)",
+            shown(error.file), error.reason, size, size,
+        )  # fmt: skip
+        try:
+            with any_size():
+                picture, _ = pictures.read(number)
+            ids = windowed_ids(reduced(picture, geometry), picture.shape[:2], scores_of(model, probe), model, windowed)
+        except UnreadableError as found:
+            log.warning("%s; it is skipped", found)
+            unreadable[error.file] = str(found)
+        except (MemoryError, torch.OutOfMemoryError):
+            log.warning("%s: there is too little memory for it; it is skipped", shown(error.file))
+            unreadable[error.file] = f"{shown(error.file)}: there is too little memory for it"
+        else:
+            yield number, picture, ids
+
+
+def reduced(picture: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """A picture uint8 [H,W,3], made smaller where it has more than `FINEST` times the usual pixels."""
+    height, width = picture.shape[:2]
+    factor = math.sqrt(FINEST * geometry.size**2 / (height * width))
+    if factor >= 1:
+        return picture
+    target = max(1, round(height * factor)), max(1, round(width * factor))
+    return Geometry(target, "none", geometry.interpolation).resize(picture, None)[0]
+
+
+def scores_of(model: UnsupervisedSegmenter, probe: str) -> Callable[[Tensor], Tensor]:
+    """From pictures [B,3,h,w] to the scores [B,K,h/s,w/s] of a probe."""
+    return lambda images: read(model, images)[1][probe]
+
+
+def seen_whole(
+    cfg: DictConfig,
+    model: UnsupervisedSegmenter,
+    pictures: FolderSource,
+    probe: str,
+    unreadable: dict[str, str],
+    numbers: list[int],
+    geometry: Geometry,
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """The pictures of these numbers."""
+    rest = FolderSource([pictures.entries[number] for number in numbers], value_range=pictures.value_range)
     reader = SegmentationDataModule(cfg)
     reader.pad_multiple = model.pad_multiple
-    loader = reader.loader(pictures, geometry=geometry, batch_size=1)
+    loader = reader.loader(rest, geometry=geometry, batch_size=1)
     unreadable |= loader.account.files
     for batch in loader:
-        number = int(batch["index"][0])
-        yield number, pictures.read(number)[0], cluster_ids(model, batch, probe)
+        place = int(batch["index"][0])
+        yield numbers[place], rest.read(place)[0], cluster_ids(model, batch, probe)
         unreadable |= loader.account.files
     unreadable |= loader.account.files
 
@@ -126,10 +214,7 @@ def windowed_pictures(
             "evaluation.crf=dense: is for whole pictures; set predict.window=null, or evaluation.crf=none"
         )
 
-    def scores_of(images: Tensor) -> Tensor:
-        return read(model, images)[1][probe]
-
-    for number in range(len(pictures)):
+    for number, entry in enumerate(pictures.entries):
         try:
             with any_size():
                 picture = pictures.read(number)[0]
@@ -139,8 +224,12 @@ def windowed_pictures(
             continue
         seen = picture
         if cfg.predict.size is not None:
-            seen, _ = Geometry(cfg.predict.size, "keep", cfg.data.interpolation).resize(picture, None)
-        ids = windowed_ids(seen, picture.shape[:2], scores_of, model, cfg)
+            geometry = Geometry(cfg.predict.size, "keep", cfg.data.interpolation)
+            if shapes.is_long(geometry, *picture.shape[:2]):
+                log.warning("%s: so long and thin that it is seen at its own scale", shown(entry.picture))
+            else:
+                seen, _ = geometry.resize(picture, None)
+        ids = windowed_ids(seen, picture.shape[:2], scores_of(model, probe), model, cfg)
         yield number, picture, ids
 
 
@@ -157,7 +246,7 @@ def windowed_ids(
     scores, padded = windows.blended(
         seen, scores_of, own.window, backbone.unit, own.overlap, offset, backbone.transformer, model.device
     )
-    frame = tuple(round(side * own / shown) for side, own, shown in zip(padded, size, seen.shape, strict=False))
+    frame = tuple(round(side * own / small) for side, own, small in zip(padded, size, seen.shape, strict=False))
     return windows.bands(readout.strips(scores, frame), size, scores.shape[1])
 
 

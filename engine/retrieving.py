@@ -22,7 +22,7 @@ import config
 from common import precision
 from common.errors import ConfigError, DataError
 from common.files import make_output, write_text
-from datamodules import ranges
+from datamodules import ranges, shapes
 from datamodules.folder import FolderSource, expect_apart
 from datamodules.listed import Entry
 from datamodules.reading import is_picture
@@ -81,13 +81,14 @@ def retrieve(checkpoint_path: Path, image: Path, k: int, output: Path | None, to
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
     model.to(device)
     data.pad_multiple = model.pad_multiple
-    sorter = SegmentRetrieval(cfg.evaluation.retrieval, 1)
-    limit = cfg.evaluation.retrieval.pictures
-    bank = collect(model, sorter, data.loader("train", geometry="eval", order="shuffled", limit=limit), device)
     size = cfg.predict.size or cfg.data.eval_size
     geometry = Geometry(
         size=size if isinstance(size, int) else min(size), crop="keep", interpolation=cfg.data.interpolation
     )
+    shapes.expect_whole(image, source.size(0), geometry)
+    sorter = SegmentRetrieval(cfg.evaluation.retrieval, 1)
+    limit = cfg.evaluation.retrieval.pictures
+    bank = collect(model, sorter, data.loader("train", geometry="eval", order="shuffled", limit=limit), device)
     query = collect(model, sorter, data.loader(source, geometry=geometry, batch_size=1), device)
     if not query.images:
         raise DataError(f"image={image}: cannot be read as a picture")

@@ -23,6 +23,8 @@ WRONG = (214, 39, 40)
 """Colour of pixels whose cluster was matched to another class than theirs."""
 INK, FAINT, PAPER = (28, 30, 36), (110, 114, 122), (255, 255, 255)
 GAP = 10
+TALLEST = 8
+"""Height of a cell at most, in widths."""
 MAX_NAMED = 40
 """Longest legend; longer lists show only what occurs in the picture."""
 
@@ -285,8 +287,10 @@ def _paint(ids: np.ndarray, meta: ClassMeta, mapping, legend: _Legend, cell: int
 
 
 def _fit(image: Image.Image, width: int, how: Image.Resampling) -> Image.Image:
-    height = max(1, round(image.height * width / image.width))
-    return image if image.width == width else image.resize((width, height), how)
+    """A picture at the width of a cell; narrower where it is so tall that it would fill the sheet."""
+    factor = min(width / image.width, TALLEST * width / image.height)
+    size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
+    return image if image.size == size else image.resize(size, how)
 
 
 @lru_cache

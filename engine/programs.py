@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import config
 from common.errors import ConfigError
 from common.files import whole
+from datamodules import ranges
 from engine import naming, setup
 from evaluation import readout
 from lightning_modules.base import UnsupervisedSegmenter
@@ -67,6 +68,7 @@ def export(checkpoint_path: Path, output: Path, tokens: list[str], names: str | 
     legend = naming.legend_for(checkpoint_path, checkpoint, model, probe, names)
     facts = {
         **sizes(cfg, model),
+        "value_range": ranges.kept(cfg.data),
         "probe": probe,
         "names": legend.names,
         "colours": [list(colour) for colour in legend.colours],

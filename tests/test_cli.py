@@ -191,6 +191,9 @@ def test_hidden_positives_settings_are_checked(capsys, tmp_path):
     assert error_line(capsys, "train", *words, "method.lhp.attention=attn") == (
         "error: method.lhp.attention=attn: not one of auto, backbone, affinity"
     )
+    assert error_line(capsys, "train", *words, "method.denominator=all") == (
+        "error: method.denominator=all: not one of agnostic, positives"
+    )
     assert error_line(capsys, "train", *words, "method.temperature=0").endswith("must be at least 0.02")
     assert error_line(capsys, "train", *words, "method.rho=2").endswith("expected a number from 0 to 1")
 

@@ -235,6 +235,7 @@ def _words(case: Case) -> list[str]:
         "method.pool.refill=release",
         "method.pool.half=true",
         "evaluation.cluster_init=normal",
+        "evaluation.extra=stego_compat",
     ]
 
 

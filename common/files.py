@@ -81,7 +81,7 @@ def keep_as(path: Path, other: Path) -> None:
 def remove_unfinished(folder: Path) -> None:
     """Delete what a killed process left half written by `whole`; nobody else may be writing into the folder."""
     for path in folder.glob(".*.*"):
-        if path.is_file() and path.suffix[1:].isdigit():
+        if path.is_file() and path.suffix[1:].isdecimal():
             path.unlink(missing_ok=True)
 
 

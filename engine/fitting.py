@@ -40,6 +40,11 @@ class KMeansFit(L.Callback):
         """
         settings, clusters = self.cfg.evaluation.kmeans, clusters_of(self.cfg, "kmeans")
         key = "method.num_clusters" if settings.clusters is None else "evaluation.kmeans.clusters"
+        if settings.points < clusters:
+            raise ConfigError(
+                f"evaluation.kmeans.points={settings.points}: the k-means probe needs a point a cluster, and {key} is "
+                f"{clusters}; set {clusters} or more"
+            )
         if self.cfg.data.eval_crop == "keep":
             return
         pictures = min(settings.pictures, len(self.data.source("train")))

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 import config
 from common.errors import CheckpointError, ConfigError
 from common.files import expect_checkpoint
+from common.machine import cores
 from common.precision import usable
 from common.spec import ClassMeta
 from datamodules.base import SegmentationDataModule, load_datamodule
@@ -29,6 +30,9 @@ from models import published
 from retrieval import search
 
 log = logging.getLogger(__name__)
+
+PROCESSES_A_CORE = 4
+"""More processes than cores are slow, but few are still of use to see that a run of several devices works."""
 
 UNLABELLED_CLUSTERS = 27
 """K where the data has no classes and method.num_clusters is null."""
@@ -84,16 +88,43 @@ def build_data(cfg: DictConfig) -> tuple[DictConfig, SegmentationDataModule]:
         raise ConfigError(
             "trainer.accelerator=gpu: no CUDA device is visible; use trainer.accelerator=auto, or see `run.py doctor`"
         )
+    expect_room(cfg.trainer)
     slurm.environment(cfg.trainer.num_nodes, cfg.trainer.devices)  # a wrong shape of the job ends before reading data
     published.expect_here(cfg.backbone)  # and so do weights that are missing
     data = load_datamodule(cfg.data.name)(cfg)
     data.setup()
+    check_background(cfg.evaluation, data.meta)
     found = data.settled()
     if cfg.method.num_clusters is None:
         found["method.num_clusters"] = data.meta.num_classes or UNLABELLED_CLUSTERS
     if found:
         cfg = config.changed(cfg, found)
     return cfg, data
+
+
+def expect_room(trainer: DictConfig) -> None:
+    """Raises ConfigError for more threads, or more processes on CPUs, than the cores of this machine can serve."""
+    count = cores()
+    if trainer.threads is not None and trainer.threads > count:
+        raise ConfigError(
+            f"trainer.threads={trainer.threads}: this machine has {count} cores for this process; set {count} at most, "
+            "or null"
+        )
+    on_gpus = trainer.accelerator != "cpu" and torch.cuda.is_available()
+    if not on_gpus and trainer.devices != "auto" and trainer.devices > PROCESSES_A_CORE * count:
+        raise ConfigError(
+            f"trainer.devices={trainer.devices}: without GPUs each is a process on the CPU, and this machine has "
+            f"{count} cores; set {count} at most"
+        )
+
+
+def check_background(evaluation: DictConfig, meta: ClassMeta) -> None:
+    """Raises ConfigError where extra clusters shall become a class that the data does not have."""
+    if meta.has_labels and evaluation.extra == "background" and evaluation.background >= meta.num_classes:
+        raise ConfigError(
+            f"evaluation.background={evaluation.background}: expected a class id from 0 to {meta.num_classes - 1}, "
+            "which clusters beyond the classes become"
+        )
 
 
 def build_model(cfg: DictConfig, meta: ClassMeta, linear_probe: bool = True) -> UnsupervisedSegmenter:
@@ -133,6 +164,13 @@ def build_trainer(
             f"trainer.devices={settings.devices}: this machine has {torch.cuda.device_count()} GPUs; use that or auto"
         )
     environment = slurm.environment(settings.num_nodes, settings.devices)
+    if settings.num_nodes > 1 and rank_zero_only.rank == 0:
+        log.info(
+            "waiting for %d nodes: the same command has to run on each of them (MASTER_ADDR=%s, MASTER_PORT=%s, "
+            "NODE_RANK 0 to %d)",
+            settings.num_nodes, os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "not set"),
+            settings.num_nodes - 1,
+        )  # fmt: skip
     precision = usable(settings.precision, accelerator)
     if precision != settings.precision and rank_zero_only.rank == 0:
         log.warning(

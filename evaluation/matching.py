@@ -60,7 +60,8 @@ def score(
     - `merge`: m(k) = argmax_c n_kc, the class they overlap most (PriMaPs); ties, and clusters without a pixel, go to
       the lowest class id.
     - `stego_compat`: as released. Pixels with k >= C are thrown away first (they leave N and t_c), the rest is matched;
-      clusters k < C without a class form one further row whose IoU counts in the mean. Inflated when K > C.
+      clusters k < C without a class form one further row whose IoU counts in the mean. Inflated when K > C. Where all
+      pixels are thrown away, which the release gives no number for, all scores are 0.
 
     absent: a class that is in neither labels nor predictions has IoU 0/0. `skip` leaves it out of the mean (NaN in
     `iou`), `zero` counts it as 0. A class absent from the labels but predicted has IoU 0 either way.
@@ -80,7 +81,7 @@ def score(
         mapping[left] = kept[left].argmax(1)
     elif extra == "background":
         if not 0 <= background < classes:
-            raise ConfigError(f"background={background}: expected a class id from 0 to {classes - 1}")
+            raise ConfigError(f"evaluation.background={background}: expected a class id from 0 to {classes - 1}")
         mapping[left] = background
     histogram = class_histogram(kept, mapping)
     if extra == "stego_compat" and len(counts) > classes:
@@ -91,6 +92,9 @@ def score(
         iou, acc = jaccard(histogram), accuracy(histogram)
         if absent == "zero":
             iou = np.nan_to_num(iou, nan=0.0)
+        rows = iou
+    if counts.any() and not kept.any():  # stego_compat: every pixel is thrown away, so none is right
+        acc, iou = 0.0, np.where(counts.any(axis=0), 0.0, np.nan)
         rows = iou
     return Scores(100 * acc, 100 * mean(rows), 100 * iou, mapping, counts, histogram, matching, extra, absent)
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from common import chance, distributed
 from common.errors import ConfigError, one_of
 from common.spec import Geometric, Photometric, ViewSpec
-from datamodules.transforms import Replay, meeting
+from datamodules.transforms import Replay, both_sides, meeting
 from evaluation.collapse import CollapseWatch
 from lightning_modules.base import Loss, UnsupervisedSegmenter
 from lightning_modules.optim import cosine
@@ -27,6 +27,8 @@ from models.dino_head import DinoHead
 from models.masking import block_masks
 from models.momentum import Momentum, follow
 
+MOST_ENLARGED = 4
+"""How many times larger than a training picture's shorter side a crop may be made."""
 LOOK_EVERY = 10
 """Steps between two looks for collapse (each waits for the device)."""
 
@@ -43,6 +45,7 @@ class Dino(UnsupervisedSegmenter):
         settings = self.cfg.method
         self.dense, self.place = settings.dense.weight > 0, settings.place.weight > 0
         check_settings(settings, self.backbone)
+        check_crops(settings.crops, self.cfg.data.train_size)
         self.refuse_padding()
         self.code_dim = self.backbone.dim
         self.student = self._student()
@@ -268,6 +271,18 @@ def check_settings(settings: Any, backbone: Backbone) -> None:
     for name, value in amounts.items():
         if value < 0:
             raise ConfigError(f"method.{name}={value:g}: must not be negative")
+
+
+def check_crops(crops: Any, train_size: Any) -> None:
+    """Raises ConfigError for crops that are so much larger than the training pictures that they would be a blur."""
+    shorter = min(both_sides(train_size))
+    for kind in ("global", "local"):
+        size = crops[f"{kind}_size"]
+        if size > MOST_ENLARGED * shorter:
+            raise ConfigError(
+                f"method.crops.{kind}_size={size}: training pictures are {shorter} px (data.train_size), and a crop of "
+                f"them would be enlarged more than {MOST_ENLARGED} times; set {MOST_ENLARGED * shorter} at most"
+            )
 
 
 def expect_pair(key: str, values: Any) -> tuple[float, float]:

@@ -192,7 +192,7 @@ def test_partition_is_by_class_and_not_by_cluster():
          "evaluation.extra=stego_compat: the release matches with hungarian only, not many_to_one"),
         ({"extra": "stego_compat", "absent": "zero"},
          "evaluation.extra=stego_compat: the release skips absent classes; set evaluation.absent=skip"),
-        ({"extra": "background", "background": 2}, "background=2: expected a class id from 0 to 1"),
+        ({"extra": "background", "background": 2}, "evaluation.background=2: expected a class id from 0 to 1"),
     ],
 )  # fmt: skip
 def test_unknown_policies_are_refused(words, text):
@@ -204,3 +204,15 @@ def test_unknown_policies_are_refused(words, text):
 def test_counts_must_be_whole_numbers():
     with pytest.raises(ValueError, match=r"counts: expected whole numbers \[K,C\], got float64 of shape \(2, 2\)"):
         matching.score(np.ones((2, 2)))
+
+
+def test_one_cluster_beyond_the_classes_that_takes_all_scores_nothing():
+    """The release throws its pixels away and divides nothing by nothing; null would win or lose no comparison."""
+    counts = np.zeros((4, 3), dtype=int)
+    counts[3] = [5, 2, 0]
+    found = matching.score(counts, extra="stego_compat")
+    assert (found.acc, found.miou) == (0.0, 0.0)
+    assert found.iou.tolist()[:2] == [0.0, 0.0]
+    assert np.isnan(found.iou[2])
+    first = matching.score(counts[[3, 0, 1, 2]], extra="stego_compat")
+    assert (round(first.acc, 4), first.miou > 0) == (71.4286, True)

@@ -1,4 +1,4 @@
-"""What every data set shares: a `Source` of pictures in, batches of the design out (DESIGN section 2).
+"""What every data set shares: a `Source` of pictures in, batches out (`dataset.Collate` says what one holds).
 
 A data set is one file with one subclass of `SegmentationDataModule` that says where pictures come from (`build_source`)
 and what the classes are called (`build_meta`). Splitting over devices, order, crops, broken files and views are here.

@@ -1,7 +1,7 @@
 """Cityscapes in the 27 classes of this field (label ids 7..33; void ids 0..6 ignored), or in its usual 19.
 
 Fine train (2,975) and val (500); five crops of each picture in training. PiCIE trains on other splits, so its figures
-belong to another protocol. evaluation_protocol.md section 5.2.
+belong to another protocol.
 """
 
 from common.spec import ClassMeta

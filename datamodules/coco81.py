@@ -2,7 +2,7 @@
 
 Labels are the stuffthingmaps, as TransFGU read them: things 1..80, all stuff is background, unlabelled is ignored.
 COMUS painted the instance annotations instead, where what nobody labelled is background
-(`data.unlabelled=background` comes nearest; overlaps of instances may still differ). evaluation_protocol.md 5.5.
+(`data.unlabelled=background` comes nearest; overlaps of instances may still differ).
 """
 
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """COCO 2017 with the label pictures of COCO-Stuff: layout, ids, the tables of three data sets, and the id lists.
 
 A "fine" id is a value of the stuffthingmaps pngs: COCO category id - 1, so 0..90 are things and 91..181 stuff; 255 is
-unlabelled. evaluation_protocol.md section 5.1.
+unlabelled. Source: nightrome/cocostuff.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""COCO-Stuff in its own 171 classes: 80 things, then 91 stuff (TransFGU's table; transfgu.md section 10)."""
+"""COCO-Stuff in its own 171 classes: 80 things, then 91 stuff (TransFGU's table, damo-cv/TransFGU)."""
 
 from dataclasses import replace
 

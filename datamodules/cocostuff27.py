@@ -2,7 +2,7 @@
 
 The field's main benchmark. As STEGO and HP: trained on the un-suffixed list (97,702 pictures, five crops of each),
 evaluated on the 2,175 pictures of the "_7" list; 15 classes use the "_7" lists of both splits, 3 classes those of
-"Few_Stuff_6". evaluation_protocol.md section 5.1.
+"Few_Stuff_6".
 """
 
 from dataclasses import replace

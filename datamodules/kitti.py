@@ -1,7 +1,7 @@
 """KITTI in the 19 classes of Cityscapes: KITTI-STEP (video frames, 5,027 and 2,981) or the 200 pictures of 2015.
 
 HSG reports on KITTI-STEP; its lists were not released, so the published sequences of train and val are taken. The
-pictures of 2015 have no published validation split: every fifth is evaluated here. hsg.md section 2.1.
+pictures of 2015 have no published validation split: every fifth is evaluated here.
 """
 
 from common.errors import one_of

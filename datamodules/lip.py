@@ -1,4 +1,4 @@
-"""Look Into Person (LIP), single persons: background and 5, 16 or 19 parts of a person (transfgu.md section 10).
+"""Look Into Person (LIP), single persons: background and 5, 16 or 19 parts of a person.
 
 Trained on train (30,462) and evaluated on val (10,000).
 """

@@ -1,7 +1,7 @@
 """PASCAL VOC 2012: background and 20 objects; 255, the border of objects, is ignored.
 
 Evaluated on val (1,449). Trained on train (1,464) or on "train+" (10,582): VOC train with all pictures of the Semantic
-Boundaries Dataset, less VOC val; labels of the latter come from SBD's .mat files. evaluation_protocol.md section 5.4.
+Boundaries Dataset, less VOC val; labels of the latter come from SBD's .mat files.
 """
 
 from collections.abc import Iterator

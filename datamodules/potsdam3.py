@@ -1,7 +1,7 @@
 """ISPRS Potsdam in three classes, or in its six: blocks of 200 x 200 pixels, as IIC cut them.
 
 The blocks have random names, so the lists of the release are indispensable. Of 8,550 blocks 5,400 have labels: 4,545 to
-train on, 855 to evaluate. Infrared, the fourth channel, is left out. evaluation_protocol.md section 5.3.
+train on, 855 to evaluate. Infrared, the fourth channel, is left out.
 """
 
 from collections.abc import Iterator

@@ -128,7 +128,7 @@ def five_crop_boxes(height: int, width: int, ratio: float) -> np.ndarray:
     """int64 [5,4], rows top left, top right, bottom left, bottom right, centre; columns top, left, height, width.
 
     Sizes are int(side * ratio), the centre's offset is (side - crop) / 2 rounded half to even: torchvision's five_crop
-    as STEGO and HP used it (evaluation_protocol.md section 3).
+    as STEGO (crop_datasets.py) and HP used it.
     """
     h, w = max(1, int(height * ratio)), max(1, int(width * ratio))
     bottom, right = height - h, width - w

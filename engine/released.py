@@ -1,7 +1,7 @@
 """The checkpoint formats that the authors of STEGO and of Hidden Positives released, as tensors under our names.
 
 Both hold a frozen DINO transformer, the head (`cluster1`, `cluster2`), a linear and a cluster probe; all their layers
-are 1x1 convolutions as here. Method documents of both; names from mhamilton723/STEGO and hynnsk/HP.
+are 1x1 convolutions as here. Names from mhamilton723/STEGO and hynnsk/HP.
 """
 
 import logging

@@ -1,8 +1,8 @@
 """`run.py retrieve`: segments of a picture and the nearest segments of a data set, as a picture and as a page.
 
 Every picture is cut into segments by spherical k-means on its codes (`evaluation.retrieval.*`: grid, rounds, location);
-a segment is compared by its prototype. No label is read. Source: SegSort (ICCV 2019) section 3.4, method documents
-segsort.md 7.5 and hsg.md 8.6.
+a segment is compared by its prototype. No label is read. Sources: SegSort (ICCV 2019) section 3.4; HSG (CVPR
+2022), contextual retrieval.
 """
 
 import base64

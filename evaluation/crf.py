@@ -3,7 +3,7 @@
 Both Gaussian kernels are filtered on a lattice (Adams et al., 2010), held as sparse matrices: pixels to vertices, one
 blur along each lattice axis, vertices to pixels. So an iteration is a chain of sparse products, for all classes of
 all read-outs at once, on any device. Equal to the compiled library of the releases to rounding; an exact evaluation of
-the kernels would give other labels on 2 to 3 % of the pixels (protocol document, section 4).
+the kernels would give other labels on 2 to 3 % of the pixels.
 """
 
 from collections import OrderedDict

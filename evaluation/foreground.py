@@ -2,7 +2,7 @@
 
 Labels of classes stand in for annotated boxes: every 8-connected component of a class that counts as an object has one.
 Two touching objects of one class are one there, which annotated boxes would tell apart. Source: TokenCut (CVPR 2022),
-LOST (BMVC 2021); method document deep_spectral.md 2.
+LOST (BMVC 2021).
 """
 
 import numpy as np

@@ -2,7 +2,7 @@
 
 Groups have no meaning beyond their picture, so no score of classes can read them. Here every labelled region (all
 pixels of one class in one picture) looks for the group of a level that covers it best, as the paper's foreground
-covering does (HSG, CVPR 2022; method document hsg.md 8.5).
+covering does (HSG, Ke et al., CVPR 2022).
 """
 
 from collections.abc import Mapping

@@ -3,7 +3,7 @@
 Bilinear upsampling (align_corners False) is linear with weights that sum to one. So an affine classifier may run on the
 patches and its K maps be upsampled; and a pixel's norm scales its cosine to every centroid alike, so the arg max over
 the K upsampled dot products is the arg max of the released order (upsample the code, normalise, compare). Both are
-exact up to rounding at ties (protocol document, section 1.3).
+exact up to rounding at ties (tests/evaluation/test_readout.py compares them).
 """
 
 from collections.abc import Iterator

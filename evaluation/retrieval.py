@@ -1,7 +1,7 @@
 """Read-out by retrieval: segments of a picture take the vote of the nearest labelled segments of training pictures.
 
 It reads the labels of the training pictures, plainly: what it scores is how well segments of one class lie together,
-not a clustering. Sources: SegSort (ICCV 2019) section 3.4; HSG (CVPR 2022); method documents segsort.md 7, hsg.md 8.
+not a clustering. Sources: SegSort (ICCV 2019) section 3.4; HSG (CVPR 2022).
 """
 
 from collections.abc import Mapping

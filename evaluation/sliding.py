@@ -1,6 +1,6 @@
 """Evaluation through overlapping windows, whose codes are averaged where they overlap.
 
-Source: the evaluation of SegSort (Hwang et al., ICCV 2019; method document segsort.md 7.2), on whole cells.
+Source: the evaluation of SegSort (Hwang et al., ICCV 2019; jyhjinghwang/SegSort), on whole cells.
 """
 
 from collections.abc import Callable

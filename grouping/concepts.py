@@ -6,7 +6,7 @@ head outputs) . (value vectors): the small vectors of all concepts come from one
 without a backward through the network.
 
 Glossary: B pictures, K concepts, H heads, T = 1 + h w tokens (the class token first), d channels of a head, D = H d.
-Source: Yin et al., TransFGU (ECCV 2022); method documents transfgu.md 5 and speed.md 4.13.
+Source: Yin et al., TransFGU (ECCV 2022).
 """
 
 from collections.abc import Callable

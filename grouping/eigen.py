@@ -10,7 +10,7 @@ that misses the bound is solved densely in float64.
 
 Glossary: B graphs, N nodes, k vectors, d degrees (row sums), mu = eigenvalues of A, b rows of a block.
 Sources: Shi and Malik, Normalized Cuts (PAMI 2000); Golub and Underwood, The block Lanczos method (1977); Stathopoulos
-and Wu, orthogonalisation by the Gram matrix (SISC 2002); method document deep_spectral.md 1, 3.3 and 7.
+and Wu, orthogonalisation by the Gram matrix (SISC 2002).
 """
 
 import logging

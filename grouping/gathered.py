@@ -1,7 +1,7 @@
 """Segments of all ranks: prototypes gathered with gradient, so that two processes have the loss of one.
 
 A segment lies in one picture, so it never spans ranks. Every rank makes the prototypes of its own pictures, all ranks
-gather them, and each compares its own pixels with all of them (method document hsg.md, notes to section 7).
+gather them, and each compares its own pixels with all of them.
 """
 
 from dataclasses import dataclass

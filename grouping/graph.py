@@ -1,4 +1,4 @@
-"""Graphs over the segments of a picture. Source: HSG (CVPR 2022); method document hsg.md 6.2."""
+"""Graphs over the segments of a picture. Source: HSG (CVPR 2022)."""
 
 import torch
 from torch import Tensor

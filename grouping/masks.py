@@ -1,7 +1,7 @@
 """Masks and label maps on the grid of patches: components, boxes, the background by the border.
 
 Components and morphology are scipy's, on the host: maps of some thousand patches are small. Boxes are (x0, y0, x1, y1)
-with exclusive ends. Source: method document deep_spectral.md 2.1, 4 and 5.
+with exclusive ends. Sources: TokenCut (CVPR 2022) and Deep Spectral Methods (CVPR 2022).
 """
 
 import numpy as np

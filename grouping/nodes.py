@@ -1,6 +1,6 @@
 """Segments as nodes of their picture, all views together: what clustering transformers and graphs over segments take.
 
-Source: HSG (CVPR 2022); method document hsg.md 5.3. Shapes: B pictures of V views, n pixels, R rows of a table of
+Source: HSG (CVPR 2022). Shapes: B pictures of V views, n pixels, R rows of a table of
 segments, M nodes, D dimension.
 """
 

@@ -3,7 +3,7 @@
 The published runs take regions of an edge detector and its ultrametric contour map, whose recipes need MATLAB. The
 sources here are replacements of scikit-image: `felzenszwalb` and `watershed` follow contours, `slic` gives compact
 superpixels (an ablation). As in the recipe of HSG the threshold is raised until a picture has few enough regions.
-Source: HSG (CVPR 2022); method document hsg.md section 2.
+Source: HSG (CVPR 2022).
 """
 
 import numpy as np

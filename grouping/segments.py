@@ -6,7 +6,7 @@ nothing waits for the device, there is no loop over pictures (a CPU takes as man
 table that is padded under DDP stays right.
 
 Glossary: B pictures (or crops), N pixels of one, D dimension, K clusters, S rows of a table of segments, G owners.
-Source: SegSort (ICCV 2019) section 3; method documents segsort.md 3 and hsg.md 5.
+Source: SegSort (ICCV 2019) section 3; HSG (CVPR 2022).
 """
 
 from dataclasses import dataclass

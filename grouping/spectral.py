@@ -4,7 +4,7 @@ A graph has a node for each patch, in raster order; `eigen.smallest` solves it. 
 
 Glossary: B pictures, h x w patches, N = h w nodes, C channels, k eigenvectors, n segments of a picture.
 Sources: Shi and Malik, Normalized Cuts (PAMI 2000); Wang et al., TokenCut (CVPR 2022); Melas-Kyriazi et al., Deep
-Spectral Methods (CVPR 2022); method document deep_spectral.md.
+Spectral Methods (CVPR 2022).
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Sliding windows over a grid of patches: the crops whose tokens TransFGU clusters.
 
-Source: Yin et al., TransFGU (ECCV 2022); method document transfgu.md 3.
+Source: Yin et al., TransFGU (ECCV 2022).
 """
 
 from collections.abc import Sequence

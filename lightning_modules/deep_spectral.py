@@ -3,7 +3,7 @@
 Offline: the graph of a picture's attention keys, its first eigenvectors, k-means in them to segments, k-means of the
 features of all segments to classes, painted as pseudo-labels. Then a DeepLab head learns these (self-training). Scored
 as val/own/*. `method.self_training=false`: the classes of the regions themselves. `method.segments.mode=single`: object
-and background, also read out as val/foreground/*. Method document deep_spectral.md 3 to 6.
+and background, also read out as val/foreground/*. Code: lukemelas/deep-spectral-segmentation.
 
 Here, and not as released: clusters are counted from 1 beside the background (released: cluster 0 falls together with
 it), starts of k-means are keyed, labels are found by name, and clusters are matched anew in every validation.
@@ -100,7 +100,7 @@ class DeepSpectral(RegionSegmenter, ObjectFinder):
         return super().scores(features) if self.head is None else self.head.classify(self.embed(features))
 
     def loss(self, views: dict[str, Any], features: Features | None) -> Loss:
-        """Method document section 6: cross-entropy on every pixel that has a pseudo-label."""
+        """Self-training: cross-entropy on every pixel that has a pseudo-label."""
         codes = self.embed(self.features(views["augmented"]))
         labels = views["augmented.pseudo"]
         labels = torch.where(views["augmented.valid"], labels, IGNORE)

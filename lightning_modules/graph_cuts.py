@@ -1,7 +1,8 @@
 """Steps of offline stages that cut graphs of patches: eigenvectors, regions with their features, clusters of regions.
 
-For Deep Spectral and the normalised cut; the keys are those of their yamls. Source: method document deep_spectral.md 3
-to 5. Shapes: B pictures, h x w patches, k eigenvectors, R regions of a picture, D channels.
+For Deep Spectral and the normalised cut; the keys are those of their yamls. Sources: Shi and Malik (PAMI 2000);
+Melas-Kyriazi et al., Deep Spectral Methods (CVPR 2022).
+Shapes: B pictures, h x w patches, k eigenvectors, R regions of a picture, D channels.
 """
 
 import logging

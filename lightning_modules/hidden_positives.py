@@ -104,7 +104,7 @@ class HiddenPositives(UnsupervisedSegmenter):
     # ------------------------------------------------------------------ one step
 
     def loss(self, views: dict[str, Any], features: Features) -> Loss:
-        """Method document sections 2 to 6. Codes of the step go to the probes as they are, with the head's dropout."""
+        """Contrast over hidden positives. Codes of the step go to the probes as they are, with the head's dropout."""
         settings, step = self.cfg.method, self.global_step
         frozen = features.concat()
         self._renew_pool(step)

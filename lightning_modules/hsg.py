@@ -4,7 +4,7 @@ Cells of several views of a picture are sorted into segments by k-means, cut by 
 transformers gather the segments of all views of a picture into fine groups, and those into coarse ones; a transition
 matrix composes the memberships. Groups shall be compact (modularity of a graph of near segments), balanced (collapse)
 and distinctive (centroids apart). Cells are drawn to the other segments of their region, their fine and their coarse
-group, away from all others of the batch (vMF-NCA). Method document hsg.md.
+group, away from all others of the batch (vMF-NCA). Code: twke18/HSG.
 """
 
 from typing import Any
@@ -66,7 +66,7 @@ class HSG(PixelSorter):
         return super().trained_parts() | ({"grouping": grouping} if self.grouped else {})
 
     def loss(self, views: dict[str, Any], features: Features | None) -> Loss:
-        """Method document sections 5 and 6, on the cells of all views of the batch of all ranks."""
+        """Contrast at every level and goodness of grouping, on the cells of all views of the batch of all ranks."""
         settings, cells = self.cfg.method, self.cells(views)
         found, table = self.sort(cells.codes, cells.regions, cells.valid)
         keys = table.values(self.region_keys(views, cells.regions).flatten())
@@ -102,8 +102,8 @@ class HSG(PixelSorter):
         images [B,3,H,W] in 0..1, valid bool [B,H,W]. Returns int64 maps [B,h,w] at the cells of the network (at its
         output stride in training), -1 where no pixel of a cell is valid. Ids start at 0 in every picture and mean
         nothing beyond it. With `method.levels.nested` a coarse group is a union of fine ones, and these of segments;
-        else each level takes the likeliest group of a segment, and a coarse one may cut a fine one. Method document
-        8.5: the release has no such inference. One view, no contour regions, no limit of segments.
+        else each level takes the likeliest group of a segment, and a coarse one may cut a fine one. The release
+        has no such inference. One view, no contour regions, no limit of segments.
         """
         with self.backbone.training_stride():
             codes = self.embed(self.features(images))

@@ -3,7 +3,7 @@
 The classical graph joins pixels that are near and alike in colour, the deep one patches whose features are alike. Each
 picture is cut into segments by the eigenvectors of the graph `method.graph.kind`, and segments of all pictures are
 clustered to classes by the mean of what the graph compares. Nothing is trained but the probes; scored as val/own/*. The
-panel of the stage shows both graphs side by side: second eigenvector and segments. Method document deep_spectral.md 1.
+panel of the stage shows both graphs side by side: second eigenvector and segments.
 """
 
 from torch import Tensor

@@ -47,7 +47,7 @@ class SegSort(PixelSorter):
             self.memory = MemoryBank(size, settings.dim, extras={"label": ((), torch.int64)})
 
     def loss(self, views: dict[str, Any], features: Features | None) -> Loss:
-        """Method document section 4, on the cells of all views of the batch of all ranks."""
+        """The losses of `losses/vmf.py`, on the cells of all views of the batch of all ranks."""
         names, cells = list(self.views), self.cells(views)
         valid, cut, keys = cells.valid, cells.regions, None
         if self.uses_labels:

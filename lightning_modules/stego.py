@@ -1,7 +1,7 @@
 """STEGO (Hamilton et al., ICLR 2022): codes whose cosines copy, sharpened, the cosines of frozen features.
 
 A small head maps frozen patch features to codes whose cosines copy, sharpened, those of the features: between a picture
-and itself, one of its nearest pictures, and random pictures of the batch. Method document sections 2 to 5.
+and itself, one of its nearest pictures, and random pictures of the batch. Section 3 of the paper.
 """
 
 from typing import Any
@@ -85,7 +85,7 @@ class Stego(UnsupervisedSegmenter):
     # ------------------------------------------------------------------ one step
 
     def loss(self, views: dict[str, Any], features: Features) -> Loss:
-        """Method document section 3. The backbone sees every picture of the step once; all terms share its features."""
+        """Section 3.2 of the paper. The backbone sees every picture of the step once; all terms share its features."""
         settings = self.cfg.method
         signal, codes = self._dropped("image", features.concat())
         parts: dict[str, Tensor] = {}

@@ -3,7 +3,7 @@
 Nothing is trained but the probes. Patches are joined where their keys are alike (cosine above tau); the second
 eigenvector splits them, one side is the object (`method.side`), and of it the component of its largest entry. Read out
 as val/foreground/* (`evaluation/foreground.py`). `run.py pseudo` keeps the masks of the training pictures, which other
-methods may start from. Method document deep_spectral.md 2; its refinement by a bilateral solver is not here.
+methods may start from. The paper's refinement by a bilateral solver is not here.
 """
 
 import torch

@@ -3,7 +3,7 @@
 Offline: sliding windows of every picture go through the backbone, their class tokens are clustered to concepts, and the
 gradient of a picture's class token towards each concept says where the picture supports it. A mask transformer on
 frozen features learns these maps, later half from a teacher, which is the student of before: now and then the teacher
-takes the student's weights and the student starts anew. Scored as val/own/*. Method document transfgu.md.
+takes the student's weights and the student starts anew. Scored as val/own/*. Code: damo-cv/TransFGU.
 
 Here, and not as released: colours are drawn for each picture, labels of a crop are means of bilinear samples at its
 pixels, the divisor of the gradient is a key, a crop without evidence is left out (`method.empty`), and the class axis
@@ -194,7 +194,7 @@ class TransFGU(StagedSegmenter):
     # ------------------------------------------------------------------ one step
 
     def loss(self, views: dict[str, Any], features: Features | None) -> Loss:
-        """Method document section 8. No step is taken where the loss of the whole batch is not above 0."""
+        """The losses of `losses/concepts.py`. No step is taken where the loss of the whole batch is not above 0."""
         settings, world = self.cfg.method, distributed.world_size()
         features = self.features(views["augmented"])
         size = size_of(features)
@@ -253,7 +253,7 @@ class TransFGU(StagedSegmenter):
         return settings.epoch or settings.repeat * super().epoch_steps
 
     def on_epoch(self, loader: Callable[..., Any]) -> None:
-        """Method document section 9: at the start of some epochs the student teaches and a new one begins."""
+        """Restarts: at the start of some epochs the student teaches and a new one begins."""
         settings = self.cfg.method.restarts
         epoch = self.global_step // self.epoch_steps
         interval = settings.intervals[min(epoch // 10, len(settings.intervals) - 1)]

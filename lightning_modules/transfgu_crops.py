@@ -1,6 +1,6 @@
 """The first step of TransFGU's offline stage: sliding windows of every picture and their tokens.
 
-Source: Yin et al., TransFGU (ECCV 2022); method document transfgu.md 3. B pictures, R crops of a picture, D channels of
+Source: Yin et al., TransFGU (ECCV 2022). B pictures, R crops of a picture, D channels of
 a token, h x w patches.
 """
 

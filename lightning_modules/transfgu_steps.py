@@ -1,6 +1,6 @@
 """Steps of TransFGU's offline stage behind its crops: concepts by k-means, maps of all concepts of every picture.
 
-Source: Yin et al., TransFGU (ECCV 2022); method document transfgu.md 4 and 5. B pictures, K concepts, D channels of a
+Source: Yin et al., TransFGU (ECCV 2022). B pictures, K concepts, D channels of a
 token, h x w patches.
 """
 

@@ -3,7 +3,7 @@
 Pure functions, float32 inside. Every draw (the permutation of the classes) is given by the caller.
 
 Glossary: B pictures, C classes, h x w patches; Q = soft labels, y = their class.
-Source: Yin et al., TransFGU (ECCV 2022); method document transfgu.md 8.
+Source: Yin et al., TransFGU (ECCV 2022); code: damo-cv/TransFGU.
 """
 
 import torch

@@ -4,7 +4,7 @@ An anchor's positives are the patches that are more similar to it than any entry
 code keeps about seven N x N float matrices for the backward pass. Here the loss and its gradient are computed in closed
 form in one sweep over blocks of anchors: what stays are boolean masks of one picture's anchors and the N x D gradients.
 
-Method document sections 4 and 5. Rows of all [N,...] tensors are patches, picture by picture, `cells` a picture.
+Code: loss.py of hynnsk/HP. Rows of all [N,...] tensors are patches, picture by picture, `cells` a picture.
 """
 
 from collections.abc import Iterator

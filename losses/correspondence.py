@@ -1,8 +1,8 @@
 """Feature correspondence of STEGO (ICLR 2022): similarities of codes copy those of frozen features, sharpened.
 
 Between a picture and itself, a near picture, and random pictures: the cosines of all pairs of sampled patches say how
-much two codes should agree. Method document section 3. Shapes: S sample points a side, so S*S points of a picture;
-R random pictures an anchor; all else as in common/spec.py.
+much two codes should agree. Sections 3.1 and 3.2 of the paper.
+Shapes: S sample points a side, so S*S points of a picture; R random pictures an anchor; all else as in common/spec.py.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Goodness of grouping of HSG (CVPR 2022): are the groups of a picture's segments compact, balanced and distinctive?
 
-Method document hsg.md 6.3 and 6.4. The modularity differs from DMoN (Tsitsulin et al., 2020): its total degree counts
+As in the release, twke18/HSG. The modularity differs from DMoN (Tsitsulin et al., 2020): its total degree counts
 twice, and the null model has out-degrees alone. Shapes: B pictures, K groups, M nodes, d dimension.
 """
 

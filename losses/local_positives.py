@@ -43,7 +43,7 @@ def row_attention(scores: Tensor, sigma: float = 28.0) -> Tensor:
     """Attention [..., rows, N_p] of raw scores (rows = query): clamp, softmax, times sigma, cut below the row's mean.
 
     Each row is clamped to its own 10 % and 90 % quantiles (linear interpolation). `sigma` is a constant of the release,
-    whatever the size of the map. Method document section 2.2, steps 2 to 4. float32, no gradient.
+    whatever the size of the map (hynnsk/HP). float32, no gradient.
     """
     scores = scores.float()
     levels = torch.tensor([0.1, 0.9], device=scores.device)
@@ -103,7 +103,7 @@ def neighbour_mix(codes: Tensor, weights: Tensor) -> Tensor:
     """s_mix_i = (1 / c_i) sum_j w_ij s_j over the 3x3 neighbours j of i; c_i = 4, 6 or 9 counts those inside the map.
 
     codes [B,D,h,w], weights [B,N_p,9] -> [B,D,h,w]. Not divided by the sum of the weights. Gradient reaches the codes
-    of neighbours whose weight is not 0, and never the weights. Method document section 2.2, step 6.
+    of neighbours whose weight is not 0, and never the weights (hynnsk/HP).
     """
     _, _, h, w = codes.shape
     _, valid = neighbourhood(h, w, codes.device)

@@ -1,4 +1,4 @@
-"""Learning from pseudo-labels. Source: method document deep_spectral.md 6 (plain cross-entropy on every pixel)."""
+"""Learning from pseudo-labels. Source: the self-training of Deep Spectral Methods (CVPR 2022): cross-entropy."""
 
 import torch
 import torch.nn.functional as F

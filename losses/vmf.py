@@ -9,7 +9,7 @@ in closed form in one sweep over blocks of pixels; what stays are the gradients 
 takes the own term out of the positives by subtraction, which loses up to 3e-3 of a pixel's loss where it dominates;
 here it is never added.
 
-Method documents segsort.md 4 and hsg.md 6.1. Shapes: n pixels, S prototypes, m rows of memory, D dimension.
+Code: jyhjinghwang/SegSort and twke18/HSG. Shapes: n pixels, S prototypes, m rows of memory, D dimension.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """The last steps of a class token: from its head outputs in the last block to the token, and what enters them.
 
-TransFGU differentiates them alone (method documents transfgu.md 5 and speed.md 4.13). A network without a class token,
+TransFGU differentiates them alone (Yin et al., ECCV 2022). A network without a class token,
 or with other blocks, has a pooled token in its place: the mean of its map, written as the attention of one head whose
 weight is a patch's length (lengths of activations tell objects from background: SCDA, Wei et al., TIP 2017).
 """

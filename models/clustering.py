@@ -1,8 +1,8 @@
 """The clustering transformer of HSG (CVPR 2022): queries gather the segments of a picture into groups.
 
 As DETR's transformer (post-norm, positions added to queries and keys), with batch norms in the place of layer norms,
-an initial target made from mean and spread of the encoded nodes, and groups ordered by their largest logit. Method
-document hsg.md 4.3. Shapes: B pictures, M nodes, K queries, d dimension.
+an initial target made from mean and spread of the encoded nodes, and groups ordered by their largest logit. Source:
+HSG (CVPR 2022), twke18/HSG. Shapes: B pictures, M nodes, K queries, d dimension.
 """
 
 import torch

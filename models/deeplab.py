@@ -1,6 +1,6 @@
 """The head of DeepLabv3 and DeepLabv3+ on the levels of a backbone; its pyramid of convolutions is torchvision's.
 
-Sources: Chen et al., DeepLabv3 (2017) and DeepLabv3+ (ECCV 2018); method document deep_spectral.md 6.
+Sources: Chen et al., DeepLabv3 (2017) and DeepLabv3+ (ECCV 2018); as Deep Spectral Methods (CVPR 2022) uses it.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Two levels of groups over the segments of a picture, each level a clustering transformer. Source: HSG (CVPR 2022).
 
-Method document hsg.md 5.3, 5.4 and 8.5. Shapes: B pictures, M nodes (segments of a picture, padded), d dimension, F
+Code: twke18/HSG. Shapes: B pictures, M nodes (segments of a picture, padded), d dimension, F
 fine and G coarse groups.
 """
 

@@ -1,6 +1,6 @@
 """Mask transformer: class vectors that attend to a picture's patches, and masks as their products with the patches.
 
-Sources: Strudel et al., Segmenter (ICCV 2021); TransFGU (ECCV 2022), method document transfgu.md 6.
+Sources: Strudel et al., Segmenter (ICCV 2021); TransFGU (ECCV 2022).
 """
 
 import torch

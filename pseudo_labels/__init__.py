@@ -18,5 +18,4 @@ MaskDistill's chain. What a method like TransFGU needs, and where it is: gradien
 maps of all concepts (a float16 field [K,h,w]; `views.Soft` for the classes, `Records.read` for the maps themselves),
 tables (`ReduceStep.table`), an estimate before the work starts (`MapStep.record_bytes` for the disk; `announce` says
 how many passes a step will make, or refuses), a choice of pictures (`MapStep.pictures`).
-Method document: pseudo_label_stage.md.
 """

@@ -75,7 +75,7 @@ class Painted(View):
     """`masks` painted in the order of falling `scores` (of equals the first first), each with its class + 1.
 
     classes: where given, the class of every mask over all kept pictures in order, -1: not painted; else the records'
-    own field `classes`. overlap: see OVERLAPS. Source: MaskDistill's intended rule is `skip` (maskdistill.md 5, 8.1).
+    own field `classes`. overlap: see OVERLAPS. `skip` is what MaskDistill (Van Gansbeke et al., 2022) means.
     """
 
     def __init__(self, records: Records, classes: np.ndarray | None = None, overlap: str = "skip") -> None:

@@ -2,7 +2,7 @@
 
 A picture is the spatial mean of its frozen patch features, normalised; the search is exact, in blocks, and shared by
 the ranks. The table is a function of backbone and pictures alone, so it is computed once and kept on disk under a
-fingerprint of both (protocol document, section 3).
+fingerprint of both. Source: STEGO (ICLR 2022), precompute_knns.py.
 """
 
 import hashlib

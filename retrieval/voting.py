@@ -1,6 +1,6 @@
 """Labels by retrieval: the labels of the nearest rows of a labelled bank, and their vote. Reads labels, plainly.
 
-Source: SegSort (ICCV 2019) section 3.4; method documents segsort.md 7.2 and hsg.md 8.2.
+Source: SegSort (ICCV 2019) section 3.4; HSG (CVPR 2022).
 """
 
 import torch

@@ -102,7 +102,7 @@ def test_the_line_of_a_recipe():
 
 @pytest.mark.parametrize("name", [name for name in config.names("experiment") if name.startswith("hidden_positives")])
 def test_recipes_of_hidden_positives_hold_the_released_values(name):
-    """The method document's table 8, row by row."""
+    """The settings of the release (hynnsk/HP), row by row."""
     cfg = config.compose([f"experiment={name}", "data.root=x", "backbone.weights=none"])
     method, optim = cfg.method, cfg.optim
     found = [method.dim, method.temperature, method.alpha, method.rho, method.pool.size, method.pool.renew_every]

@@ -1,4 +1,4 @@
-"""Counts of a step hold for other batches, and are those of the formulas; the document's tables are the output."""
+"""Counts of a step hold for other batches, and are those of the formulas; docs/scaling.md has the output."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""HSG: its loss against the formulas of the method document, padding and slots, and what is refused."""
+"""HSG: its loss against the formulas of the release, padding and slots, and what is refused."""
 
 import numpy as np
 import pytest

@@ -121,7 +121,7 @@ def test_schedules_at_their_ends(schedule, step, expected):
 
 
 def test_poly_and_step_fall_as_released():
-    """hsg.md section 7: warm-up from a tenth, drops at shares of the run, rounded down; poly under the warm-up."""
+    """HSG's release: warm-up from a tenth, drops at shares of the run, rounded down; poly under the warm-up."""
     released = {"warmup": 10, "warmup_from": 0.1}
     assert [schedule_factor("step", at, 100, **released) for at in (0, 5, 10, 31)] == [0.1, 0.55, 1.0, 1.0]
     for at, passed in ((32, 1), (55, 1), (56, 2), (75, 3), (99, 3)):

@@ -1,4 +1,4 @@
-"""SegSort: its loss against the formulas of the method document, the memory, variants, and what is refused."""
+"""SegSort: its loss against the formulas of the release, the memory, variants, and what is refused."""
 
 import math
 from types import SimpleNamespace

@@ -51,7 +51,7 @@ def dense(
     case, *, lam=0.4, temperature=0.6, reweighting=True, version=1, symmetric=True, candidates="case",
     denominator="agnostic",
 ):  # fmt: skip
-    """The formula of the method document, sections 4 and 5, with N x N matrices and autograd (all anchors filled)."""
+    """The formula of the paper and its release, with N x N matrices and autograd (all anchors filled)."""
     total, cells = len(case["z"]), case["cells"]
     off_diagonal = ~torch.eye(total, dtype=torch.bool)
 

@@ -1,4 +1,4 @@
-"""Goodness of grouping: the values that the method document derives, gradients, and what padding may not change."""
+"""Goodness of grouping: values derived by hand, gradients, and what padding may not change."""
 
 import pytest
 import torch

@@ -21,7 +21,7 @@ def neighbour_mask(h, w):
 
 
 def dense_attention(scores, sigma=28.0):
-    """Steps 2 to 4 of the document, one row at a time."""
+    """The released steps, one row at a time."""
     rows = []
     for row in scores:
         low, high = (torch.quantile(row, level) for level in (0.1, 0.9))

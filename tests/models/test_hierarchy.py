@@ -23,7 +23,7 @@ def transformer(**settings):
 
 
 def test_the_summary_of_the_nodes_keeps_its_width():
-    """2d -> 2d -> d (hsg.md 4.3), whatever the feed-forward parts have."""
+    """2d -> 2d -> d (twke18/HSG), whatever the feed-forward parts have."""
     model = ClusteringTransformer(8, heads=2, hidden=24)
     assert model.summary.weight.shape == (16, 16)
     assert model.target.weight.shape == (8, 16)

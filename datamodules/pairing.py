@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_only
+
 from common.errors import DataError
 from datamodules.walking import files_below
 
@@ -51,7 +53,7 @@ def pair(
         by_stem[stem] = name
     _refuse_lossy(labels, {stem for stem in stems if stem not in by_stem}, label_suffix)
     if not files and (others := other_files([labels])):
-        log.warning("%s: holds no label, which would be a png, tif or bmp file, but %s", labels, others)
+        _say("%s: holds no label, which would be a png, tif or bmp file, but %s", labels, others)
     paired = {name: str(labels / by_stem[stem]) for stem, name in _each(pictures, image_suffix) if stem in by_stem}
     left = [name for stem, name in sorted(by_stem.items()) if stem not in stems]
     if by_stem and not paired:
@@ -61,13 +63,13 @@ def pair(
             f"{folder / pictures[0]} would be {labels / first}{label_suffix}.png{_hint(left, stems, len(paired))}"
         )
     if left:
-        log.warning(
+        _say(
             "%s: %d of %d labels belong to no picture of %s and are not used: %s%s",
             labels, len(left), len(files), folder, named(left), _hint(left, stems, len(paired)),
         )  # fmt: skip
     lacking = [name for name in pictures if name not in paired]
     if paired and lacking and len(paired) >= len(lacking):
-        log.warning(
+        _say(
             "%s: %d of %d pictures have no label in %s, so nothing is scored on them: %s",
             folder, len(lacking), len(pictures), labels, named(lacking),
         )  # fmt: skip
@@ -87,6 +89,11 @@ def named(names: list[str]) -> str:
     """The first of a list of names, and how many more there are."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return f"{', '.join(names[:NAMED])}{more}"
+
+
+def _say(line: str, *facts: object) -> None:
+    if rank_zero_only.rank == 0:  # every process looks, and one says
+        log.warning(line, *facts)
 
 
 def _each(names: list[str], suffix: str) -> list[tuple[str, str]]:

@@ -53,15 +53,7 @@ def settle(entries: list[Entry], wanted: Range | str | None, settable: bool = Tr
         say(seen, wanted, settable)
     if wanted != "auto":
         return wanted
-    if not seen.samples:
-        log.info("%s=auto: no training picture looked at has more than 8 bits; nothing is scaled", KEY)
-        return None
-    low, high = ranges.percentiles(seen.samples)
-    log.info(
-        "%s=auto: %g becomes 0 and %g 255 (percentiles %g and %g of %d training pictures)",
-        KEY, low, high, *ranges.PERCENTILES, len(seen.samples),
-    )  # fmt: skip
-    return low, high
+    return ranges.percentiles(seen.samples) if seen.samples else None
 
 
 def look(entries: list[Entry]) -> Seen:
@@ -88,6 +80,8 @@ def look(entries: list[Entry]) -> Seen:
 
 def say(seen: Seen, wanted: Range | str | None, settable: bool) -> None:
     """A line for each kind of thing."""
+    if wanted == "auto":
+        say_auto(seen)
     if seen.samples and wanted is None:
         say_range(seen, settable)
     if seen.banded:
@@ -100,6 +94,17 @@ def say(seen: Seen, wanted: Range | str | None, settable: bool) -> None:
             "%s%s: holds several pages, and the first alone is read; save pages as files of their own to use them",
             seen.paged[0], _more(seen.paged),
         )  # fmt: skip
+
+
+def say_auto(seen: Seen) -> None:
+    """What `auto` chooses."""
+    if not seen.samples:
+        log.info("%s=auto: no training picture looked at has more than 8 bits; nothing is scaled", KEY)
+        return
+    log.info(
+        "%s=auto: %g becomes 0 and %g 255 (percentiles %g and %g of %d training pictures)",
+        KEY, *ranges.percentiles(seen.samples), *ranges.PERCENTILES, len(seen.samples),
+    )  # fmt: skip
 
 
 def say_range(seen: Seen, settable: bool) -> None:

@@ -7,13 +7,13 @@ with few values, and pictures are not.
 
 import logging
 import os
-import re
 import unicodedata
 from collections import Counter, defaultdict
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_only
 
 from common.errors import DataError
 from datamodules.layouts import LABELS, SPLITS, without_split
@@ -23,12 +23,12 @@ from datamodules.walking import files_below
 
 log = logging.getLogger(__name__)
 
-SUFFIX = re.compile(
-    r"[ _.-](mask|masks|label|labels|labelids|labeltrainids|gtfine|gt|seg|segmentation|annotation|annotated|truth|l|"
-    r"leftimg8bit|image|img|rgb)$",
-    re.IGNORECASE,
-)
-"""What programs append to the names of pictures and of labels."""
+SUFFIXES = frozenset((
+    "mask", "masks", "label", "labels", "labelids", "labeltrainids", "gtfine", "gt", "seg", "segmentation",
+    "annotation", "annotated", "truth", "l", "leftimg8bit", "image", "img", "rgb",
+))  # fmt: skip
+"""What programs append to the names of pictures and of labels, in small letters, behind one of `SEPARATORS`."""
+SEPARATORS = " _.-"
 SAMPLE = 5
 """Pairs of files whose content is looked at."""
 FLAT, FEW = 32, 8
@@ -45,8 +45,9 @@ def expect_none(folder: Path, pictures: list[str], root: Path, key: str) -> None
 
     Two folders of pictures that share their names are said in a line.
     """
-    called = [name for name in pictures if any(part.lower() in LABELS for part in name.split("/")[:-1])]
-    others = [name for name in pictures if name not in set(called)]
+    called, others = [], []
+    for name in pictures:
+        (called if any(part in LABELS for part in name.lower().split("/")[:-1]) else others).append(name)
     if called and others and _labels_of(folder, list(zip(_spread(others), _spread(called), strict=False))) == 1:
         places = os.path.dirname(others[0]), os.path.dirname(called[0])
         raise _refusal(folder, root, key, places, (others[0], called[0]), labels=1)
@@ -58,7 +59,7 @@ def expect_none(folder: Path, pictures: list[str], root: Path, key: str) -> None
         if labels is not None:
             raise _refusal(folder, root, key, places, pairs[0], labels)
     alike = [pair for pair, names in twins.items() if pair[0] != pair[1] and len(names) > 1 and not _splits(pair)]
-    if alike:
+    if alike and rank_zero_only.rank == 0:
         one, other = max(alike, key=lambda pair: len(twins[pair]))
         log.warning(
             "%s: the folders %s and %s share the names of %d files, and all are taken as pictures; where one holds "
@@ -166,19 +167,22 @@ def _places(one: str, other: str) -> tuple[str, str] | None:
 
 def _bare(name: str) -> str:
     """The stem of a file without what programs append."""
-    stem, before = unicodedata.normalize("NFC", os.path.splitext(name)[0]), None
-    while stem != before:
-        before, stem = stem, SUFFIX.sub("", stem)
-        stem = stem or before
-    return stem
+    stem = os.path.splitext(name)[0]
+    stem = stem if stem.isascii() else unicodedata.normalize("NFC", stem)
+    while True:
+        cut = max(stem.rfind(separator) for separator in SEPARATORS)
+        if cut < 1 or stem[cut + 1 :].lower() not in SUFFIXES:
+            return stem
+        stem = stem[:cut]
 
 
 def _counts(pictures: list[str]) -> Counter[str]:
     """{folder: files below it}, "" for all of them."""
     found: Counter[str] = Counter()
-    for name in pictures:
-        parts = name.split("/")
-        found.update("/".join(parts[:end]) for end in range(len(parts)))
+    for folder, count in Counter(os.path.dirname(name) for name in pictures).items():
+        parts = folder.split("/") if folder else []
+        for end in range(len(parts) + 1):
+            found["/".join(parts[:end])] += count
     return found
 
 

@@ -160,23 +160,26 @@ class RunKeeper(Callback):
         self.best, self.best_step = dict(values), step
         return True
 
-    def finish(self, step: int, values: dict[str, float]) -> bool:
+    def finish(self, step: int, values: dict[str, float], lost: bool = False) -> bool:
         """`offer` for the closing evaluation. Where no validation had the scores of the rule, as without a labelled
-        validation pixel, the last step is the best, and the rule says so."""
-        if self.best and self.apart:
+        validation pixel, the last step is the best, and the rule says so. `lost`: best.ckpt is gone, so that no other
+        step can be the best any more."""
+        if self.best and self.apart and not lost:
             return False
         if self.offer(step, values):
             return True
-        if self.best:
+        if self.best and not lost:
             return False
-        self.select = Selection()
-        return self.offer(step, values)
+        if not self.best:
+            self.select = Selection()
+        self.best, self.best_step = dict(values), step
+        return True
 
-    def summary(self) -> dict[str, Any]:
-        """`best/*` and `selection/*` of metrics.json."""
-        best = {f"best/{key.removeprefix('val/')}": value for key, value in self.best.items()}
+    def summary(self, best: dict[str, Any]) -> dict[str, Any]:
+        """`best/*` and `selection/*` of metrics.json. best: `val/*` of that checkpoint by the closing evaluation."""
+        scores = {f"best/{key.removeprefix('val/')}": value for key, value in best.items()}
         chosen = {"selection/rule": self.select.rule, "selection/uses_labels": self.select.uses_labels}
-        return {**best, "best/step": self.best_step, **chosen}
+        return {**scores, "best/step": self.best_step, **chosen}
 
     def elapsed(self) -> float:
         """Seconds of the run, with those of the processes before that were stopped, up to what they saved."""

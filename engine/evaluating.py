@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 import config
 from common.errors import ConfigError
 from datamodules.base import SegmentationDataModule
-from engine import environment, setup, summary
+from engine import environment, recipes, setup, summary
 from engine.callbacks import numbers, progress
 from engine.fitting import KMeansFit, PosthocFit, RetrievalFit
 from engine.panel_keeper import PanelKeeper
@@ -132,9 +132,8 @@ def published(checkpoint: dict[str, Any]) -> dict[str, Any]:
     found = {"imported/from": imported["from"], "imported/file": imported["file"]}
     if imported["recipe"] is None:
         return found
-    figures = {f"published/{key}": value for key, value in config.published(imported["recipe"]).items()}
-    source = config.load_group("experiment", imported["recipe"])["figure"]["source"]
-    return found | figures | {"published/source": source}
+    figures, source = recipes.figures(imported["recipe"])
+    return found | {f"published/{key}": value for key, value in figures.items()} | {"published/source": source}
 
 
 def evaluate_once(

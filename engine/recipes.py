@@ -18,8 +18,13 @@ NO_MATTER = (
 
 def published_recipe(settings: dict[str, Any]) -> str | None:
     """The experiment with published figures whose settings (flat) a run has; None where none has all of them."""
-    for name, recipe in _recipes().items():
-        if all(settings.get(f"{group}.name") == recipe[f"{group}.name"] for group in config.GROUPS) and all(
+    own = {group: settings.get(f"{group}.name") for group in config.GROUPS}
+    for name in config.names("experiment"):
+        words = config.load_group("experiment", name)["words"]
+        if any(words[group] != own[group] for group in config.GROUPS) or not config.published(name):
+            continue
+        recipe = _flat(name)
+        if all(
             settings.get(key) == value
             for key, value in recipe.items()
             if not key.startswith(NO_MATTER) and (key, value) != ("method.num_clusters", None)
@@ -33,7 +38,15 @@ def figures(name: str) -> tuple[dict[str, float], str]:
     return config.published(name), config.load_group("experiment", name)["figure"]["source"]
 
 
+def published_figures(settings: dict[str, Any]) -> dict[str, Any]:
+    """`published/<probe>/<metric>` and `published/source` of the recipe that a run is, by its settings (flat)."""
+    name = published_recipe(settings)
+    if name is None:
+        return {}
+    found, source = figures(name)
+    return {f"published/{key}": value for key, value in found.items()} | {"published/source": source}
+
+
 @cache
-def _recipes() -> dict[str, dict[str, Any]]:
-    names = [name for name in config.names("experiment") if config.published(name)]
-    return {name: config.flatten(config.compose([f"experiment={name}"])) for name in names}
+def _flat(name: str) -> dict[str, Any]:
+    return config.flatten(config.compose([f"experiment={name}"]))

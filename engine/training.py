@@ -9,13 +9,13 @@ import lightning as L
 from omegaconf import DictConfig
 
 import config
+from common import distributed
 from common.errors import CheckpointError, ConfigError
 from common.files import cache_folder, copy_whole
 from datamodules.base import SegmentationDataModule
 from datamodules.folder import expect_apart
-from engine import environment, exporting, phases, selection, setup, summary
+from engine import closing, environment, exporting, phases, recipes, selection, setup, summary
 from engine.callbacks import RunKeeper, numbers, progress
-from engine.checkpoints import WholeCheckpointIO
 from engine.fitting import KMeansFit, PosthocFit, RetrievalFit
 from engine.metrics_file import read_metrics
 from engine.panel_keeper import PanelKeeper
@@ -83,7 +83,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             if not keeper.history.rows and trainer.is_global_zero:  # killed in the closing evaluation: no step was left
                 keeper.restore_history(trainer)
             trainer.callbacks += [KMeansFit(cfg, data), PosthocFit(cfg, data), RetrievalFit(cfg, data)]
-            metrics = close(cfg, data, model, trainer, keeper, folder)
+            metrics = close(cfg, data, model, trainer, keeper, folder, steps)
+            metrics |= recipes.published_figures(config.flatten(base))
     except SystemExit:  # what Lightning makes of Ctrl-C
         log.info("stopped at step %d of %d; the same command goes on", trainer.global_step, total)
         raise KeyboardInterrupt from None
@@ -193,22 +194,24 @@ def close(
     trainer: L.Trainer,
     keeper: RunKeeper,
     folder: RunFolder,
+    steps: list[phases.Phase],
 ) -> dict[str, Any]:
-    """The closing evaluation: fit the offline probes, validate, put them into last.ckpt, choose the best."""
+    """The closing evaluation: fit the offline probes, validate, put them into last.ckpt, choose the best, and where
+    that is another step score it likewise."""
     trainer.validate(model, data, verbose=False)
     final = numbers(trainer.callback_metrics, "val/")
-    improved = keeper.finish(model.total_steps, final)
+    lost = trainer.is_global_zero and not folder.best.is_file()
+    keeper.finish(model.total_steps, final, distributed.anywhere(lost, trainer.strategy.root_device))
     if trainer.is_global_zero:
-        checkpoint = setup.read_checkpoint(folder.last)
-        checkpoint["state_dict"] |= {name: value.cpu() for name, value in model.offline_state().items()}
-        mapped = {name: item.mapping.tolist() for name, item in model.validated.items() if predicts_clusters(name)}
-        checkpoint["labelfree"]["clusters"] = mapped  # cluster -> class by the labels; `predict` colours with it
-        WholeCheckpointIO().save_checkpoint(checkpoint, folder.last)
-        if improved or not folder.best.is_file():
+        closing.keep_fitted(model, folder.last)
+        if keeper.best_step == model.total_steps:
             copy_whole(folder.last, folder.best)
         keeper.record(trainer, model.total_steps, final)
     trainer.strategy.barrier()
-    metrics = summary.scores(model, final) | keeper.summary() | summary.protocol(cfg, data, model)
+    scores = best = summary.scores(model, final)
+    if keeper.best_step < model.total_steps:
+        best = closing.score_best(steps, data, model, trainer, folder.best)
+    metrics = scores | keeper.summary(best) | summary.protocol(cfg, data, model)
     metrics |= summary.facts(cfg, model, model.total_steps)
     return {**metrics, "train_images_per_second": keeper.images_per_second()}
 

@@ -251,6 +251,17 @@ class Section:
             if any(entry.values(key) for entry in self.entries if (key := entry.key(stage, *column)) is not None)
         ]  # fmt: skip
 
+    @property
+    def beside(self) -> str:
+        """The stage whose scores published figures stand beside: they are those of the best checkpoint, where one was
+        chosen, with every read-out."""
+        return "best" if self.columns("best") else "val"
+
+    @property
+    def published(self) -> bool:
+        """Whether one of its entries is a published recipe."""
+        return any(entry.published for entry in self.entries)
+
     def probes(self) -> list[str]:
         """Read-outs that have an mIoU, the headline first."""
         return [probe for probe, metric in self.columns() if metric == "miou"]

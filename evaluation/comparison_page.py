@@ -86,8 +86,9 @@ def section_parts(number: int, section: Section, gallery: Gallery, alone: bool) 
     if section.probes():
         parts.append("<h2>mIoU</h2>")
         parts += [f"<h3>{probe}</h3>{bars(section, probe)}" for probe in section.probes()]
-        if any(entry.published for entry in section.entries):
-            parts.append('<p class="note">Dashed: the published figure of the recipe.</p>')
+        if section.published:
+            of = " Bars are those of the best checkpoint, as it is." if section.beside == "best" else ""
+            parts.append(f'<p class="note">Dashed: the published figure of the recipe.{of}</p>')
     if gallery.rows:
         parts.append("<h2>Pictures</h2>" + pictures(gallery))
     parts += [f'<p class="note">{escape(line)}</p>' for line in gallery.missing]
@@ -107,9 +108,10 @@ def scores(section: Section, stage: str, name: str) -> str:
     of = ["score of"] * (columns[0][0] == SCORE)
     heads = [first, *of, *(Cell(column_name(*column), classes="number") for column in columns)]
     heads += [Cell(head, classes="number") if head in ("steps", "batch") else head for head in others]
-    known = any(entry.published for entry in section.entries)
+    known = section.published and stage == section.beside
     if stage == "val":
-        heads += [Cell("pictures /s", classes="number"), Cell("peak MiB", classes="number"), *["published"] * known]
+        heads += [Cell("pictures /s", classes="number"), Cell("peak MiB", classes="number")]
+    heads += ["published"] * known
     rows = []
     for entry in section.entries:
         row: list[str | Cell] = [Cell(escape(entry.label), entry.label, "wide"), *[entry.headline] * len(of)]
@@ -126,17 +128,17 @@ def scores(section: Section, stage: str, name: str) -> str:
             row += [
                 Cell(speed_text(entry), "" if speed is None else speed.mean, "number"),
                 Cell(memory_text(entry), max(peaks, default=""), "number"),
-                *[Cell(escape(published_text(entry)) or "-", classes="wide")] * known,
             ]
+        row += [Cell(escape(published_text(entry)) or "-", classes="wide")] * known
         rows.append(row)
     return f'<div class="scores">{page.table(heads, rows, name=name)}</div>'
 
 
 def bars(section: Section, probe: str) -> str:
     """mIoU of a probe under every entry."""
-    rows = []
+    rows, stage = [], section.beside if section.published else "val"
     for place, entry in enumerate(section.entries):
-        score = entry.cell("val", probe, "miou")
+        score = entry.cell(stage, probe, "miou")
         if score is not None:
             rows.append(Bar(shown_as(entry, probe), score.mean, score.spread, entry.figure(probe), place))
     return charts.bars(rows)

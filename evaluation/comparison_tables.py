@@ -73,7 +73,8 @@ def markdown(sections: Sequence[Section], title: str) -> str:
             columns = section.columns(stage)
             if not columns:
                 continue
-            ends = ["pictures/s", "peak MiB", "published"] if stage == "val" else []
+            speed, figures = stage == "val", stage == section.beside
+            ends = ["pictures/s", "peak MiB"] * speed + ["published"] * figures
             of = ["score of"] * (columns[0][0] == SCORE)
             heads = [*HEADS, *of, *(column_name(*column) for column in columns), *ends]
             lines += [f"{what}, percent, mean ± standard deviation from three seeds on:", "", _row(heads)]
@@ -82,7 +83,8 @@ def markdown(sections: Sequence[Section], title: str) -> str:
                 scores = [entry.cell(stage, *column) for column in columns]
                 cells = [*facts(entry, stage), *[entry.headline] * len(of)]
                 cells += ["-" if score is None else score.text() for score in scores]
-                cells += [speed_text(entry), memory_text(entry), published_text(entry)] if ends else []
+                cells += [speed_text(entry), memory_text(entry)] if speed else []
+                cells += [published_text(entry)] * figures
                 lines.append(_row(cells))
             lines.append("")
         lines += [f"- {note}" for note in section.notes()]
@@ -94,11 +96,13 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def latex(sections: Sequence[Section], title: str) -> str:
-    """A table environment a section (needs booktabs): the last step; captions name the protocol and its difference."""
+    """A table environment a section (needs booktabs): the last step, or the best checkpoint where published figures
+    stand beside it; captions name which, the protocol and its difference."""
     label = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "comparison"
     parts = [f"% {without_paths(title)}; \\usepackage{{booktabs}}"]
     for number, section in enumerate(sections, 1):
-        columns = section.columns()
+        stage = section.beside if section.published else "val"
+        columns = section.columns(stage)
         groups = list(dict.fromkeys(probe for probe, _ in columns))
         of = ["read from"] * (groups[:1] == [SCORE])
         heads = ["method", *of, "$n$", "steps", "batch"]
@@ -108,7 +112,7 @@ def latex(sections: Sequence[Section], title: str) -> str:
         rules = [f"\\cmidrule(lr){{{i}-{i + size - 1}}}" for i, size in zip(starts, sizes.values(), strict=True)]
         parts += [
             "\\begin{table}\n  \\centering",
-            f"  \\caption{{{escape(caption(section))}}}",
+            f"  \\caption{{{escape(caption(section, stage))}}}",
             f"  \\label{{tab:{label}{f'-{number}' if number > 1 else ''}}}",
             f"  \\begin{{tabular}}{{ll{'l' * len(of)}rr{'r' * len(columns)}}}\n    \\toprule",
             "    " + " & ".join([*[""] * len(heads), *above]).strip() + " \\\\",
@@ -116,11 +120,11 @@ def latex(sections: Sequence[Section], title: str) -> str:
             "    " + " & ".join([*heads, *(headline.SHOWN[metric] for _, metric in columns)]) + " \\\\",
             "    \\midrule",
         ]
-        ahead = {column: section.ahead("val", *column) for column in columns}
+        ahead = {column: section.ahead(stage, *column) for column in columns}
         for entry in section.entries:
             cells = [escape(entry.title), *[escape(readable(entry.headline))] * len(of)]
             cells += [str(len(entry.runs)), *length(entry)]
-            cells += [_number(entry.cell("val", *column), ahead[column] is entry) for column in columns]
+            cells += [_number(entry.cell(stage, *column), ahead[column] is entry) for column in columns]
             parts.append("    " + " & ".join(cells) + " \\\\")
             if entry.published:
                 below = f"\\quad published: {escape(published_text(entry))}"
@@ -129,14 +133,14 @@ def latex(sections: Sequence[Section], title: str) -> str:
     return "\n".join(parts) + "\n"
 
 
-def caption(section: Section) -> str:
+def caption(section: Section, stage: str = "val") -> str:
     """What the table shows, in words, without the places of any files."""
     datas = dict.fromkeys(run.metrics["data"] for entry in section.entries for run in entry.runs)
     backbones = dict.fromkeys(run.metrics["backbone"] for entry in section.entries for run in entry.runs)
     told = {key: value for key, value in section.protocol.items() if key not in LEFT_OUT}
     protocol = ", ".join(f"{key.removeprefix('protocol/').replace('_', ' ')} {value}" for key, value in told.items())
     text = (
-        f"Unsupervised segmentation on {', '.join(datas)} with {', '.join(backbones)}: scores of the last step in "
+        f"Unsupervised segmentation on {', '.join(datas)} with {', '.join(backbones)}: {STAGES[stage].lower()} in "
         f"percent, mean of n seeds, ± standard deviation where n is at least {FEW}. Bold: ahead of all others by more "
         f"than both standard deviations together. Protocol: {protocol}."
     )
@@ -189,7 +193,7 @@ def as_csv(sections: Sequence[Section]) -> str:
                     if score is None:
                         continue
                     spread = "" if score.spread is None else f"{score.spread:.6g}"
-                    figure = entry.published.get(f"{probe}/{metric}", "")
+                    figure = entry.published.get(f"{probe}/{metric}", "") if stage == section.beside else ""
                     row = [
                         number,
                         *facts(entry, stage),

@@ -178,9 +178,35 @@ def test_a_training_that_is_there_twice_is_counted_once():
     assert twice == ["c is left out: stego, seed 0 in the configuration of a"]
 
 
+def test_a_published_figure_stands_beside_the_best_checkpoint_where_one_was_chosen():
+    """Published scores are those of a chosen checkpoint: 21 of the best stands beside 24.5, not 20 of the last step."""
+    chosen = {"selection/uses_labels": True, "selection/rule": "highest val/cluster/miou", "best/cluster/acc": 43.0}
+    (section,) = comparison.arrange([finished(**chosen)])
+    section.entries[0].published, section.entries[0].source = {"cluster/miou": 24.5}, "A, 2022"
+    last, best = (
+        part.split("\n\n")[1] for part in comparison_tables.markdown([section], "t").split("percent, mean")[1:]
+    )
+    assert "24.5" not in last
+    assert "| 21.0 | cluster 24.5 mIoU (A, 2022) |" in best
+    rows = list(csv.DictReader(StringIO(comparison_tables.as_csv([section]))))
+    figures = {(row["stage"], row["metric"]): row["published"] for row in rows}
+    assert figures[("best", "miou")] == "24.5"
+    assert figures[("val", "miou")] == ""
+    tex = comparison_tables.latex([section], "t")
+    assert "scores of the best checkpoint in percent" in tex
+    assert "$43.0$ & $21.0$" in tex
+    page = comparison_page.bars(section, "cluster")
+    assert "21.0" in page
+    assert 'title="published: 24.5"' in page
+
+
 def test_label_use_is_said():
     chosen = {"selection/uses_labels": True, "selection/rule": "highest"}
-    runs = [finished(uses_labels=True), finished("hp", **chosen), finished("x", **chosen, checkpoint="best.ckpt")]
+    runs = [
+        finished(uses_labels=True),
+        finished("hp", **chosen),
+        replace(finished("x", **chosen), checkpoint=Path("best.ckpt")),
+    ]
     (section,) = comparison.arrange(runs)
     used = {stage: [comparison_tables.labels_used(entry, stage) for entry in section.entries] for stage in STAGES}
     assert used == {"val": ["training", "none", "choice of best"], "best": ["training", *["choice of best"] * 2]}

@@ -177,7 +177,7 @@ def load_group(group: str, name: str) -> dict[str, Any]:
     """The yaml of one group member as a plain dict. Raises ConfigError for an unknown name."""
     path = CONFIGS / group / f"{name}.yaml"
     if not path.is_file() or "/" in name:
-        raise ConfigError(f"{group}={name}: no such {group}; {did_you_mean(name, names(group))}")
+        raise ConfigError(f"{group}={name}: no such {group}; {did_you_mean(name, names(group), 'run.py list')}")
     tree = read_yaml(path)
     tree.pop("rules", None)  # see `rules`
     return tree
@@ -220,7 +220,7 @@ def expect_known(key: str, known: dict[str, Any]) -> None:
         )
     near = [name for name in known if key.startswith(name + ".") and known[name] == {}]
     if not near:
-        raise ConfigError(f"{key}: no such key; {did_you_mean(key, known)}")
+        raise ConfigError(f"{key}: no such key; {did_you_mean(key, known, 'run.py show-config')}")
 
 
 def parse_value(key: str, raw: str, known: Known) -> Any:

@@ -66,8 +66,11 @@ def one_of(key: str, value: Any, known: Iterable[Any]) -> None:
         raise ConfigError(f"{key}={value}: not one of {', '.join(map(str, known))}")
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint that ends an error line: the nearest valid names, or all of them where none is near."""
+def did_you_mean(word: str, known: Iterable[str], listed_by: str = "") -> str:
+    """A hint that ends an error line: the nearest valid names, or all of them where none is near.
+
+    listed_by: the command that prints them, named where they are too many for a line.
+    """
     known = sorted(known)
     near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     if near:  # others only where they are about as near as the first
@@ -77,7 +80,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
         near = [name for name in known if name.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]][:3]
     if near:
         return f"did you mean {' or '.join(near)}?"
-    return f"known: {', '.join(known)}" if len(known) <= 30 else f"{len(known)} names are known"
+    return (
+        f"known: {', '.join(known)}"
+        if len(known) <= 30
+        else (f"{len(known)} names are known" + (f", `{listed_by}` prints them" if listed_by else ""))
+    )
 
 
 def similarity(one: str, two: str) -> float:

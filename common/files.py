@@ -151,8 +151,20 @@ def size_text(count: float) -> str:
 
 
 def expect_checkpoint(path: Path) -> None:
-    """Raises CheckpointError where there is no such file."""
+    """Raises CheckpointError where there is no such file, or one that may not be read."""
     if not path.is_file():
         raise CheckpointError(
-            f"ckpt={path}: no such file; a run keeps its own under checkpoints/last.ckpt and best.ckpt"
+            f"ckpt={path}: {no_file(path)}; a run keeps its own under checkpoints/last.ckpt and best.ckpt"
         )
+    if not os.access(path, os.R_OK):
+        raise CheckpointError(f"ckpt={path}: may not be read by you; change its rights, or name a copy")
+
+
+def no_file(path: Path) -> str:
+    """Why a path is not the file that was asked for, in words."""
+    return "is a folder, and a file is wanted" if path.is_dir() else "no such file"
+
+
+def no_folder(path: Path) -> str:
+    """Why a path is not the folder that was asked for, in words."""
+    return "is a file, and a folder is wanted" if path.is_file() else "there is no such folder"

@@ -22,6 +22,7 @@ import numpy as np
 
 from common import chance
 from common.errors import ConfigError, DataError
+from common.files import no_folder
 from common.names import of_results
 from common.palette import default_palette
 from common.spec import ClassMeta
@@ -102,7 +103,7 @@ class Tree:
         """
         root, data = Path(root).expanduser(), {} if data is None else data
         if not root.is_dir():
-            raise DataError(f"{key}={root}: there is no such folder")
+            raise DataError(f"{key}={root}: {no_folder(root)}")
         images, labels = (str(data.get(name, "auto")) for name in ("images", "labels"))
         layout = layouts.find(root, key, images, labels, optional=not main)
         names = read_classes(root / "classes.json") if labels != "none" else ()
@@ -208,7 +209,7 @@ def pictures_below(root: str | Path, key: str = "input", data: Any = None) -> Fo
     of the run, whose range of values is kept. Raises DataError."""
     root = Path(root).expanduser()
     if not root.is_dir():
-        raise DataError(f"{key}={root}: there is no such folder")
+        raise DataError(f"{key}={root}: {no_folder(root)}")
     pictures = pictures_in(root)
     if not pictures:
         raise _no_pictures(key, root, "any depth")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from common.errors import ConfigError, DataError
+from common.files import no_folder
 from datamodules.base import SegmentationDataModule
 from datamodules.folder import pictures_below
 from datamodules.label_map import LabelMap
@@ -155,7 +156,7 @@ class OfficialDataModule(SegmentationDataModule):
         root = Path(self.data.root).expanduser()
         if not root.is_dir():
             raise DataError(
-                f"data.root={root}: there is no such folder; data={self.data.name} expects "
+                f"data.root={root}: {no_folder(root)}; data={self.data.name} expects "
                 f"{next(iter(parts.values())).wanted} in it; {self._help}"
             )
         for base in (root, *(root / name for name in self.folders)):

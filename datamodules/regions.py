@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from common import distributed
 from common.errors import ConfigError, DataError
-from common.files import make_output, whole
+from common.files import make_output, no_folder, whole
 from common.spec import RegionSpec
 from common.sums import SUM, checksum, read_sealed, write_sealed
 from datamodules.cache import PROGRESS, together
@@ -79,21 +79,21 @@ class RegionFiles:
         return ids
 
 
-def given(source: Any, root: str | Path) -> RegionFiles:
+def given(source: Any, root: str | Path, key: str = "method.regions.root") -> RegionFiles:
     """Files of a folder, named like the pictures (`<root>/<id of the picture>.png`, without the picture's ending).
 
-    Raises DataError where there is no such folder, or a picture has no file.
+    key: the one that named the folder. Raises DataError where there is no such folder, or a picture has no file.
     """
     root = Path(root).expanduser()
     if not root.is_dir():
-        raise DataError(f"method.regions.root={root}: there is no such folder")
+        raise DataError(f"{key}={root}: {no_folder(root)}")
     files = []
     for index in range(len(source)):
         name = source.id(index)
         path = root / f"{os.path.splitext(name)[0] if is_picture(Path(name).name) else name}.png"
         if not path.is_file():
             raise DataError(
-                f"method.regions.root={root}: picture '{name}' has no region file; expected {path}, a grey png of "
+                f"{key}={root}: picture '{name}' has no region file; expected {path}, a grey png of "
                 "region ids as large as the picture"
             )
         files.append(str(path))

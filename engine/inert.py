@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from common.errors import CheckpointError
+from common.files import no_file
 
 LARGEST_PICKLE = 1 << 26
 """Bytes of the pickle; tensors lie outside of it. A million entries fit."""
@@ -111,7 +112,7 @@ class InertFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_file():
-            raise CheckpointError(f"file={path}: no such file; give the checkpoint that the authors released")
+            raise CheckpointError(f"file={path}: {no_file(path)}; give the checkpoint that the authors released")
         try:
             with zipfile.ZipFile(path) as archive:
                 entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}

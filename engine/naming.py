@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common import trees
 from common.errors import CheckpointError, ConfigError
-from common.files import write_text
+from common.files import no_file, write_text
 from common.names import shown
 from common.palette import default_palette
 from common.spec import ClassMeta
@@ -131,7 +131,7 @@ def load(path: Path) -> dict[str, Any]:
     """The content of a names file. Raises ConfigError where it is none."""
     if not path.is_file():
         raise ConfigError(
-            f"names={path}: no such file; `run.py clusters ckpt=…` writes one to edit, names=none: without"
+            f"names={path}: {no_file(path)}; `run.py clusters ckpt=…` writes one to edit, names=none: without"
         )
     try:
         content = trees.yaml_of(path)

@@ -21,7 +21,7 @@ from torch import Tensor
 import config
 from common import precision
 from common.errors import ConfigError, DataError
-from common.files import make_output, write_text
+from common.files import make_output, no_file, write_text
 from datamodules import ranges, shapes
 from datamodules.folder import FolderSource, expect_apart
 from datamodules.listed import Entry
@@ -113,7 +113,7 @@ def retrieve(checkpoint_path: Path, image: Path, k: int, output: Path | None, to
 def one_picture(path: Path) -> FolderSource:
     """A source of one picture, without label. Raises DataError where the file is none."""
     if not path.is_file():
-        raise DataError(f"image={path}: no such file; name one picture")
+        raise DataError(f"image={path}: {no_file(path)}; name one picture")
     if not is_picture(path.name):
         raise DataError(f"image={path}: is no picture by its name; name a jpg or png file")
     return FolderSource([Entry(path.stem, str(path))])

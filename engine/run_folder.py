@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 import config
 from common import trees
 from common.errors import CheckpointError, ConfigError
-from common.files import clear_when_full, copy_whole, remove_unfinished, whole, write_text
+from common.files import clear_when_full, copy_whole, no_file, remove_unfinished, whole, write_text
 from engine import checkpoints
 from engine.identity import SAME_RUN, mark
 
@@ -160,7 +160,7 @@ def open_run(cfg: DictConfig) -> RunFolder:
         explicit = Path(cfg.run.resume)
         if not explicit.is_file():
             raise CheckpointError(
-                f"run.resume={cfg.run.resume}: no such file; expected auto, never or a checkpoint file"
+                f"run.resume={cfg.run.resume}: {no_file(explicit)}; expected auto, never or a checkpoint file"
             )
     stored = path / "config.yaml"
     again = requeued(path)

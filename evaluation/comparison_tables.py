@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from io import StringIO
 
+from common.names import shown
 from evaluation import headline
 from evaluation.comparison import FEW, SCORE, Entry, Score, Section, column_name
 
@@ -88,7 +89,12 @@ def markdown(sections: Sequence[Section], title: str) -> str:
                 lines.append(_row(cells))
             lines.append("")
         lines += [f"- {note}" for note in section.notes()]
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n".join(map(harmless, lines)).rstrip() + "\n"
+
+
+def harmless(line: str) -> str:
+    """A line of markdown whose texts come from other people's files: no html in it, no picture that is loaded."""
+    return shown(line).replace("<", "&lt;").replace("![", "!\\[")
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 
 import config
 from common.errors import ConfigError, LabelfreeError, did_you_mean
+from common.files import no_file
 from common.rules import type_names
 from launch.space import read_keys
 
@@ -65,7 +66,9 @@ class Submission:
 def read_site(path: Path) -> dict[str, Any]:
     """The settings of a site over those of launch/site.yaml. Raises ConfigError with one line."""
     if not path.is_file():
-        raise ConfigError(f"site={path}: no such file; copy launch/site.yaml and change what differs on your cluster")
+        raise ConfigError(
+            f"site={path}: {no_file(path)}; copy launch/site.yaml and change what differs on your cluster"
+        )
     own = read_keys(path, "launch/site.yaml", empty=True)
     for key, value in own.items():
         if key not in SITE_TYPES:

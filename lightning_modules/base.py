@@ -61,7 +61,7 @@ class UnsupervisedSegmenter(Evaluated):
     one), `trains_backbone` (the backbone changes, by gradient or as a momentum copy; the run then exports it; None:
     as backbone.frozen says), `exports` (what its weights are, for the card of the export), `headline` (the probe that
     the method's score is read from: `own` where it has classes of its own, else `cluster`, unless it names another),
-    `title` (its name in papers).
+    `title` (its name in papers), `region_key` (the key of the folder of region files that are there).
     """
 
     title = ""
@@ -72,6 +72,7 @@ class UnsupervisedSegmenter(Evaluated):
     wants_features = True
     trains_backbone: bool | None = False
     exports = "the weights"
+    region_key = "method.regions.root"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -23,7 +23,7 @@ def region_files(method: "UnsupervisedSegmenter", data: Any, spec: RegionSpec) -
     """The region files of the training pictures of a DataModule; a collective. Raises ConfigError, DataError."""
     source = data.source("train")
     if spec.source == "folder":
-        return regions.given(source, spec.root)
+        return regions.given(source, spec.root, method.region_key)
     folder = cache_folder(method.cfg) / "regions"
     workers = worker_count(int(data.data.workers), len(source), method.trainer.num_devices)
     return regions.provide(regions.RegionPlan(f"{data.data.name}-train", source, spec, over_segment, folder, workers))

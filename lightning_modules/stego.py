@@ -69,6 +69,8 @@ class Stego(UnsupervisedSegmenter):
     def neighbours(self) -> NeighbourSpec | None:
         return NeighbourSpec(**self.cfg.method.neighbours) if self.terms["knn"].weight else None
 
+    region_key = "method.salience.root"
+
     @property
     def region_maps(self) -> RegionSpec | None:
         """Salience masks travel as region maps: 0 is background, all else salient."""

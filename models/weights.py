@@ -21,6 +21,7 @@ from torch import Tensor
 
 from common.archives import unfolds
 from common.errors import ConfigError, WeightsError
+from common.files import no_file
 from models import positions
 
 BUNDLED = Path(__file__).resolve().parent / "bundled"
@@ -93,7 +94,7 @@ def locate(weights: str | None, name: str, published_file: str | None) -> str | 
     path = Path(weights).expanduser()
     if not path.is_file():
         raise WeightsError(
-            f"backbone.weights={weights}: no such file; give a .pth, .pt or .safetensors file, or {', '.join(WORDS)}"
+            f"backbone.weights={weights}: {no_file(path)}; give a .pth, .pt or .safetensors file, or {', '.join(WORDS)}"
         )
     return path
 

@@ -15,6 +15,7 @@ import config
 from common.errors import ConfigError
 from common.files import whole
 from datamodules import ranges
+from datamodules.resizing import INTERPOLATIONS
 from engine import naming, setup
 from evaluation import readout
 from lightning_modules.base import UnsupervisedSegmenter
@@ -96,12 +97,13 @@ def export(checkpoint_path: Path, output: Path, tokens: list[str], names: str | 
 
 
 def sizes(cfg: DictConfig, model: UnsupervisedSegmenter) -> dict[str, int | str]:
-    """The shorter side that `predict` gives the network, how it is resized to it, and the range of the program."""
+    """The shorter side that `predict` gives the network, Pillow's name for how it is resized to it (or the one that is
+    nearest to it), and the range of the program."""
     size = cfg.predict.size or cfg.data.eval_size
     unit = model.backbone.unit
     return {
         "size": size if isinstance(size, int) else min(size),
-        "interpolation": "nearest" if cfg.data.interpolation == "faithful" else cfg.data.interpolation,
+        "interpolation": "bilinear" if INTERPOLATIONS[cfg.data.interpolation].bilinear else "nearest",
         "multiple": unit,
         "smallest": 4 * unit,
         "largest": LARGEST // unit * unit,

@@ -1,16 +1,13 @@
-"""What happens beside training: checkpoints, the history, the choice of the best, panels, lines of progress."""
+"""What happens beside training: checkpoints, the history, the choice of the best, panels."""
 
 import logging
 import math
-import sys
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, RichProgressBar
-from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+from lightning.pytorch.callbacks import Callback
 
 from common import distributed
 from common.chance import key
@@ -194,67 +191,3 @@ def numbers(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
     """The logged values under a prefix as plain finite numbers."""
     values = {key: float(value) for key, value in metrics.items() if key.startswith(prefix)}
     return {key: value for key, value in values.items() if math.isfinite(value)}
-
-
-class ProgressLines(Callback):
-    """A line now and then, for logs and machines without a terminal."""
-
-    def __init__(self, lines: int = 20) -> None:
-        self.lines = lines
-        self._started = 0.0
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if not self._started:  # after the preparation, which belongs to no step
-            self._started, self._first = time.perf_counter(), trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        step, total = trainer.global_step, pl_module.total_steps
-        if trainer.is_global_zero and (step % max(1, total // self.lines) == 0 or step == total):
-            speed = (time.perf_counter() - self._started) / max(1, step - self._first)
-            (name, loss), left = shown_loss(trainer.callback_metrics), clock(speed * (total - step))
-            log.info("step %d/%d  %s %.4f  %.2f s/step  about %s left", step, total, name, loss, speed, left)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero:
-            values = numbers(trainer.callback_metrics, "val/")
-            lead = f"val/{pl_module.headline}/"
-            ordered = sorted(values.items(), key=lambda item: not item[0].startswith(lead))
-            shown = [f"{name[4:]} {value:.1f}" for name, value in ordered if name.endswith(("acc", "miou", "entropy"))]
-            log.info("validation at step %d: %s", reached(trainer, pl_module), "  ".join(shown))
-
-
-def reached(trainer: L.Trainer, model: L.LightningModule) -> int:
-    """The step that the weights are of: that of the checkpoint where they come from one, in `eval`."""
-    return trainer.global_step if model.restored_step is None else model.restored_step
-
-
-def shown_loss(metrics: Mapping[str, Any]) -> tuple[str, float]:
-    """Name and value of the loss that lines and bars show, both as metrics.csv has them under train/: the method's;
-    the cluster probe's where the method trains nothing."""
-    name = "loss" if "train/loss" in metrics else "cluster_probe"
-    return name, float(metrics.get(f"train/{name}", math.nan))
-
-
-def clock(seconds: float) -> str:
-    """Seconds as 1:02:03 or 4:05."""
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
-
-
-def progress_mode(mode: str) -> str:
-    """`trainer.progress` with `auto` resolved: a bar in a terminal, else lines."""
-    if mode != "auto":
-        return mode
-    return "bar" if sys.stderr.isatty() and sys.stdout.isatty() else "lines"
-
-
-def progress(mode: str) -> list[Callback]:
-    """The callbacks of `trainer.progress`."""
-    mode = progress_mode(mode)
-    if mode == "bar":
-        return [RichProgressBar(theme=RichProgressBarTheme(metrics_format=".3f"), leave=False)]
-    return [ProgressLines()] if mode == "lines" else []

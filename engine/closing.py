@@ -12,7 +12,7 @@ import lightning as L
 
 import config
 from datamodules.base import SegmentationDataModule
-from engine import phases, setup, summary
+from engine import phases, screen, setup, summary
 from engine.callbacks import numbers
 from engine.checkpoints import WholeCheckpointIO
 from engine.panel_keeper import PanelKeeper
@@ -53,7 +53,8 @@ def score_best(
     callbacks = trainer.callbacks
     trainer.callbacks = [item for item in callbacks if not isinstance(item, PanelKeeper)]  # pictures are of the last
     try:
-        trainer.validate(model, data, verbose=False)
+        with screen.within("best checkpoint"):
+            trainer.validate(model, data, verbose=False)
     finally:
         trainer.callbacks = callbacks
     if trainer.is_global_zero:

@@ -15,10 +15,11 @@ from omegaconf import DictConfig
 import config
 from common.errors import ConfigError
 from datamodules.base import SegmentationDataModule
-from engine import environment, recipes, setup, summary
-from engine.callbacks import numbers, progress
+from engine import environment, recipes, screen, setup, summary
+from engine.callbacks import numbers
 from engine.fitting import KMeansFit, PosthocFit, RetrievalFit
 from engine.panel_keeper import PanelKeeper
+from engine.progress import TrainingProgress
 from engine.training import write_files
 from evaluation import report
 from lightning_modules.base import UnsupervisedSegmenter
@@ -147,9 +148,10 @@ def evaluate_once(
     """One validation; panels and tables go into `folder`. Returns its `val/*` and `protocol/*`."""
     (folder / "panels").mkdir(parents=True, exist_ok=True)
     pictures = PanelKeeper(cfg.evaluation.panels)
-    callbacks = [*fits, pictures, *progress(cfg.trainer.progress)]
+    callbacks = [*fits, pictures, TrainingProgress(cfg, step)]
     trainer = setup.build_trainer(cfg, step, callbacks, [], folder)
-    trainer.validate(model, data, verbose=False)
+    with screen.showing(cfg.trainer.progress):
+        trainer.validate(model, data, verbose=False)
     if trainer.is_global_zero:
         write_files(model, pictures, folder, [])
     return summary.scores(model, numbers(trainer.callback_metrics, "val/")) | summary.protocol(cfg, data, model)

@@ -16,6 +16,7 @@ from common.errors import ConfigError
 from common.spec import IGNORE
 from datamodules.base import SegmentationDataModule, Source
 from datamodules.sampling import permutation
+from engine.screen import counted
 from evaluation import readout
 from evaluation.probes import LinearProbe, clusters_of
 from evaluation.retrieval import SegmentBank, SegmentRetrieval
@@ -82,7 +83,7 @@ class KMeansFit(L.Callback):
         rows = []
         loader = self.data.loader("train", geometry="eval", order="shuffled", limit=pictures, purpose="kmeans")
         total = min(pictures, len(loader.dataset))
-        for batch in loader:
+        for batch in counted(loader, "k-means", len(loader)):
             images = batch["image"].to(pl_module.device)
             with trainer.precision_plugin.forward_context():
                 codes = pl_module.seen(images)["codes"].float()
@@ -121,7 +122,7 @@ class RetrievalFit(L.Callback):
         loader = self.data.loader(
             source, geometry="eval", order="shuffled", limit=self.settings.pictures, purpose="retrieval"
         )
-        for batch in loader:
+        for batch in counted(loader, "segments", len(loader)):
             if "label" not in batch:
                 continue
             image, label, valid = (batch[key].to(pl_module.device) for key in ("image", "label", "valid"))
@@ -189,7 +190,9 @@ class PosthocFit(L.Callback):
         step, learned, kept = 0, False, Kept(settings.keep_mb)
         for epoch in range(settings.epochs):
             batches = iter(kept.batches if kept.complete else self.batches(trainer, model, source, batch_size))
-            for _ in range(steps):  # a rank whose last pictures cannot be read still takes part in the sums
+            for _ in counted(
+                range(steps), "linear probe", steps
+            ):  # a rank whose last pictures cannot be read still takes part in the sums
                 codes, label = next(batches, None) or nothing(model.code_dim)
                 if not kept.complete:
                     kept.add(codes, label)

@@ -195,7 +195,7 @@ def build_trainer(
         plugins=[WholeCheckpointIO(), *([environment] if environment else [])],
         enable_checkpointing=False,
         enable_model_summary=False,
-        enable_progress_bar=any(type(item).__name__ == "RichProgressBar" for item in callbacks),
+        enable_progress_bar=False,  # engine/screen.py has one of its own
         default_root_dir=root,
     )
 

@@ -22,7 +22,7 @@ from common.precision import usable
 from datamodules.base import SegmentationDataModule
 from datamodules.folder import expect_apart
 from datamodules.transforms import NATIVE
-from engine import checkpoints, setup
+from engine import checkpoints, screen, setup
 from engine.preemption import Preemption
 from engine.stage_fits import FitBatches, FitKeeper
 from engine.stage_maps import (
@@ -138,7 +138,7 @@ class Stage:
             return self._fit(step, place, needed)
         if isinstance(step, MapStep):
             runner, data = MapRunner(step, needed), MapData(self, step, place)
-            writer = [ShardWriter(data), StageProgress(self.cfg.trainer.progress, data)]
+            writer = [ShardWriter(data), StageProgress(self.cfg.trainer.progress, data, step.name)]
         else:
             runner, data, writer = ReduceRunner(step, needed, place), OneBatch(), []
         trainer = self._trainer(1, writer)
@@ -158,7 +158,7 @@ class Stage:
         with chance.library_draws(self.cfg.seed, f"stage.{step.name}.init"):
             module = step.module(needed)
         batches, keeper = FitBatches(self, step, needed), FitKeeper(self, step, place)
-        trainer = self._trainer(step.steps, [keeper, StageProgress(self.cfg.trainer.progress, batches)])
+        trainer = self._trainer(step.steps, [keeper, StageProgress(self.cfg.trainer.progress, batches, step.name)])
         last = keeper.last if agreed(lambda: usable_state(keeper.last)) else None
         with self._listening(trainer), interrupted():
             trainer.fit(module, datamodule=batches, ckpt_path=last, weights_only=True)
@@ -262,7 +262,8 @@ def pseudo(cfg: DictConfig, output: Path | None = None) -> dict[str, Any]:
     expect_apart(cfg, output=output, **{"cache.dir": cache_folder(cfg)})
     setup.connect(model, data)
     stage = Stage(cfg, data, model)
-    results = prepare(stage, cfg.evaluation.panels)
+    with screen.showing(cfg.trainer.progress):
+        results = prepare(stage, cfg.evaluation.panels)
     if output is not None and rank_zero_only.rank == 0:
         make_output(output)
         for name, view in model.shown(results).items():

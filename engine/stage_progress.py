@@ -6,10 +6,10 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from common import distributed
-from engine.callbacks import clock, progress_mode
+from engine import screen
+from engine.screen import clock, progress_mode
 
 log = logging.getLogger(__name__)
 
@@ -18,15 +18,15 @@ EVERY = 15.0
 
 
 class StageProgress(Callback):
-    """A bar in a terminal, a line now and then elsewhere; `mode` is `trainer.progress`.
+    """The bar of the screen in a terminal, a line now and then elsewhere; `mode` is `trainer.progress`.
 
     data: has `todo`, the pictures over all ranks. Rank 0 tells; the others are taken to be as far as it is.
     """
 
-    def __init__(self, mode: str, data: Any) -> None:
+    def __init__(self, mode: str, data: Any, name: str) -> None:
         self.mode = progress_mode(mode)
         self.data = data
-        self.bar: Progress | None = None
+        self.name = name
         self.started = self.said = 0.0
         self.done = 0
 
@@ -37,16 +37,8 @@ class StageProgress(Callback):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.started = self.said = time.perf_counter()
-        if self.mode == "bar" and trainer.is_global_zero:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[now]}"),
-            )
-            self.bar = Progress(*columns, transient=True)
-            self.bar.add_task("pictures", total=self.data.todo, now="")
-            self.bar.start()
+        if (shown := screen.current()) is not None:
+            shown.bar(f"pseudo-labels: {self.name}", self.data.todo)
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
@@ -55,20 +47,14 @@ class StageProgress(Callback):
         if not trainer.is_global_zero or self.mode == "none":
             return
         left = clock((self.data.todo - self.done) / max(1e-9, self.speed))
-        if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], completed=self.done, now=f"{self.speed:.1f} pictures/s, {left} left")
-        elif time.perf_counter() - self.said > EVERY:
+        if (shown := screen.current()) is not None:
+            shown.update(done=self.done, text=f"{self.speed:.1f} pictures/s", left=f"about {left} left")
+        elif self.mode == "lines" and time.perf_counter() - self.said > EVERY:
             self.said = time.perf_counter()
             log.info("%d of %d pictures, %.1f pictures/s, about %s left", self.done, self.data.todo, self.speed, left)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.bar is not None:
-            self.bar.stop()
         if trainer.is_global_zero and self.mode != "none" and self.done:
             log.info("%d pictures, %.1f pictures/s", self.done, self.speed)
 
     on_train_start, on_train_batch_end, on_train_end = on_predict_start, on_predict_batch_end, on_predict_end
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if self.bar is not None:
-            self.bar.stop()

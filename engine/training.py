@@ -14,12 +14,13 @@ from common.errors import CheckpointError, ConfigError
 from common.files import cache_folder, copy_whole
 from datamodules.base import SegmentationDataModule
 from datamodules.folder import expect_apart
-from engine import closing, environment, exporting, phases, recipes, selection, setup, summary
-from engine.callbacks import RunKeeper, numbers, progress
+from engine import closing, environment, exporting, phases, recipes, screen, selection, setup, summary
+from engine.callbacks import RunKeeper, numbers
 from engine.fitting import KMeansFit, PosthocFit, RetrievalFit
 from engine.metrics_file import read_metrics
 from engine.panel_keeper import PanelKeeper
 from engine.preemption import Preemption
+from engine.progress import TrainingProgress
 from engine.run_folder import RunFolder, open_run
 from engine.stage import Stage, prepare
 from engine.wandb_rows import masked_pictures
@@ -37,6 +38,11 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     A finished run of the same name and configuration is not trained again: its metrics are returned. Raises
     LabelfreeError with one line for whatever a user has to mend, `Stopped` where a signal asked the run to stop.
     """
+    with screen.showing(cfg.trainer.progress):
+        return _train(cfg)
+
+
+def _train(cfg: DictConfig) -> dict[str, Any]:
     commit = environment.git_commit()
     setup.begin()
     if cfg.evaluation.resolutions:
@@ -65,7 +71,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     pictures = PanelKeeper(cfg.evaluation.panels)
     loggers = [setup.wandb_logger(cfg, folder.path)] if cfg.logger == "wandb" else []
     preemption = Preemption(keeper)
-    callbacks = [keeper, preemption, pictures, *progress(cfg.trainer.progress)]
+    progress = TrainingProgress(cfg, total)
+    callbacks = [keeper, preemption, pictures, progress]
     run_stage(cfg, data, model, preemption, folder)
     trainer = setup.build_trainer(cfg, total, callbacks, loggers, folder.path)
     introduce(cfg, data, model, folder, trainer)
@@ -83,6 +90,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
             if not keeper.history.rows and trainer.is_global_zero:  # killed in the closing evaluation: no step was left
                 keeper.restore_history(trainer)
             trainer.callbacks += [KMeansFit(cfg, data), PosthocFit(cfg, data), RetrievalFit(cfg, data)]
+            progress.close(closing_parts(cfg, data))
             metrics = close(cfg, data, model, trainer, keeper, folder, steps)
             metrics |= recipes.published_figures(config.flatten(base))
     except SystemExit:  # what Lightning makes of Ctrl-C
@@ -97,6 +105,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         seconds, speed = keeper.elapsed(), metrics["train_images_per_second"]
         device, processes = trainer.strategy.root_device, trainer.world_size
         facts = environment.describe(cfg.seed, device, commit, seconds, speed, processes)
+        facts["closing_seconds"] = round(progress.closing_seconds(), 1)
         report.write_json(folder.path / "environment.json", facts)
         report.write_json(folder.metrics, metrics)
         folder.previous.unlink(missing_ok=True)  # nothing goes on from here
@@ -187,6 +196,13 @@ def introduce(
         log.info("going on from %s", folder.checkpoint)
 
 
+def closing_parts(cfg: DictConfig, data: SegmentationDataModule) -> dict[str, int]:
+    """What is done behind the last step, and in how many pieces: batches, and pictures that are drawn."""
+    size = cfg.data.eval_batch_size
+    codes, seen = min(cfg.evaluation.kmeans.pictures, len(data.source("train"))), len(data.source("val"))
+    return {"k-means": -(-codes // size), "evaluation": -(-seen // size), "pictures": min(seen, cfg.evaluation.panels)}
+
+
 def close(
     cfg: DictConfig,
     data: SegmentationDataModule,
@@ -227,7 +243,7 @@ def write_files(model: UnsupervisedSegmenter, pictures: PanelKeeper, folder: Pat
     rows = [panel_row(model, kept) for kept in pictures.kept.values()]
     marks = panels.CONFIDENCE_MARKS | ({"wrong": panels.WRONG} if any("errors" in row.maps for row in rows) else {})
     groups = [name for item in model.further.values() for name in item.groups]
-    for row in rows:
+    for row in screen.counted(rows, "pictures", len(rows)):
         name = f"{row.title.replace('/', '_')}.png"
         panels.save(folder / "panels" / name, [row], model.meta, mappings, groups=groups, marks=marks)
     if rows:

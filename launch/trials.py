@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import AGAIN, ConfigError
+from engine import screen
 from engine.metrics_file import read_metrics
 from evaluation import headline
+from launch import watch
 from launch.submit import ROOT
 
 STOPPED = (AGAIN, 128 + signal.SIGTERM, 128 + signal.SIGUSR1, 130, -signal.SIGUSR1, -signal.SIGTERM)
@@ -37,6 +39,20 @@ class Trial:
     note: str = field(default="")
     target: str | None = None
     """The key of the score."""
+    closing: float | None = None
+    """Seconds of the work behind the last step."""
+
+    @property
+    def name(self) -> str:
+        """`stego seed 0`, or the values that a sweep tries: `seed 3, lr 0.001`."""
+        if list(self.values) == ["method", "seed"]:
+            return f"{self.values['method']} seed {self.values['seed']}"
+        return ", ".join(f"{key.rsplit('.', 1)[-1]} {value}" for key, value in self.values.items())
+
+    @property
+    def log(self) -> Path:
+        """Everything that its training prints."""
+        return self.folder.with_name(f"{self.folder.name}.log")
 
     def look(self, target: str | None) -> None:
         """Take the state and the score from the run folder; `target`: the key of the score, None: the headline."""
@@ -47,7 +63,8 @@ class Trial:
             self.score = metrics.get(self.target)
         environment = self.folder / "environment.json"
         if self.state == "finished" and environment.is_file():
-            self.seconds = json.loads(environment.read_text())["seconds"]
+            facts = json.loads(environment.read_text())
+            self.seconds, self.closing = facts["seconds"], facts.get("closing_seconds")
 
 
 DROPPED = ("LABELFREE_RUN_NAME", "SLURM_NTASKS")
@@ -70,6 +87,7 @@ class Queue:
     def __init__(self, title: str, folder: Path, trials: list[Trial], target: str | None) -> None:
         self.title, self.folder, self.trials, self.target = title, folder, trials, target
         self.process: subprocess.Popen | None = None
+        self.watch = watch.Watch(trials)
         self.asked = 0
 
     def run(self, part: int = 0, parts: int = 1) -> int:
@@ -81,18 +99,28 @@ class Queue:
         mine = self.trials[part::parts]
         print(
             f"{self.title} {self.folder}: {len(self.trials)} trials"
-            + (f", {len(mine)} of them here" if parts > 1 else "")
+            + (f", {len(mine)} of them here" if parts > 1 else ""),
+            flush=True,
         )
+        for trial in mine:
+            trial.look(self.target)
+        with screen.showing(watch.mode(mine[0].words if mine else [])):
+            return self.run_all(mine)
+
+    def run_all(self, mine: list[Trial]) -> int:
+        """Run these trials; as `run`."""
+        self.watch = watch.Watch(mine)
         former = {number: signal.signal(number, self.forward) for number in (signal.SIGUSR1, signal.SIGTERM)}
         try:
             for trial in mine:
-                trial.look(self.target)
+                trial.look(self.target)  # another share of the array may have trained it meanwhile
                 if trial.state == "finished":
+                    print(f"{self.watch.name(trial)}: is finished ({trial.folder})", flush=True)
                     continue
                 code = self.train(trial)
                 self.report(trial)
                 if self.asked or code in STOPPED:
-                    print(f"stopped in trial {trial.folder.name}; the same command goes on")
+                    print(f"stopped in trial {trial.folder.name}; the same command goes on", flush=True)
                     return code or 128 + self.asked
         finally:
             for number, handler in former.items():
@@ -102,19 +130,20 @@ class Queue:
     def train(self, trial: Trial) -> int:
         """One trial in a process of its own; its output goes into `<trial>.log`."""
         environment = {key: value for key, value in os.environ.items() if key not in DROPPED}
-        log = trial.folder.with_suffix(".log")
-        with log.open("a") as output:
+        environment |= self.watch.variables(trial)
+        self.watch.begin(trial, trial.log)
+        with trial.log.open("a") as output, self.watch.looking(trial):
             command = [sys.executable, str(ROOT / "run.py"), "train", *trial.words]
             streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
             self.process = subprocess.Popen(command, env=environment, preexec_fn=ORPHANED, **streams)
             if self.asked:  # the signal came while the process was being made
                 self.process.send_signal(self.asked)
-            code = self.process.wait()
+            code = self.watch.wait(trial, self.process)
         trial.look(self.target)
         if code in STOPPED:
             trial.state = "stopped"
         elif code:
-            lines = log.read_text(errors="replace").strip().splitlines()
+            lines = trial.log.read_text(errors="replace").strip().splitlines()
             trial.state, trial.note = "failed", (lines or [f"exit code {code}"])[-1]
         return code
 
@@ -132,7 +161,7 @@ class Queue:
                 flush=True,
             )
         elif trial.state == "failed":
-            print(f"trial {trial.folder.name}: failed: {trial.note} (all of it: {trial.folder}.log)", flush=True)
+            print(f"trial {trial.folder.name}: failed: {trial.note} (all of it: {trial.log})", flush=True)
 
 
 def shown(score: float | None) -> str:

@@ -11,9 +11,10 @@ from PIL import Image
 import config
 from common.errors import TrainingError
 from engine import checkpoints, doctor, setup
-from engine.callbacks import RunKeeper, clock, numbers
+from engine.callbacks import RunKeeper, numbers
 from engine.checkpoints import WholeCheckpointIO
 from engine.run_folder import RunFolder
+from engine.screen import clock
 from engine.selection import Selection
 from evaluation import panels
 from lightning_modules.hidden_positives import HiddenPositives

@@ -138,7 +138,7 @@ def compose(tokens: Iterable[str] = (), defaults: dict[str, str] | None = None) 
             OmegaConf.update(base, key, checked(key, value, known, f"{source}: "))
     for key, raw in dotted.items():
         expect_known(key, known)
-        OmegaConf.update(base, key, checked(key, parse_value(key, raw, known), known))
+        OmegaConf.update(base, key, checked(key, parse_value(key, raw, known), known), merge=False)
     base.phases = phases(base.phases, known, dotted)
     for asked, other in (("max_epochs", "max_steps"), ("max_steps", "max_epochs")):
         if dotted.get(f"trainer.{asked}", "null") != "null" and f"trainer.{other}" not in dotted:
@@ -339,7 +339,8 @@ def restore(tree: dict[str, Any], tokens: Iterable[str] = ()) -> DictConfig:
         OmegaConf.update(base, key, known[key])
     if (base.trainer.threads or 0) > cores():
         base.trainer.threads = None
-    known = Known(flatten(base), known.rules)
+    mappings = {key: value for key, value in known.items() if value == {}}  # a whole one may be given anew
+    known = Known(mappings | flatten(base), known.rules)
     for key, raw in words.items():
         if key in WORDS:
             raise ConfigError(
@@ -348,7 +349,7 @@ def restore(tree: dict[str, Any], tokens: Iterable[str] = ()) -> DictConfig:
         expect_known(key, known)
         if key.startswith(("method.", "backbone.")) and key not in CHANGEABLE:
             raise ConfigError(f"{key}={raw}: a checkpoint keeps its {key.split('.')[0]}; it fits its weights alone")
-        OmegaConf.update(base, key, checked(key, parse_value(key, raw, known), known))
+        OmegaConf.update(base, key, checked(key, parse_value(key, raw, known), known), merge=False)
     check(base)
     return freeze(base)
 

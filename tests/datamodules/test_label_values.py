@@ -120,6 +120,8 @@ def test_mappings_from_the_command_line_and_from_yaml():
         assert LabelValues(cfg.data.label_values, ("a", "b")).table == expected
         again = configuration.restore(configuration.plain(cfg))
         assert LabelValues(again.data.label_values, ("a", "b")).table == expected
+    replaced = configuration.restore(configuration.plain(again), ["data.label_values={1: 0, 2: 1}"])
+    assert LabelValues(replaced.data.label_values, ("a", "b")).table == {1: 0, 2: 1}
     single = configuration.compose(["data=folder", "data.root=/pics", "data.label_values.255=1"])
     assert LabelValues(single.data.label_values, ("a", "b")).table == {255: 1}
 

@@ -30,7 +30,15 @@ def convolutional(tmp_path_factory) -> Path:
     return found.folder / "checkpoints" / "last.ckpt"
 
 
-@pytest.mark.parametrize("which", ["checkpoint", "convolutional"])
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    """Of more clusters than 8 bits tell apart."""
+    words = ["method.num_clusters=300", "trainer.max_steps=1"]
+    found = run_small("kmeans_baseline", tmp_path_factory.mktemp("many"), "c", *words)
+    return found.folder / "checkpoints" / "last.ckpt"
+
+
+@pytest.mark.parametrize("which", ["checkpoint", "convolutional", "many"])
 def test_the_script_of_the_readme_gives_the_labels_of_predict(which, request, tmp_path):
     checkpoint = request.getfixturevalue(which)
     script = next(
@@ -47,6 +55,7 @@ def test_the_script_of_the_readme_gives_the_labels_of_predict(which, request, tm
     assert run.main(["predict", f"ckpt={checkpoint}", f"input={tmp_path}/in", f"output={tmp_path}/out"]) == 0
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "use.py").write_text(script)
+    highest = []
     for name, size in sizes.items():
         command = [sys.executable, "-I", "use.py", "../segmenter.pt2", f"../in/{name}.png", f"../{name}-ids.png"]
         done = subprocess.run(command, cwd=tmp_path / "elsewhere", capture_output=True, text=True)
@@ -55,6 +64,8 @@ def test_the_script_of_the_readme_gives_the_labels_of_predict(which, request, tm
         expected = np.asarray(Image.open(tmp_path / "out" / "index" / f"{name}.png"))
         assert found.shape == expected.shape == size[::-1]
         assert (found == expected).mean() > 0.998, name
+        highest.append(int(expected.max()))
+    assert (max(highest) > 255) == (which == "many")
 
 
 def test_the_range_is_kept_and_said(checkpoint, tmp_path, caplog):

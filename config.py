@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from common.errors import CheckpointError, ConfigError, did_you_mean
 from common.files import write_text
 from common.machine import cores
+from common.names import written
 from common.rules import Rules, Typed
 
 log = logging.getLogger("labelfree.config")
@@ -227,6 +228,11 @@ def parse_value(key: str, raw: str, known: Known) -> Any:
     """The text of a command-line value as the type that its key wants."""
     if raw == "None":
         raise ConfigError(f"{key}=None: write {key}=null for no value")
+    if written(raw) != raw:
+        raise ConfigError(
+            f"{key}={written(raw)}: is no UTF-8, which the settings of a run are written in; rename it, or name a link "
+            "to it"
+        )
     if expected_type(key, known) == (str,) and raw != "null":
         return raw[1:-1] if len(raw) > 1 and raw[0] == raw[-1] and raw[0] in "\"'" else raw
     try:

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import config
 from common import chance, names
+from common.errors import ConfigError
 from common.names import of_results, shown
 from common.spec import ClassMeta
 from datamodules import reading
@@ -100,6 +102,15 @@ def test_pictures_and_tables_of_any_name_are_drawn(tmp_path):
 
 def test_pages_hold_no_control_characters():
     assert pages.escape("<\x1b\udce9\n>") == "&lt;\\x1b\\xe9\n&gt;"
+
+
+def test_settings_that_are_no_utf_8_end_in_one_line():
+    with pytest.raises(ConfigError) as caught:
+        config.compose(["data=folder", "data.root=/pics/caf\udce9"])
+    assert str(caught.value) == (
+        "data.root=/pics/caf\\xe9: is no UTF-8, which the settings of a run are written in; rename it, or name a link "
+        "to it"
+    )
 
 
 def test_json_and_texts_of_any_name_can_be_written(tmp_path):

@@ -224,6 +224,15 @@ def doctor(words: list[str]) -> None:
         raise SystemExit(1)
 
 
+def version(words: list[str]) -> None:
+    """version: of this project, with its licence"""
+    from common import about
+
+    if words:
+        raise ConfigError(f"{words[0]}: version takes no words")
+    print(about.signature())
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "pseudo": pseudo,
@@ -240,6 +249,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "list": list_names,
     "show-config": show_config,
     "doctor": doctor,
+    "version": version,
 }
 
 

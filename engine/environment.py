@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from common import about
+
 PACKAGES = (
     "torch",
     "lightning",
@@ -73,6 +75,7 @@ def describe(
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
+        "labelfree": about.signature(),
         "versions": versions(),
         "git_commit": commit,
         "seed": seed,

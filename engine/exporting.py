@@ -8,6 +8,7 @@ import torch
 from omegaconf import DictConfig
 from safetensors.torch import save as to_safetensors
 
+from common import about
 from common.files import whole, write_text
 from datamodules.base import SegmentationDataModule
 from lightning_modules.base import UnsupervisedSegmenter
@@ -59,7 +60,8 @@ def card(cfg: DictConfig, data: SegmentationDataModule, model: UnsupervisedSegme
         "no label has chosen them.",
         f"- Pictures are normalised with mean {list(map(float, model.backbone.mean.flatten()))} and standard "
         f"deviation {list(map(float, model.backbone.std.flatten()))}.",
-        f"- Licence: {licence}.",
+        f"- Licence of the weights: {licence}.",
+        f"- Made with {about.signature()}.",
         "",
         f"Scores on `{cfg.data.name}` ({metrics['protocol/list']}, {metrics['protocol/resolution']} px):",
         "",

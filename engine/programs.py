@@ -12,6 +12,7 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 import config
+from common import about
 from common.errors import ConfigError
 from common.files import whole
 from datamodules import ranges
@@ -76,6 +77,7 @@ def export(checkpoint_path: Path, output: Path, tokens: list[str], names: str | 
         "method": cfg.method.name,
         "backbone": model.backbone.fingerprint,
         "licence": model.backbone.licence,
+        "made_with": about.signature(),
     }
     module = Segmenter(model, probe).eval().requires_grad_(False)
     fix_padding(module)

@@ -9,7 +9,7 @@ import lightning as L
 from omegaconf import DictConfig
 
 import config
-from common import distributed
+from common import about, distributed
 from common.errors import CheckpointError, ConfigError
 from common.files import cache_folder, copy_whole
 from datamodules.base import SegmentationDataModule
@@ -177,7 +177,7 @@ def introduce(
     """Say what is about to run."""
     if not trainer.is_global_zero:
         return
-    log.info("run folder %s", folder.path)
+    log.info("%s; run folder %s", about.signature(), folder.path)
     log.info(
         "%s on %s (%d training, %d validation pictures, %s) with %s: %d steps of %d pictures",
         cfg.method.name, cfg.data.name, len(data.source("train")), len(data.source("val")),

@@ -236,7 +236,7 @@ def test_the_run_exports_its_teacher_with_a_card(small_run, tmp_path):
     for line in (
         "# tiny, trained with dino",
         "- Trained on: `scenes`, 22 pictures without labels, 8 steps of 4 (1.5 passes), from random weights, seed 0.",
-        "- Licence: yours to state (method.licence); mind the terms of the training pictures.",
+        "- Licence of the weights: yours to state (method.licence); mind the terms of the training pictures.",
         f"| `val/kmeans/miou` | {run.metrics['val/kmeans/miou']:.1f} |",
     ):
         assert line in card.splitlines(), line

@@ -145,9 +145,9 @@ class Entry:
 
         The online clusters of a method whose score is k-means on the same codes are that score done less well.
         """
-        if probe == SCORE:
-            probe = self.headline
-            metric = headline.expected(probe).rsplit("/", 1)[1]
+        if probe.removesuffix("_crf") == SCORE:
+            probe = probe.replace(SCORE, self.headline)
+            metric = headline.expected(self.headline).rsplit("/", 1)[1]
         elif self.headline == "kmeans" and probe.removesuffix("_crf") == "cluster" and metric in ("acc", "miou"):
             return None
         return f"{stage}/{probe}/{metric}"
@@ -159,7 +159,8 @@ class Entry:
 
     def figure(self, probe: str) -> float | None:
         """The published mIoU of a column."""
-        return self.published.get(f"{self.headline if probe == SCORE else probe}/miou")
+        key = self.key("", probe, "miou")
+        return None if key is None else self.published.get(key.removeprefix("/"))
 
     @property
     def seeds(self) -> list[int]:
@@ -245,7 +246,7 @@ class Section:
         front where entries are known by scores of different probes."""
         scored = self.scored(stage)
         labelled = any(metric == "miou" for _, metric in scored)
-        columns = [*[(SCORE, "miou")] * (self.mixed and labelled), *scored]
+        columns = [*[(SCORE, "miou"), (f"{SCORE}_crf", "miou")] * (self.mixed and labelled), *scored]
         return [
             column for column in columns
             if any(entry.values(key) for entry in self.entries if (key := entry.key(stage, *column)) is not None)
@@ -296,7 +297,7 @@ class Section:
                     f"{key.removeprefix('protocol/')} differs between these runs: {' | '.join(sorted(values))}"
                 )
         rules = {run.metrics["selection/rule"] for entry in self.entries for run in entry.runs}
-        if len(rules) > 1:
+        if len(rules) > 1 and self.columns("best"):
             found.append(f"the best checkpoint was chosen by different rules: {' | '.join(sorted(rules))}")
         for entry in self.entries:
             values = {run.environment["device"] for run in entry.runs} | {

@@ -146,7 +146,7 @@ def bars(section: Section, probe: str) -> str:
 
 def shown_as(entry: Entry, probe: str) -> str:
     """The label of an entry, with the probe that its score is read from where these differ."""
-    return f"{entry.label}: {entry.headline}" if probe == SCORE else entry.label
+    return f"{entry.label}: {entry.headline}" if probe.removesuffix("_crf") == SCORE else entry.label
 
 
 def pictures(gallery: Gallery) -> str:

@@ -166,6 +166,12 @@ def test_methods_are_known_by_their_own_scores():
     assert "kmeans\\_baseline & k-means & 1" in tables[1]
     assert '<span class="what">kmeans_baseline: kmeans</span>' in page
     assert "11.7" in comparison_tables.as_csv([section])
+    refined = [
+        finished(m, headline=h, **probes, **{f"val/{h}_crf/miou": 40.0}) for m, h in (("a", "kmeans"), ("b", "cluster"))
+    ]
+    (section,) = comparison.arrange(refined)
+    assert section.columns()[:2] == [("score", "miou"), ("score_crf", "miou")]
+    assert [entry.cell("val", "score_crf", "miou").mean for entry in section.entries] == [40.0, 40.0]
     (alone,) = comparison.arrange([baseline])
     assert alone.columns() == [("kmeans", "acc"), ("kmeans", "miou")]
 

@@ -120,7 +120,7 @@ def test_evaluations_of_before_are_read_and_those_of_sizes_refused(trained):
         ("seed=3", f"eval: seed=3: {RULE}"),
         ("method.dim=3", f"eval: method.dim=3: {RULE}"),
         ("evaluation.crff=dense", "evaluation.crff: no such key; did you mean evaluation.crf?"),
-        ("evaluation.crf=x", "evaluation.crf=x: not one of none, dense; known: dense, none"),
+        ("evaluation.crf=x", "evaluation.crf=x: not one of none, dense"),
         ("dense", "dense: expected key=value, as in method=hidden_positives or seed=3"),
         (
             "evaluation.resolutions=[48]",

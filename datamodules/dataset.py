@@ -197,12 +197,12 @@ def fitted(
     source: Any, picture: int, geometry: Geometry, image: np.ndarray, label: np.ndarray | None, crop: int = 0
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """`Geometry.resize` of a picture of a source. Raises UnreadableError where its shape or the memory forbid it."""
-    file = shapes.file_of(source, picture)
-    shapes.expect_whole(file, image.shape[:2], geometry)
+    if shapes.is_long(geometry, *image.shape[:2]):
+        shapes.expect_whole(shapes.file_of(source, picture), image.shape[:2], geometry)
     try:
         return geometry.resize(image, label, crop)
     except (MemoryError, OverflowError) as error:
-        raise unreadable(file, error) from error
+        raise unreadable(shapes.file_of(source, picture), error) from error
 
 
 def take_foreign(source: Any) -> Foreign:

@@ -7,10 +7,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from common import console
-from common.errors import ConfigError, DiskFullError, LabelfreeError, Stopped, did_you_mean
-from common.files import FULL
-from common.names import shown
+from common import console, ending
+from common.errors import ConfigError, did_you_mean
 
 log = logging.getLogger("labelfree")
 
@@ -281,16 +279,6 @@ def show(metrics: dict) -> None:
             out.print(report.LABEL_FREE, highlight=False, markup=False)
 
 
-REFUSED = (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError)
-"""What the system says of a path that a user named and that cannot be written or read there."""
-
-
-def refused(error: OSError) -> str:
-    """One line for it."""
-    said = (error.strerror or "refused").lower()
-    return f"{error.filename or 'a file'}: {said}; name another place, or change its rights"
-
-
 HELP = {"help", "-h", "--help"}
 
 
@@ -322,7 +310,8 @@ def main(argv: list[str] | None = None) -> int:
     ):
         logging.getLogger(room).setLevel(logging.INFO)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    try:
+
+    def work() -> int:
         helped = bool(HELP.intersection(argv)) or not argv
         asked = [word for word in argv if word not in HELP]
         if asked and asked[0] not in COMMANDS:
@@ -333,29 +322,9 @@ def main(argv: list[str] | None = None) -> int:
         from launch.words import at_home
 
         COMMANDS[argv[0]]([at_home(word) for word in argv[1:]])
-    except LabelfreeError as error:
-        print(f"error: {shown(error)}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # nobody reads any more, see console.finished
-        raise
-    except OSError as error:
-        if error.errno not in FULL and not isinstance(error, REFUSED):
-            raise
-        problem = DiskFullError(error.filename or "a file", error) if error.errno in FULL else refused(error)
-        print(f"error: {shown(problem)}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        print(f"error: the package {error.name} is missing; run `make setup`, or use .venv/bin/python", file=sys.stderr)
-        return 2
-    except Stopped as stop:
-        from lightning.pytorch.utilities import rank_zero_only
+        return 0
 
-        if rank_zero_only.rank == 0:
-            log.info("%s", stop)
-        return stop.code
-    except KeyboardInterrupt:
-        return 130  # as shells expect of Ctrl-C
-    return 0
+    return ending.ended(work)
 
 
 if __name__ == "__main__":

@@ -51,11 +51,16 @@ AGAIN = 85
 """Exit code of a run that SIGUSR1 stopped: start the same command again."""
 
 
+def stop_code(signum: int) -> int:
+    """The exit code of a process that a signal asked to stop."""
+    return AGAIN if signum == signal.SIGUSR1 else 128 + signum
+
+
 class Stopped(Exception):  # noqa: N818 - nothing went wrong
     """A run that ended because a signal asked it to, no error; `code` is the exit code. The same command goes on."""
 
     def __init__(self, signum: int, step: int, saved: bool) -> None:
-        self.code = AGAIN if signum == signal.SIGUSR1 else 128 + signum
+        self.code = stop_code(signum)
         where = f"saved at step {step}" if saved else f"at step {step}, to go on from the last checkpoint"
         super().__init__(f"stopped by {signal.Signals(signum).name}, {where}; the same command goes on")
 

@@ -38,6 +38,7 @@ class RunKeeper(Callback):
         self.timed_pictures = 0
         self._started, self._before = time.perf_counter(), 0.0
         self._mark: float | None = None
+        self._of_history: int | None = None
 
     # -------------------------------------------------- state that a checkpoint carries
 
@@ -48,6 +49,7 @@ class RunKeeper(Callback):
             "seconds": self.seconds,
             "timed_pictures": self.timed_pictures,
             "elapsed": self.elapsed(),
+            "history": self.history.sum,
         }
         state["torch_rng"] = torch.get_rng_state()
         if torch.cuda.is_available():
@@ -57,7 +59,7 @@ class RunKeeper(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self.best_step = state["best"], state["best_step"]
         self.seconds, self.timed_pictures = state["seconds"], state["timed_pictures"]
-        self._before = state["elapsed"]
+        self._before, self._of_history = state["elapsed"], state.get("history")
         self._rng = state
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -85,6 +87,11 @@ class RunKeeper(Callback):
     def restore_history(self, trainer: L.Trainer) -> None:
         """metrics.csv and the W&B run as they were at this step."""
         self.history.restore(trainer.global_step, closing=trainer.global_step >= trainer.max_steps)
+        if self.folder.state == "resume" and self._of_history not in (None, self.history.sum):
+            log.warning(
+                "%s is not what the run had written by step %d; its rows are taken as they are",
+                self.history.path, trainer.global_step,
+            )  # fmt: skip
         for row in self.history.rows:
             for logger in trainer.loggers:
                 logger.add(int(row["step"]), {key: value for key, value in row.items() if key != "step"})

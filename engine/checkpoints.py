@@ -1,5 +1,6 @@
 """Checkpoint files: written whole with the one before kept beside, and told from damaged ones before they are read."""
 
+import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+import config
 from common.archives import unfolds
+from common.errors import Stopped
 from common.files import keep_as, whole
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
@@ -33,12 +36,16 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 def write(checkpoint: dict[str, Any], handle: Any) -> None:
-    """`torch.save`, whose error for a full disk is that of the file and not one about positions in an archive."""
+    """`torch.save`, which ends by what ended it: a full disk, Ctrl-C or a signal, and no error about positions in an
+    archive that could not be finished because of it."""
     try:
         torch.save(checkpoint, handle)
     except RuntimeError as error:
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
+        cause = error.__context__
+        while isinstance(cause, RuntimeError):
+            cause = cause.__context__
+        if isinstance(cause, OSError | KeyboardInterrupt | Stopped):
+            raise cause from None
         raise
 
 
@@ -62,6 +69,60 @@ def damage(path: Path) -> str | None:
     return None if broken is None else "changed since it was written"
 
 
+STATE = {"state_dict": dict, "global_step": int, "labelfree": dict}
+"""What every checkpoint of ours holds."""
+FACTS = {"format": int, "config": dict, "classes": list, "palette": list, "backbone": str}
+"""What `labelfree` holds."""
+TRAINING = {"epoch": int, "loops": dict, "callbacks": dict, "optimizer_states": list, "lr_schedulers": list}
+"""What a training goes on from, beside it."""
+
+
+FOREIGN = "no checkpoint of a run"
+
+
+def unnamed_group(tree: dict[str, Any]) -> str | None:
+    """The first group of a stored configuration that does not say what it is of; None where all do."""
+    named = (isinstance(tree.get(group), dict) and isinstance(tree[group].get("name"), str) for group in config.GROUPS)
+    return next((group for group, known in zip(config.GROUPS, named, strict=True) if not known), None)
+
+
+def lacking(content: Any, training: bool = False) -> str | None:
+    """What a checkpoint lacks that every one has, in words; None: nothing. training: one that training goes on from."""
+    if not isinstance(content, dict) or "labelfree" not in content:
+        return "it has no `labelfree` entry"
+    for tree, parts in ((content, STATE | (TRAINING if training else {})), (content["labelfree"], FACTS)):
+        for name, kind in parts.items():
+            if not isinstance(tree, dict) or not isinstance(tree.get(name), kind):
+                return f"its `{name}` is missing, or no {kind.__name__}"
+    unnamed = unnamed_group(content["labelfree"]["config"])
+    if unnamed:
+        return f"its `config` names no {unnamed}"
+    if not all(isinstance(value, torch.Tensor) for value in content["state_dict"].values()):
+        return "its `state_dict` holds something else than tensors"
+    return None
+
+
+def opened(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, tensors still on the disk; nothing of it is executed. Raises what torch raises."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def trouble(path: Path) -> str | None:
+    """Why a run cannot go on from a checkpoint of its own, in words; None where it can.
+
+    torch's own reader is asked too: it refuses archives that Python's reads.
+    """
+    broken = damage(path)
+    if broken is not None:
+        return broken
+    try:
+        return lacking(opened(path), training=True)
+    except pickle.UnpicklingError:  # whole, but with objects that we never write
+        return FOREIGN
+    except Exception:  # torch raises several kinds for damaged files
+        return "cut off, or no checkpoint"
+
+
 @dataclass(frozen=True)
 class Found:
     """The checkpoint of a run to go on from."""
@@ -77,19 +138,15 @@ class Found:
 def newest(folder: Path) -> Found:
     """The newest whole checkpoint of a folder: `last.ckpt`, else the one with most steps of the others."""
     last = folder / LAST
-    found = {last: damage(last)} if last.is_file() else {}
-    if found.get(last, "missing") is None:
+    found = {last: trouble(last)} if last.is_file() else {}
+    if found.get(last, "missing") in (None, FOREIGN):  # a foreign one is no accident: it is refused, not passed over
         return Found(last, None, {})
     steps: dict[Path, int] = {}
     for path in (folder / PREVIOUS, folder / BEST):
         if path.is_file():
-            found[path] = damage(path)
+            found[path] = trouble(path)
             if found[path] is None:
-                try:
-                    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-                    steps[path] = int(content["global_step"])
-                except Exception:  # torch raises several kinds for foreign files
-                    found[path] = "no checkpoint of a run"
+                steps[path] = opened(path)["global_step"]
     damaged = {path: reason for path, reason in found.items() if reason is not None}
     path = max(steps, key=steps.get, default=None)
     return Found(path, steps.get(path), damaged)

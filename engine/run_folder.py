@@ -1,8 +1,6 @@
 """The folder of one run: its name, whether it goes on, and the history in metrics.csv."""
 
 import csv
-import errno
-import fcntl
 import logging
 import os
 import secrets
@@ -19,8 +17,11 @@ import config
 from common import trees
 from common.errors import CheckpointError, ConfigError
 from common.files import clear_when_full, copy_whole, no_file, remove_unfinished, whole, write_text
+from common.sums import checksum
+from common.tables import read_rows
 from engine import checkpoints
 from engine.identity import SAME_RUN, mark
+from engine.run_lock import LOCK_FILE, hold
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,9 @@ class RunFolder:
         process trains in it.
         """
         hold(self.path)
-        if self.emptied and self.path.is_dir():
+        if self.emptied and (self.path.is_symlink() or self.path.is_mount()):
+            empty(self.path)
+        elif self.emptied and self.path.is_dir():
             aside = self.path.with_name(f".{self.path.name}-{os.getpid()}")
             self.path.replace(aside)
             shutil.rmtree(aside)
@@ -100,29 +103,21 @@ class RunFolder:
             temporary.replace(latest)
 
 
+def empty(path: Path) -> None:
+    """Delete what is in a run folder that has to stay where it is, on another disk: a link, or a mount.
+
+    config.yaml, which says that it is a run folder, is written over later: a kill before that leaves a run folder.
+    """
+    for entry in sorted(path.iterdir(), key=lambda entry: entry.name != "metrics.json"):  # the mark of a finished run
+        if entry.name in ("config.yaml", LOCK_FILE):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
 JOB_VARIABLE, JOB_FILE = "SLURM_JOB_ID", ".job"
-LOCK_FILE = ".lock"
-held: dict[Path, Any] = {}
-"""Lock files that this process holds, open until it ends."""
-
-
-def hold(path: Path) -> None:
-    """Take the run folder for this process, until it ends. Raises ConfigError where another one has it."""
-    path.mkdir(parents=True, exist_ok=True)
-    former = held.pop(path.resolve(), None)
-    if former is not None:
-        former.close()
-    handle = (path / LOCK_FILE).open("w")
-    try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            handle.close()
-            raise ConfigError(
-                f"run.name={path.name}: another process trains in {path}; wait for it, stop it, or choose another name"
-            ) from None
-        log.warning("%s cannot be locked here (%s): start no second process with this run.name", path, error.strerror)
-    held[path.resolve()] = handle
 
 
 def requeued(path: Path) -> bool:
@@ -162,6 +157,11 @@ def open_run(cfg: DictConfig) -> RunFolder:
             raise CheckpointError(
                 f"run.resume={cfg.run.resume}: {no_file(explicit)}; expected auto, never or a checkpoint file"
             )
+    if path.is_symlink() and not path.is_dir():
+        raise ConfigError(
+            f"run.name={name}: {path} is a link to {os.readlink(path)}, where there is no folder; make it, or remove "
+            "the link"
+        )
     stored = path / "config.yaml"
     again = requeued(path)
     emptied = cfg.run.overwrite and not again
@@ -209,6 +209,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = trees.yaml_of(path)
     except trees.TreeError as error:
         content = error
+    unnamed = isinstance(content, dict) and checkpoints.unnamed_group(content)
+    if unnamed:
+        raise ConfigError(f"{path}: is not the configuration of a run (no {unnamed}); give the run another run.name")
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: is not the configuration of a run ({content}); give the run another run.name")
     return content
@@ -230,23 +233,25 @@ class History:
         self.path = path
         self.rows: list[dict[str, Any]] = []
         self.columns: list[str] = ["step"]
+        self.sum = 0
+        """Of all rows, whatever their order."""
 
     def restore(self, step: int, closing: bool = False) -> None:
         """Keep what is on disk up to `step` (0: start anew); `closing`: without the scores of that step itself, because
         no training is left and the closing evaluation comes again."""
         if step and self.path.is_file():
-            with self.path.open(newline="") as handle:
-                lines = [line for line in handle if line.endswith("\n")]  # a full disk may have cut the last one
-            self.rows = [row for row in csv.DictReader(lines) if int(row["step"]) <= step]
+            self.rows = [row for row in read_rows(self.path, whole=["step"]) if int(row["step"]) <= step]
             if closing:
                 self.rows = [row for row in self.rows if int(row["step"]) < step or not scored(row)]
         self.columns = list(dict.fromkeys(["step", *(key for row in self.rows for key in row)]))
+        self.sum = sum(map(_sum, self.rows)) % LARGEST_SUM
         self._write()
 
     def add(self, step: int, values: dict[str, Any]) -> None:
         """Append a row; the file is written anew only when a column is new."""
         row = {"step": step, **{key: _cell(value) for key, value in values.items()}}
         self.rows.append(row)
+        self.sum = (self.sum + _sum(row)) % LARGEST_SUM
         fresh = [key for key in row if key not in self.columns]
         if fresh:
             self.columns += fresh
@@ -265,6 +270,13 @@ class History:
 def scored(row: dict[str, Any]) -> bool:
     """True of the row of a validation."""
     return any(value for key, value in row.items() if key.startswith("val/"))
+
+
+LARGEST_SUM = 1 << 63
+
+
+def _sum(row: dict[str, Any]) -> int:
+    return checksum("\n".join(sorted(f"{key}={value}" for key, value in row.items() if value not in (None, ""))))
 
 
 def _cell(value: Any) -> Any:

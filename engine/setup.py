@@ -247,8 +247,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"ckpt={path}: cannot be read as a checkpoint ({str(error).splitlines()[0][:120]})"
         ) from None
-    if not isinstance(checkpoint, dict) or "labelfree" not in checkpoint:
-        raise CheckpointError(f"ckpt={path}: is not a Labelfree checkpoint (it has no `labelfree` entry)")
+    lacks = checkpoints.lacking(checkpoint)
+    if lacks is not None:
+        raise CheckpointError(f"ckpt={path}: is not a Labelfree checkpoint ({lacks})")
     if checkpoint["labelfree"]["format"] != FORMAT:
         raise CheckpointError(f"ckpt={path}: format {checkpoint['labelfree']['format']}, this version reads {FORMAT}")
     return checkpoint
@@ -273,7 +274,25 @@ def restore_model(
     `meta`: classes of the data it is evaluated on. `linear_probe`: False where it was trained without any.
     """
     model = build_model(cfg, stored_meta(checkpoint) if meta is None else meta, linear_probe)
+    expect_fit(checkpoint, model, "ckpt")
     model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
     model.restored_step = int(checkpoint["global_step"])
     return model.eval()
+
+
+def expect_fit(checkpoint: dict[str, Any], model: UnsupervisedSegmenter, key: str) -> None:
+    """Raises CheckpointError, naming the word `key`, where the weights of a checkpoint are not those of the method."""
+    late = ("posthoc_probe.", *(("backbone.",) if model.backbone.frozen else ()))  # made, or put in, when it is loaded
+    found, own = (
+        {name: list(value.shape) for name, value in state.items() if not name.startswith(late)}
+        for state in (checkpoint["state_dict"], model.state_dict())
+    )
+    wrong = next((name for name in {**own, **found} if own.get(name) != found.get(name)), None)
+    if wrong is not None:
+        there = f"is of shape {found[wrong]}" if wrong in found else "is missing"
+        wanted = f"of shape {own[wrong]}" if wrong in own else "unknown"
+        raise CheckpointError(
+            f"{key}: the weights do not fit method={model.cfg.method.name}: {wrong} {there} in the checkpoint, and "
+            f"{wanted} to the method; use another checkpoint of the run, or train it anew"
+        )

@@ -204,8 +204,7 @@ def interrupted() -> Iterator[None]:
     try:
         yield
     except SystemExit:
-        log.info("stopped; the same command goes on with what is missing")
-        raise KeyboardInterrupt from None
+        raise KeyboardInterrupt("stopped; the same command goes on with what is missing") from None
 
 
 def prepare(stage: Stage, panels: int, folder: Path | None = None) -> Results:

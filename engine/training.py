@@ -1,6 +1,7 @@
 """`run.py train`: from a configuration to a finished run folder."""
 
 import logging
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,14 @@ from omegaconf import DictConfig
 
 import config
 from common import about, distributed
-from common.errors import CheckpointError, ConfigError
+from common.errors import CheckpointError, ConfigError, LabelfreeError
 from common.files import cache_folder, copy_whole
 from datamodules.base import SegmentationDataModule
 from datamodules.folder import expect_apart
-from engine import closing, environment, exporting, phases, recipes, screen, selection, setup, summary
+from engine import checkpoints, closing, environment, exporting, phases, recipes, screen, selection, setup, summary
 from engine.callbacks import RunKeeper, numbers
 from engine.fitting import KMeansFit, PosthocFit, RetrievalFit
-from engine.metrics_file import read_metrics
+from engine.metrics_file import FACTS, read_metrics
 from engine.panel_keeper import PanelKeeper
 from engine.preemption import Preemption
 from engine.progress import TrainingProgress
@@ -55,7 +56,7 @@ def _train(cfg: DictConfig) -> dict[str, Any]:
     expect_apart(cfg, **{"run.dir": folder.path.parent, "cache.dir": cache_folder(cfg)})
     if folder.state == "finished":
         log.info("%s is finished; nothing to do (run.overwrite=true trains it again)", folder.path)
-        return read_metrics(folder.metrics)
+        return read_metrics(folder.metrics, FACTS)
     base, begun = cfg, 0
     total = setup.total_steps(cfg, data)
     steps = phases.plan(base, total)
@@ -66,7 +67,7 @@ def _train(cfg: DictConfig) -> dict[str, Any]:
     posthoc.check()
     keeper = RunKeeper(folder, cfg, selection.choose(cfg, model))
     if folder.checkpoint is not None:
-        begun = check_resume(steps, folder)
+        begun = check_resume(steps, folder, model)
     folder.create(base)
     pictures = PanelKeeper(cfg.evaluation.panels)
     loggers = [setup.wandb_logger(cfg, folder.path)] if cfg.logger == "wandb" else []
@@ -94,8 +95,13 @@ def _train(cfg: DictConfig) -> dict[str, Any]:
             metrics = close(cfg, data, model, trainer, keeper, folder, steps)
             metrics |= recipes.published_figures(config.flatten(base))
     except SystemExit:  # what Lightning makes of Ctrl-C
-        log.info("stopped at step %d of %d; the same command goes on", trainer.global_step, total)
-        raise KeyboardInterrupt from None
+        step = trainer.global_step
+        raise KeyboardInterrupt(f"stopped at step {step} of {total}; the same command goes on") from None
+    except Exception as error:
+        if isinstance(error, LabelfreeError) or not while_restoring(error):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise CheckpointError(f"run.resume: {checkpoint} cannot be gone on from ({reason}); start without it") from None
     if trainer.is_global_zero:
         for logger in loggers:
             logger.summarise(metrics)
@@ -142,10 +148,10 @@ def spanned(phase: phases.Phase) -> tuple[int, int]:
     return phase.first + 1, phase.last
 
 
-def check_resume(steps: list[phases.Phase], folder: RunFolder) -> int:
+def check_resume(steps: list[phases.Phase], folder: RunFolder, model: UnsupervisedSegmenter) -> int:
     """The step of the checkpoint to go on from.
 
-    Raises CheckpointError where it is cut, foreign, of other settings, or at its end.
+    Raises CheckpointError where it is cut, foreign, of other settings, of other weights, or at its end.
     """
     checkpoint = setup.read_checkpoint(folder.checkpoint)
     if "imported" in checkpoint["labelfree"]:
@@ -163,12 +169,22 @@ def check_resume(steps: list[phases.Phase], folder: RunFolder) -> int:
                 f"run.resume: {folder.checkpoint} was trained with other settings, first difference {difference}; "
                 "give the same words, or start without it"
             )
+    lacks = checkpoints.lacking(checkpoint, training=True)
+    if lacks is not None:
+        raise CheckpointError(f"run.resume: {folder.checkpoint} cannot be gone on from ({lacks}); start without it")
+    setup.expect_fit(checkpoint, model, f"run.resume={folder.checkpoint}")
     if folder.state == "new" and step >= total:
         raise CheckpointError(
             f"run.resume: {folder.checkpoint} is at step {step} already; "
             f"set trainer.max_steps above it (now {total}), or use `run.py eval`"
         )
     return step
+
+
+def while_restoring(error: Exception) -> bool:
+    """True where Lightning raised it while it took the state of a checkpoint over."""
+    frames = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any("checkpoint_connector" in code.co_filename and "restore" in code.co_name for code in frames)
 
 
 def introduce(

@@ -4,8 +4,6 @@ A run is read from its folder. Runs that differ in nothing but the seed are one 
 the same way are one section; where sections differ, the difference has a name.
 """
 
-import csv
-import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError
+from common.tables import read_object, read_rows
 from evaluation import headline
 from evaluation.report import LAST_STEP, PROBES
 
@@ -32,6 +31,12 @@ FEW = 3
 """Fewer runs than this have no spread."""
 RANKED = ("/acc", "/miou", "/iou", "/corloc")
 """What is compared with labels. Entropy guards against collapse, and a confidence belongs to its own space of codes."""
+METRICS = {"method": str, "seed": int}
+ENVIRONMENT = {
+    "peak_memory": dict, "versions": dict, "device": str, "processes": int, "seconds": (int, float), "command": list,
+    "git_commit": (str, type(None)),
+}  # fmt: skip
+"""What is read of metrics.json, beside scores, and of environment.json."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,9 @@ class Finished:
                 raise ConfigError(
                     f"runs: {folder} holds no finished run ({name} is missing); finish it, or leave it out"
                 )
-        metrics, environment = (
-            json.loads((folder / name).read_text()) for name in ("metrics.json", "environment.json")
-        )
+        remedy = "train it anew (run.overwrite=true), or leave it out"
+        metrics = read_object(folder / "metrics.json", METRICS, remedy)
+        environment = read_object(folder / "environment.json", ENVIRONMENT, remedy)
         return cls(folder, metrics, flatten(load(folder / "config.yaml")), environment)
 
     @property
@@ -99,17 +104,15 @@ class Finished:
         path = self.folder / "metrics.csv"
         if not path.is_file():
             return []
-        with path.open(newline="") as handle:
-            points = {int(row["step"]): float(row[key]) for row in csv.DictReader(handle) if row.get(key)}
-        return sorted(points.items())
+        return sorted((int(row["step"]), float(row[key])) for row in read_rows(path, whole=["step"]) if row.get(key))
 
     def table(self, name: str) -> list[dict[str, str]]:
         """The rows of classes.csv or clusters.csv; none where the data had no labels."""
         path = (self.tables or self.folder) / name
         if not path.is_file():
             return []
-        with path.open(newline="") as handle:
-            return list(csv.DictReader(handle))
+        whole, numbers = (("cluster", "pixels"), ["share"]) if name == "clusters.csv" else (["pixels"], [])
+        return [row for row in read_rows(path, ("class", "group"), whole, numbers) if "class" in row]
 
 
 @dataclass

@@ -18,7 +18,8 @@ import yaml
 from omegaconf import DictConfig
 
 import config
-from common.errors import ConfigError, LabelfreeError, did_you_mean
+from common.ending import ended
+from common.errors import ConfigError, did_you_mean
 from common.files import no_file
 from common.rules import type_names
 from launch.space import read_keys
@@ -164,20 +165,19 @@ def submit(submission: Submission) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Submit or show; 0: done, 2: something for the user to mend (one line on stderr)."""
-    words = sys.argv[1:] if argv is None else argv
-    try:
-        dry = config.flag(config.parse_words(words), "dry")
-        submission = plan([word for word in words if not word.startswith("dry=")])
-        if dry:
-            print(submission)
-            return 0
-        job = submit(submission)
-    except LabelfreeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return ended(lambda: submitted(sys.argv[1:] if argv is None else argv))
+
+
+def submitted(words: list[str]) -> None:
+    """Submit the job that these words ask for, or show it. Raises LabelfreeError."""
+    dry = config.flag(config.parse_words(words), "dry")
+    submission = plan([word for word in words if not word.startswith("dry=")])
+    if dry:
+        print(submission)
+        return
+    job = submit(submission)
     name = next(word for word in submission.command if word.startswith("--job-name=")).partition("=")[2]
     print(f"job {job}; its log is {submission.variables['LABELFREE_OUTPUT']}/{name}-{job}.out")
-    return 0
 
 
 if __name__ == "__main__":

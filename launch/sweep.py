@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 import config
-from common.errors import ConfigError, LabelfreeError
+from common.ending import ended
+from common.errors import ConfigError
 from common.files import whole
 from engine.identity import mark
 from evaluation import headline
@@ -146,42 +147,40 @@ def expect_method(sweep: Sweep, method: str | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a sweep; 0: done, 1: a trial failed, 2: something for the user to mend, 85 and 143: stopped by a signal."""
-    words = sys.argv[1:] if argv is None else argv
-    try:
-        named = config.parse_words(words)
-        offline = config.flag(named, "offline")
-        name, raw, part = (named.pop(key, None) for key in ("sweep", "trials", "part"))
-        if not name:
-            raise ConfigError("sweep: is needed; write sweep=hidden_positives or another file of configs/sweep")
-        sweep, trials = space.read(space.find(name)), None if raw is None else count("trials", raw, 1)
-        expect_method(sweep, named.get("method"))
-        rest = [f"{key}={value}" for key, value in named.items()]
-        config.compose([*sweep.words, *rest])  # a wrong word ends here, before anything heavy is imported
-        if sweep.target == space.HEADLINE["name"]:
-            sweep = sweep.following(headline_of(sweep, rest))
-            print(f"target: {sweep.target}, the headline score of the method; it reads labels")
-        first, parts = part_of(part)
-        reason = "part" if part else why_here(offline)
-        if reason is None:
-            return run_wandb(sweep, rest, trials)
-        local = LocalSweep(sweep, rest, trials)
-        if not part:
-            print(f"run here: {reason}")
-        if sweep.tree["method"] == "bayes":
-            print("method bayes needs W&B's server; here the same ranges are drawn from at random")
-        if "early_terminate" in sweep.tree:
-            print("early_terminate is done by W&B's server; here every trial runs to its end")
-        started = time.perf_counter()
-        code = local.run(first, parts)
-        Console(width=None if sys.stdout.isatty() else 140).print(local.table())
-        print(f"{local.folder / 'trials.csv'}; {time.perf_counter() - started:.0f} s")
-        return code
-    except LabelfreeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    """Run a sweep; 0: done, 1: a trial failed, 2: something for the user to mend, 85, 130 and 143: stopped."""
+    return ended(lambda: swept(sys.argv[1:] if argv is None else argv))
+
+
+def swept(words: list[str]) -> int:
+    """The exit code of a sweep that these words ask for. Raises LabelfreeError."""
+    named = config.parse_words(words)
+    offline = config.flag(named, "offline")
+    name, raw, part = (named.pop(key, None) for key in ("sweep", "trials", "part"))
+    if not name:
+        raise ConfigError("sweep: is needed; write sweep=hidden_positives or another file of configs/sweep")
+    sweep, trials = space.read(space.find(name)), None if raw is None else count("trials", raw, 1)
+    expect_method(sweep, named.get("method"))
+    rest = [f"{key}={value}" for key, value in named.items()]
+    config.compose([*sweep.words, *rest])  # a wrong word ends here, before anything heavy is imported
+    if sweep.target == space.HEADLINE["name"]:
+        sweep = sweep.following(headline_of(sweep, rest))
+        print(f"target: {sweep.target}, the headline score of the method; it reads labels")
+    first, parts = part_of(part)
+    reason = "part" if part else why_here(offline)
+    if reason is None:
+        return run_wandb(sweep, rest, trials)
+    local = LocalSweep(sweep, rest, trials)
+    if not part:
+        print(f"run here: {reason}")
+    if sweep.tree["method"] == "bayes":
+        print("method bayes needs W&B's server; here the same ranges are drawn from at random")
+    if "early_terminate" in sweep.tree:
+        print("early_terminate is done by W&B's server; here every trial runs to its end")
+    started = time.perf_counter()
+    code = local.run(first, parts)
+    Console(width=None if sys.stdout.isatty() else 140).print(local.table())
+    print(f"{local.folder / 'trials.csv'}; {time.perf_counter() - started:.0f} s")
+    return code
 
 
 if __name__ == "__main__":

@@ -5,24 +5,28 @@ is handed to the training that runs.
 """
 
 import ctypes
-import json
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from common.errors import AGAIN, ConfigError
-from engine import screen
+from common.errors import AGAIN, ConfigError, stop_code
+from common.tables import read_object
+from engine import run_lock, screen
 from engine.metrics_file import read_metrics
 from evaluation import headline
 from launch import watch
 from launch.submit import ROOT
 
-STOPPED = (AGAIN, 128 + signal.SIGTERM, 128 + signal.SIGUSR1, 130, -signal.SIGUSR1, -signal.SIGTERM)
+STOPPED = (AGAIN, *(128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)))
 """Exit codes of a trial that was asked to stop, and goes on with the next start."""
+POLL = 1.0
+"""Seconds between two looks at a trial that another process trains."""
 
 
 @dataclass
@@ -63,7 +67,8 @@ class Trial:
             self.score = metrics.get(self.target)
         environment = self.folder / "environment.json"
         if self.state == "finished" and environment.is_file():
-            facts = json.loads(environment.read_text())
+            remedy = "delete it and metrics.json, then the same training writes them anew"
+            facts = read_object(environment, {"seconds": (int, float)}, remedy)
             self.seconds, self.closing = facts["seconds"], facts.get("closing_seconds")
 
 
@@ -121,24 +126,31 @@ class Queue:
                 self.report(trial)
                 if self.asked or code in STOPPED:
                     print(f"stopped in trial {trial.folder.name}; the same command goes on", flush=True)
-                    return code or 128 + self.asked
+                    return code or stop_code(self.asked)
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
         return 1 if any(trial.state == "failed" for trial in mine) else 0
 
     def train(self, trial: Trial) -> int:
-        """One trial in a process of its own; its output goes into `<trial>.log`."""
+        """One trial in a process of its own; its output goes into `<trial>.log`. Returns its exit code, for a process
+        that a signal ended before it could listen that of one which listens.
+
+        One that another queue or command trains is waited for; where it is finished then, there is nothing to do.
+        """
         environment = {key: value for key, value in os.environ.items() if key not in DROPPED}
         environment |= self.watch.variables(trial)
-        self.watch.begin(trial, trial.log)
-        with trial.log.open("a") as output, self.watch.looking(trial):
-            command = [sys.executable, str(ROOT / "run.py"), "train", *trial.words]
-            streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
-            self.process = subprocess.Popen(command, env=environment, preexec_fn=ORPHANED, **streams)
-            if self.asked:  # the signal came while the process was being made
-                self.process.send_signal(self.asked)
-            code = self.watch.wait(trial, self.process)
+        with trial.log.open("a") as output:
+            if not self.alone(trial, output):
+                trial.state = "stopped"
+                return stop_code(self.asked)
+            trial.look(self.target)
+            if trial.state == "finished":
+                return 0
+            self.watch.begin(trial, trial.log)
+            with self.watch.looking(trial):
+                code = self.started(trial, environment, output)
+        code = stop_code(-code) if code < 0 else code
         trial.look(self.target)
         if code in STOPPED:
             trial.state = "stopped"
@@ -146,6 +158,30 @@ class Queue:
             lines = trial.log.read_text(errors="replace").strip().splitlines()
             trial.state, trial.note = "failed", (lines or [f"exit code {code}"])[-1]
         return code
+
+    def started(self, trial: Trial, environment: dict[str, str], output: TextIO) -> int:
+        """Start its process and wait for the end; the process's own code, negative for a signal."""
+        command = [sys.executable, str(ROOT / "run.py"), "train", *trial.words]
+        streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+        self.process = subprocess.Popen(command, env=environment, preexec_fn=ORPHANED, **streams)
+        if self.asked:  # the signal came while the process was being made
+            self.process.send_signal(self.asked)
+        return self.watch.wait(trial, self.process)
+
+    def alone(self, trial: Trial, log: TextIO) -> bool:
+        """Wait until no other process trains the trial; False where a signal asks to stop meanwhile.
+
+        The lock on the log keeps other queues out until this one and its training have closed it.
+        """
+        said = False
+        while not locked(log) or run_lock.in_use(trial.folder):
+            if self.asked:
+                return False
+            if not said:
+                print(f"trial {trial.folder.name}: another process trains it; waiting for it", flush=True)
+                said = True
+            time.sleep(POLL)
+        return True
 
     def forward(self, signum: int, frame: Any) -> None:
         """A scheduler wants this process to stop: the trial that runs saves itself and ends; no further one begins."""
@@ -162,6 +198,17 @@ class Queue:
             )
         elif trial.state == "failed":
             print(f"trial {trial.folder.name}: failed: {trial.note} (all of it: {trial.log})", flush=True)
+
+
+def locked(log: TextIO) -> bool:
+    """Whether this process has the lock of a log now; True as well where the file system has no locks."""
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def shown(score: float | None) -> str:

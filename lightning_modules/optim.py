@@ -67,6 +67,9 @@ class CompositeOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for child, state in zip(self.children, state_dict["children"], strict=True):
             child.load_state_dict(state)
+            for parameter, kept in child.state.items():
+                if any(isinstance(v, Tensor) and v.dim() and v.shape != parameter.shape for v in kept.values()):
+                    raise ValueError("the state of an optimiser is of other weights")
         self._link()
 
 

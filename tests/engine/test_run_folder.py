@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,15 @@ import torch
 import config
 from common.errors import CheckpointError, ConfigError
 from engine.run_folder import History, open_run, run_name
+from lightning_modules.base import FORMAT
+
+
+def save_checkpoint(step: int, path: Path) -> None:
+    """One that holds what every checkpoint of a training does, and nothing in it."""
+    names = {"backbone": {"name": "tiny"}, "data": {"name": "scenes"}, "method": {"name": "kmeans_baseline"}}
+    facts = {"format": FORMAT, "config": names, "classes": [], "palette": [], "backbone": ""}
+    content = {"global_step": step, "epoch": 0, "state_dict": {}, "loops": {}, "callbacks": {}, "labelfree": facts}
+    torch.save({**content, "optimizer_states": [], "lr_schedulers": []}, path)
 
 
 def cfg(*words: str):
@@ -45,7 +55,7 @@ def test_states(tmp_path):
     first.create(cfg(*words))
     assert (tmp_path / "latest").resolve() == first.path.resolve()
     assert open_run(cfg(*words)).state == "new"  # killed before the first checkpoint
-    torch.save({"global_step": 3}, first.last)
+    save_checkpoint(3, first.last)
     again = open_run(cfg(*words, "trainer.progress=none"))  # how progress is shown is no other configuration
     assert (again.state, again.checkpoint) == ("resume", first.last)
     first.metrics.write_text("{}")
@@ -112,7 +122,7 @@ def begun(parent, name, *words):
     """A run with a checkpoint."""
     folder = open_run(cfg(f"run.dir={parent}", f"run.name={name}", *words))
     folder.create(cfg(f"run.dir={parent}", f"run.name={name}", *words))
-    torch.save({"global_step": 3}, folder.last)
+    save_checkpoint(3, folder.last)
     return folder
 
 
@@ -135,7 +145,7 @@ def test_a_requeued_job_goes_on_whatever_it_began_with(word, tmp_path, monkeypat
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     first = open_run(cfg(*words))
     first.create(cfg(*words))
-    torch.save({"global_step": 5}, first.last)
+    save_checkpoint(5, first.last)
     if "overwrite" in word:
         assert open_run(cfg(*words)).emptied  # a second start by hand means what it says
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -167,7 +177,7 @@ def test_one_process_trains_in_a_folder(tmp_path):
 HOLDS = """
 import sys
 from pathlib import Path
-from engine.run_folder import hold
+from engine.run_lock import hold
 hold(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()

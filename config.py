@@ -14,9 +14,11 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from common import trees
 from common.errors import CheckpointError, ConfigError, did_you_mean
 from common.files import write_text
 from common.machine import cores
+from common.names import shown as names_shown
 from common.names import written
 from common.rules import Rules, Typed
 
@@ -26,6 +28,9 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 GROUPS = ("backbone", "data", "method")
 WORDS = ("experiment", "method", "data", "backbone", "trainer")
 DEFAULT_WORDS = {"method": "kmeans_baseline", "data": "scenes", "backbone": "tiny", "trainer": "auto"}
+
+DEEPEST = 20
+"""Brackets inside of each other in a value of the command line."""
 
 CHANGEABLE = ("backbone.weights", "backbone.precision", "backbone.acknowledge_licence")
 """Keys of method and backbone that may be set anew for a checkpoint."""
@@ -236,6 +241,8 @@ def parse_value(key: str, raw: str, known: Known) -> Any:
     if expected_type(key, known) == (str,) and raw != "null":
         return raw[1:-1] if len(raw) > 1 and raw[0] == raw[-1] and raw[0] in "\"'" else raw
     try:
+        if trees.depth(raw) > DEEPEST:
+            raise yaml.YAMLError
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(raw)):  # a word can stand for millions
             raise yaml.YAMLError
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]))["value"]
@@ -273,7 +280,7 @@ def shown(value: Any) -> str:
         return f"{value:g}" if value.is_integer() else repr(value)
     if isinstance(value, list):
         return f"[{', '.join(map(shown, value[:20]))}{', …' if len(value) > 20 else ''}]"
-    text = "null" if value is None else str(value)
+    text = "null" if value is None else names_shown(str(value))
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 

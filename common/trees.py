@@ -50,6 +50,15 @@ def from_yaml(text: str) -> Any:
     return tree
 
 
+def depth(text: str) -> int:
+    """How deep brackets of a text lie in each other; the yaml reader takes minutes for thousands."""
+    deepest = level = 0
+    for character in text:
+        level += (character in "[{") - (character in "]}")
+        deepest = max(deepest, level)
+    return deepest
+
+
 def count(tree: Any) -> int:
     """The number of values of a tree. Raises TreeError where aliases make it endless, or larger than MOST_VALUES."""
     known: dict[int, int | None] = {}

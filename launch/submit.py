@@ -5,6 +5,7 @@
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -98,7 +99,7 @@ def read_site(path: Path) -> dict[str, Any]:
 
 def count(name: str, raw: str, least: int) -> int:
     """A whole number of at least `least`. Raises ConfigError."""
-    if not raw.isdecimal() or int(raw) < least:
+    if not re.fullmatch("[0-9]{1,9}", raw) or int(raw) < least:
         raise ConfigError(f"{name}={raw}: expected a whole number of at least {least}")
     return int(raw)
 

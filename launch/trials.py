@@ -7,6 +7,7 @@ is handed to the training that runs.
 import ctypes
 import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -219,6 +220,6 @@ def shown(score: float | None) -> str:
 def part_of(text: str | None) -> tuple[int, int]:
     """`2/8` -> (2, 8): the third of eight shares. Raises ConfigError."""
     first, _, parts = (text or "0/1").partition("/")
-    if not (first.isdecimal() and parts.isdecimal() and int(first) < int(parts)):
+    if not (re.fullmatch("[0-9]{1,9}/[0-9]{1,9}", text or "0/1") and int(first) < int(parts)):
         raise ConfigError(f"part={text}: expected i/n with i from 0 to n - 1, as a job array gives it")
     return int(first), int(parts)

@@ -126,6 +126,11 @@ def line(*words: str) -> str:
         ("predict.size=1", "predict.size=1: must be at least 8"),
         ("evaluation.window.stride=8", "evaluation.window.stride=8: there are no windows; set evaluation.window.size, "
          "or this to null"),
+        (f"backbone.levels={'[' * 5000}", f"backbone.levels={'[' * 200}…: cannot be read as a value; quote texts that "
+         "hold brackets or colons"),
+        ("backbone.levels=[&a [1],*a]", "backbone.levels=[&a [1],*a]: cannot be read as a value; quote texts that hold "
+         "brackets or colons"),
+        ("run.name=a\nb", "run.name=a\\nb: must not hold control characters ('a\\nb')"),
         ("phases=[{share: .nan}]", "phases: share=nan of phase 1: must be a number above 0"),
     ],
 )  # fmt: skip

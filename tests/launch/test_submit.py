@@ -61,6 +61,8 @@ def test_a_recipe_keeps_its_trainer():
 
 def test_words_that_cannot_be_submitted_end_in_one_line():
     assert refused("nodes=0") == "nodes=0: expected a whole number of at least 1"
+    assert refused(f"nodes={'9' * 5000}").endswith(": expected a whole number of at least 1")
+    assert refused("nodes=³") == "nodes=³: expected a whole number of at least 1"
     assert refused("gpus=two") == "gpus=two: expected a whole number of at least 0"
     assert refused("trainer.devices=4") == (
         "trainer.devices=4: follows from nodes= and gpus= (make slurm NODES=… GPUS=…)"

@@ -121,11 +121,11 @@ class Tree:
         train = parts.get("train", []) if layouts.WHOLE not in parts else parts[layouts.WHOLE]
         return cls(root, key, train, parts.get("val") or None, names, found, others)
 
-    def expect_labels(self) -> None:
-        """Raises DataError where classes are named and no picture has a label: they were not found, or not paired."""
+    def unpaired(self) -> str | None:
+        """A line where classes are named and no picture has a label: they were not found, or not paired."""
         if not self.names or any(entry.label for entry in self.train + (self.val or [])):
-            return
-        raise DataError(
+            return None
+        return (
             f"{self.root / 'classes.json'}: names {len(self.names)} classes, but no picture has a label; looked for "
             f"png, tif or bmp files in {self.labels}{self.others}; put the labels there under the names of their "
             "pictures, name their folder in data.labels, or set data.labels=none to train without them"
@@ -167,7 +167,10 @@ class FolderDataModule(SegmentationDataModule):
             raise ConfigError("data.root: data=folder needs a folder of pictures; set data.root=<folder>")
         tree = Tree.find(self.data.root, "data.root", self.data)
         trees = [Tree.find(root, "data.train_roots", self.data, main=False) for root in self.data.train_roots or ()]
-        tree.expect_labels()
+        if (line := tree.unpaired()) is not None:
+            raise DataError(line)
+        for line in filter(None, (other.unpaired() for other in trees if other.root != tree.root)):
+            log.warning("%s", line)
         val = tree.evaluated()
         seen = {os.path.realpath(entry.picture) for entry in val}
         train = []

@@ -118,7 +118,7 @@ def _refuse_lossy(labels: Path, wanted: set[str], suffix: str) -> None:
             ending = os.path.splitext(name)[1].lower()
             raise DataError(
                 f"{labels / name}: a label in {ending} has lost its ids: this kind of file blurs values at every "
-                "border; write the labels anew as png, tif or bmp, from where they were drawn"
+                "border; write the labels anew as png, tif or bmp, from where they were drawn, or set data.labels=none"
             )
 
 

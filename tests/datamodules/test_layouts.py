@@ -214,6 +214,14 @@ def test_keys_of_the_root_do_not_bind_other_training_roots(tmp_path):
     assert counts(found) == (7, 4, 2, 2)
 
 
+def test_names_without_labels_in_another_training_root_are_said(tmp_path, caplog):
+    root = tree(tmp_path / "a", "images/{}", "labels/{}")
+    other = tree(tmp_path / "b", "images/{}", "truth/{}")
+    found = module(root, train_roots=[str(other)])
+    assert counts(found) == (4, 0, 2, 2)
+    assert said(caplog)[0].startswith(f"{other}/classes.json: names 2 classes, but no picture has a label; looked for")
+
+
 # ---- pairs ----
 
 
@@ -265,7 +273,7 @@ def test_labels_that_lost_their_ids_are_refused(tmp_path):
     root = tree(tmp_path, "images/{}", "labels/{}", "jpg")
     assert refused(root) == (
         f"{root}/labels/train/p0.jpg: a label in .jpg has lost its ids: this kind of file blurs values at every "
-        "border; write the labels anew as png, tif or bmp, from where they were drawn"
+        "border; write the labels anew as png, tif or bmp, from where they were drawn, or set data.labels=none"
     )
 
 

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from common import precision
 from common.errors import ConfigError
 from common.files import make_output, write_text
+from common.names import of_results
 from datamodules import ranges, shapes
 from datamodules.base import SegmentationDataModule
 from datamodules.folder import expect_apart
@@ -59,7 +60,9 @@ def explain(
     frame = tuple(view.seen.image.shape[-2:])
     place = seen_point[1] / frame[0], seen_point[0] / frame[1]
     spot = Spot((seen_point[0] - 0.5, seen_point[1] - 0.5), frame)
-    folder = output or naming.folder_of(checkpoint_path, "explain") / f"{image.stem}-{where[0]}-{where[1]}"
+    folder = (
+        output or naming.folder_of(checkpoint_path, "explain") / f"{of_results([image.name])[0]}-{where[0]}-{where[1]}"
+    )
     make_output(folder)
     content = {
         "picture": str(image), "point": list(where), "checkpoint": str(checkpoint_path), "method": cfg.method.name,

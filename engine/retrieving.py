@@ -22,6 +22,7 @@ import config
 from common import precision
 from common.errors import ConfigError, DataError
 from common.files import make_output, no_file, write_text
+from common.names import of_results
 from datamodules import ranges, shapes
 from datamodules.folder import FolderSource, expect_apart
 from datamodules.listed import Entry
@@ -102,7 +103,7 @@ def retrieve(checkpoint_path: Path, image: Path, k: int, output: Path | None, to
                 seen.setdefault(int(bank.owner[row]), (score, row))
         found.append({"segment": number, "pixels": int(areas[number]), "nearest": list(seen.values())})
     run = checkpoint_path.resolve().parent
-    folder = output or (run.parent if run.name == "checkpoints" else run) / "retrieve" / image.stem
+    folder = output or (run.parent if run.name == "checkpoints" else run) / "retrieve" / of_results([image.name])[0]
     make_output(folder)
     write(folder, cfg, image.name, query, bank, found)
     log.info("%d segments of %s among %d of %d pictures: %s", len(found), image.name, len(bank.vectors),

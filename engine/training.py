@@ -13,6 +13,7 @@ import config
 from common import about, distributed
 from common.errors import CheckpointError, ConfigError, LabelfreeError
 from common.files import cache_folder, copy_whole
+from common.names import of_results
 from datamodules.base import SegmentationDataModule
 from datamodules.folder import expect_apart
 from engine import checkpoints, closing, environment, exporting, phases, recipes, screen, selection, setup, summary
@@ -259,8 +260,8 @@ def write_files(model: UnsupervisedSegmenter, pictures: PanelKeeper, folder: Pat
     rows = [panel_row(model, kept) for kept in pictures.kept.values()]
     marks = panels.CONFIDENCE_MARKS | ({"wrong": panels.WRONG} if any("errors" in row.maps for row in rows) else {})
     groups = [name for item in model.further.values() for name in item.groups]
-    for row in screen.counted(rows, "pictures", len(rows)):
-        name = f"{row.title.replace('/', '_')}.png"
+    names = panel_names([row.title for row in rows])
+    for row, name in zip(screen.counted(rows, "pictures", len(rows)), names, strict=True):
         panels.save(folder / "panels" / name, [row], model.meta, mappings, groups=groups, marks=marks)
     if rows:
         panels.save(folder / "panels" / "sheet.png", rows, model.meta, mappings, groups=groups, marks=marks)
@@ -276,6 +277,13 @@ def write_files(model: UnsupervisedSegmenter, pictures: PanelKeeper, folder: Pat
             logger.log_image("confusion", [str(folder / "confusion.png")])
         logger.finish()
     log.info("panels, tables and checkpoints are in %s", folder)
+
+
+def panel_names(titles: list[str]) -> list[str]:
+    """A file for the panel of each picture: no two are one, nor the sheet of them all or that of pseudo-labels."""
+    taken = ["sheet.png", "pseudo_labels.png"]
+    files = [f"{title.replace('/', '_')}.png" for title in titles]
+    return [f"{name}.png" for name in of_results([*taken, *files])[len(taken) :]]
 
 
 def panel_row(model: UnsupervisedSegmenter, kept: dict[str, Any]) -> panels.Row:

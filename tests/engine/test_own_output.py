@@ -8,6 +8,7 @@ import pytest
 import run
 from common.errors import ConfigError
 from datamodules.folder import expect_apart, pictures_below
+from engine.training import panel_names
 from launch.compare import Comparison
 from tests.conftest import small_words
 from tests.datamodules.pictures import noise, save
@@ -77,3 +78,11 @@ def test_folders_that_are_not_looked_at_may_take_output(flat, tmp_path):
     expect_apart(cfg(flat), output=None)
     with pytest.raises(ConfigError, match=r"^output=.*: lies in data.root="):
         expect_apart(cfg(tmp_path / "split"), output=tmp_path / "split" / "images" / "train" / "out")
+
+
+def test_panels_of_a_run_have_names_of_their_own():
+    found = panel_names(["a/b", "a_b", "sheet", "c", "/".join(["x" * 200] * 2)])
+    assert len(set(found)) == 5
+    assert found[3] == "c.png"
+    assert not {"sheet.png", "pseudo_labels.png"} & set(found)
+    assert max(map(len, found)) <= 255 - len(".png.1234567")

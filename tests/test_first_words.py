@@ -83,6 +83,14 @@ def test_lists_and_helps_answer_without_torch(words):
     assert len(out.splitlines()) > 5
 
 
+def test_a_reader_that_goes_away_is_no_fault():
+    command = f"{sys.executable} run.py list | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (0, 141)  # it may be done before the reader goes
+    assert len(done.stdout.splitlines()) == 1
+    assert done.stderr == ""
+
+
 def test_a_key_that_the_run_of_a_checkpoint_lacks_ends_before_it_is_read(tmp_path):
     checkpoint = tmp_path / "checkpoints" / "last.ckpt"
     checkpoint.parent.mkdir()

@@ -27,6 +27,8 @@ log = logging.getLogger("labelfree.config")
 CONFIGS = Path(__file__).resolve().parent / "configs"
 GROUPS = ("backbone", "data", "method")
 WORDS = ("experiment", "method", "data", "backbone", "trainer")
+MODELS = {"data": ("folder", "scenes"), "backbone": ("tiny", "resnet18")}
+"""Members of groups whose common keys every member has."""
 DEFAULT_WORDS = {"method": "kmeans_baseline", "data": "scenes", "backbone": "tiny", "trainer": "auto"}
 
 DEEPEST = 20
@@ -127,6 +129,7 @@ def compose(tokens: Iterable[str] = (), defaults: dict[str, str] | None = None) 
     tree = read_yaml(CONFIGS / "default.yaml")
     for group in GROUPS[:2]:
         tree[group] = load_group(group, chosen[group])
+        expect_shared(group, chosen[group], tree[group])
     method = load_group("method", chosen["method"])
     tree["method"] = method.pop("method")
     for group, settings in method.pop("optim", {}).items():
@@ -201,6 +204,18 @@ def rules(*members: str) -> Rules:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.load(path)) or {}
+
+
+def expect_shared(group: str, name: str, tree: dict[str, Any]) -> None:
+    """Raises ConfigError where the yaml of a data set or a backbone lacks a key that all of them have."""
+    models = MODELS[group]
+    shared = set.intersection(*(set(load_group(group, model)) for model in models)) - {"rules"}
+    missing = sorted(shared - set(tree))
+    if missing:
+        raise ConfigError(
+            f"{group}.{missing[0]}: configs/{group}/{name}.yaml lacks this key"
+            f"{f', and {len(missing) - 1} more' if missing[1:] else ''}; copy it from configs/{group}/{models[0]}.yaml"
+        )
 
 
 def flatten(tree: DictConfig | dict, prefix: str = "") -> dict[str, Any]:

@@ -13,6 +13,10 @@ from common.names import shown
 
 log = logging.getLogger("labelfree")
 
+LOST_READER = (
+    "data.workers: a process that reads pictures was killed, most often because memory ran out; lower data.workers or "
+    "data.cache_mb (data.workers=0 reads in the run itself), then the same command goes on"
+)
 INTERRUPTED = 128 + signal.SIGINT
 """Exit code after Ctrl-C, as shells expect it."""
 
@@ -58,10 +62,11 @@ def ended(command: Callable[[], int | None]) -> int:
         problem = line_of(error)
         if problem is None:
             raise
-    except RuntimeError as error:  # what pathlib makes of links that lead in a circle
-        if not str(error).startswith("Symlink loop"):
+    except RuntimeError as error:  # of torch, and what pathlib makes of links that lead in a circle
+        lost = str(error).startswith("DataLoader worker")
+        if not lost and not str(error).startswith("Symlink loop"):
             raise
-        problem = f"{str(error)[0].lower()}{str(error)[1:]}; {_WAYS[errno.ELOOP]}"
+        problem = LOST_READER if lost else f"{str(error)[0].lower()}{str(error)[1:]}; {_WAYS[errno.ELOOP]}"
     except ModuleNotFoundError as error:
         problem = f"the package {error.name} is missing; run `make setup`, or use .venv/bin/python"
     except Stopped as stop:

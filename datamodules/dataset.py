@@ -5,8 +5,10 @@ So errors of the user's data travel as data, and `CheckedLoader` raises them in 
 """
 
 import logging
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -187,10 +189,44 @@ class PictureDataset(Dataset):
 
 def read_pair(source: Any, picture: int, has_labels: bool) -> tuple[np.ndarray, np.ndarray | None]:
     """Picture uint8 [H,W,3] and label [H,W], all 255 where this one has none; None where the data set has none."""
-    image, label = source.read(picture)
+    image, label = read_of(source, picture)
     if not has_labels:
         return image, None
     return image, np.full(image.shape[:2], IGNORE, dtype=np.uint8) if label is None else label
+
+
+def read_of(source: Any, picture: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """What a source's own `read` gives, whoever wrote it.
+
+    Raises UnreadableError where the system refuses a file (it is skipped like any other that cannot be read), DataError
+    with one line for whatever else goes wrong in there, or comes out of it.
+    """
+    try:
+        found = source.read(picture)
+    except LabelfreeError:
+        raise
+    except OSError as error:
+        file = error.filename or shapes.file_of(source, picture)
+        raise UnreadableError(file, error.strerror or str(error)) from error
+    except MemoryError as error:
+        raise unreadable(shapes.file_of(source, picture), error) from error
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise DataError(
+            f"{type(source).__name__}.read({picture}): {type(error).__name__}: {error} ({Path(place.filename).name}, "
+            f"line {place.lineno}); mend the data set's own code"
+        ) from error
+    wanted = "a picture uint8 [H,W,3], and a label [H,W] of whole numbers or None"
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], np.ndarray)):
+        raise DataError(f"{type(source).__name__}.read({picture}): gave no pair; expected {wanted}")
+    image, label = found
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        given = f"a picture {image.dtype} {list(image.shape)}"
+        raise DataError(f"{type(source).__name__}.read({picture}): gave {given}; expected {wanted}")
+    if label is not None and (label.shape != image.shape[:2] or label.dtype.kind not in "iu"):
+        given = f"a label {label.dtype} {list(label.shape)} for a picture {list(image.shape)}"
+        raise DataError(f"{type(source).__name__}.read({picture}): gave {given}; expected {wanted}")
+    return image, label
 
 
 def fitted(

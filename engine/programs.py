@@ -2,6 +2,7 @@
 
 import json
 import logging
+import warnings
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,9 @@ def export(checkpoint_path: Path, output: Path, tokens: list[str], names: str | 
     output.parent.mkdir(parents=True, exist_ok=True)
     content = BytesIO()
     try:
-        torch.export.save(program, content, extra_files={FACTS: json.dumps(facts, ensure_ascii=False)})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.export.save(program, content, extra_files={FACTS: json.dumps(facts, ensure_ascii=False)})
     except Exception as error:  # what can be traced cannot always be written
         raise refused(error) from error
     with whole(output) as temporary:
@@ -118,7 +121,8 @@ def traced(module: nn.Module, facts: dict[str, Any]) -> torch.export.ExportedPro
     rows, columns = (torch.export.Dim(name, min=low // unit, max=high // unit) for name in ("rows", "columns"))
     example = torch.rand(1, 3, 12 * unit, 17 * unit)  # unequal, and neither a border of the range
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about its own ways of tracing
             return torch.export.export(
                 module, (example,), dynamic_shapes={"images": {2: unit * rows, 3: unit * columns}}, strict=False
             )

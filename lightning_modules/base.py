@@ -293,7 +293,19 @@ class UnsupervisedSegmenter(Evaluated):
         groups.append({"name": "cluster_probe", "params": self.cluster_probe.parameters(), "owner": "probe"})
         if self.linear_probe is not None:
             groups.append({"name": "linear_probe", "params": self.linear_probe.parameters(), "owner": "probe"})
-        return CompositeOptimizer([{**config.plain(self.cfg.optim[group["name"]]), **group} for group in groups])
+        return CompositeOptimizer([{**self._settings(group["name"]), **group} for group in groups])
+
+    def _settings(self, group: str) -> dict[str, Any]:
+        """`optim.<group>`. Raises ConfigError where the method's yaml lacks it, or a key that every group has."""
+        found = config.plain(self.cfg.optim)
+        missing = [key for key in found["cluster_probe"] if key not in found.get(group, {})]
+        if missing:
+            key, name = f"optim.{group}" + (f".{missing[0]}" if group in found else ""), self.cfg.method.name
+            raise ConfigError(
+                f"{key}: configs/method/{name}.yaml has no settings for this group of parameters, which {name} trains; "
+                "write them under `optim:`, as configs/method/stego.yaml does for its head"
+            )
+        return found[group]
 
     def _method_groups(self) -> list[dict[str, Any]]:
         return [{**group, "params": list(group["params"])} for group in (self.param_groups() if self.trains else [])]

@@ -71,8 +71,8 @@ class HiddenPositives(UnsupervisedSegmenter):
         self.wants_attention = settings.lhp.enabled and (
             attention == "backbone" or (attention == "auto" and self.backbone.has_attention)
         )
-        if settings.lhp.enabled and not self.wants_attention:
-            log.info("local positives take an affinity of the features in place of the backbone's attention")
+        if settings.lhp.enabled and attention == "auto" and not self.wants_attention:
+            log.info("local positives take an affinity of the features: this network has no attention")
 
     def _pool_for_the_batch(self) -> int:
         """An eighth of a step's patches, up to a power of two.

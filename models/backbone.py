@@ -250,12 +250,11 @@ class Backbone(nn.Module):
             rule=cfg.pos_interp,
         )
         self.net.load_state_dict({named[key]: tensor for key, tensor in fitted.state.items()}, strict=True)
-        without = f", {fitted.dropped} tensors of the file unused" if fitted.dropped else ""
         below = f" under {fitted.prefix}" if fitted.prefix else ""
         bundled = f"see models/bundled/{self.name}.md" if cfg.weights == "bundled" else None
         _log_once(
             logging.INFO,
-            f"backbone {self.name}: {self.network}, weights {cfg.weights}{below}{without}; "
+            f"backbone {self.name}: {self.network}, weights {cfg.weights}{below}; "
             f"pre-training: {cfg.get('pretraining') or bundled or 'not stated'}; licence: {self.licence}",
         )
 

@@ -162,8 +162,7 @@ def test_the_configuration_of_a_run_folder(trace, tmp_path, capsys):
     (folder / "config.yaml").write_text(f"seed: !!python/object/apply:os.mkdir ['{trace}']\n")
     line = refused(capsys, trace, "train", *small_words(METHOD, f"run.dir={tmp_path}", "run.name=r"))
     assert line == (
-        f"error: {folder / 'config.yaml'}: is not the configuration of a run (ConstructorError); give the run another "
-        "run.name"
+        f"error: {folder / 'config.yaml'}: is not the configuration of a run (line 1); give the run another run.name"
     )
 
 

@@ -114,9 +114,13 @@ class Tree:
             raise _no_pictures(key, root, " and ".join(folders)) if split else _no_pictures(key, root, "any depth")
         unread = other_files(layout.labels)
         others = f", which holds {unread}" if unread else ""
-        if names and not any(entry.label for part in parts.values() for entry in part):
+        if not any(entry.label for part in parts.values() for entry in part):
             folders = [part.folder for part in layout.parts.values()]
-            others += strays.elsewhere(root, folders, [entry.picture for part in parts.values() for entry in part])
+            pictures = [entry.picture for part in parts.values() for entry in part]
+            if names:
+                others += strays.elsewhere(root, folders, pictures)
+            elif labels == "auto":
+                strays.expect_read(root, key, folders, pictures)
         found = layouts.said(layout.labels) or layouts.expected(root, labels)
         train = parts.get("train", []) if layouts.WHOLE not in parts else parts[layouts.WHOLE]
         return cls(root, key, train, parts.get("val") or None, names, found, others)

@@ -71,16 +71,37 @@ def expect_none(folder: Path, pictures: list[str], root: Path, key: str) -> None
 def elsewhere(root: Path, folders: list[Path], pictures: list[str]) -> str:
     """The end of a line about missing labels: the folder outside those of pictures whose files are named after most of
     them; empty where there is none."""
-    stems = {_bare(os.path.basename(name)) for name in pictures}
-    found: Counter[str] = Counter()
-    for name in files_below(root, is_label):
-        outside = not any(folder in (root / name).parents for folder in folders)
-        if outside and "/" in name and _bare(os.path.basename(name)) in stems:
-            found[without_split(os.path.dirname(name))] += 1
+    found = _named_after(root, folders, pictures)
     if not found:
         return ""
-    place, count = min(found.items(), key=lambda item: (-item[1], item[0]))
-    return f" ({count} files of {place} are named after pictures: data.labels={place})"
+    place, pairs = found
+    return f" ({len(pairs)} files of {place} are named after pictures: data.labels={place})"
+
+
+def expect_read(root: Path, key: str, folders: list[Path], pictures: list[str]) -> None:
+    """Raises DataError where a folder outside those of the `pictures` holds their labels under a name that is not
+    known, so that nothing would be read of them. `key` named `root`."""
+    found = _named_after(root, folders, pictures)
+    if found and _labels_of(root, found[1]) == 1:
+        place = found[0]
+        raise DataError(
+            f"{key}={root}: the files of {place} look like the labels of those in {_relative(folders[0], root)}, and "
+            f"would not be read; set data.labels={place} and write the class names into {root / 'classes.json'}, or "
+            "set data.labels=none"
+        )
+
+
+def _named_after(root: Path, folders: list[Path], pictures: list[str]) -> tuple[str, list[tuple[str, str]]] | None:
+    """The folder outside `folders` most of whose label files are named after pictures, and these pairs, relative to
+    `root`; None without any."""
+    stems = {_bare(os.path.basename(name)): os.path.relpath(name, root) for name in pictures}
+    found: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for name in files_below(root, is_label):
+        outside = not any(folder in (root / name).parents for folder in folders)
+        stem = _bare(os.path.basename(name))
+        if outside and "/" in name and stem in stems:
+            found[without_split(os.path.dirname(name))].append((stems[stem], name))
+    return min(found.items(), key=lambda item: (-len(item[1]), item[0]), default=None)
 
 
 def _labels_of(folder: Path, pairs: list[tuple[str, str]]) -> int | None:

@@ -172,6 +172,24 @@ def test_labels_in_an_unknown_folder_beside_images_are_found_for_the_line(tmp_pa
     assert counts(module(root, labels="truth", label_suffix="_gt")) == (4, 4, 2, 2)
 
 
+def test_labels_beside_images_under_a_name_that_is_not_known_are_said_without_classes_too(tmp_path):
+    tree(tmp_path, "images/{}", "truth/{}", names=False)
+    assert refused(tmp_path) == (
+        f"data.root={tmp_path}: the files of truth look like the labels of those in images/train, and would not be "
+        f"read; set data.labels=truth and write the class names into {tmp_path}/classes.json, or set data.labels=none"
+    )
+    assert counts(module(tmp_path, labels="none")) == (4, 0, 2, 0)
+    write_classes(tmp_path, ["background", "object"])
+    assert counts(module(tmp_path, labels="truth")) == (4, 4, 2, 2)
+
+
+def test_a_folder_of_other_pictures_beside_images_is_none_of_labels(tmp_path):
+    for i in range(4):
+        save(tmp_path / "images" / f"p{i}.jpg", noise(seed=i))
+        save(tmp_path / "thermal" / f"p{i}.png", noise(seed=9 + i))
+    assert counts(module(tmp_path))[1::2] == (0, 0)
+
+
 def test_pictures_of_several_cameras_are_pictures_and_said(tmp_path, caplog):
     for camera in ("left", "right"):
         for i in range(10):

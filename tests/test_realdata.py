@@ -69,7 +69,7 @@ def test_camvid_names_and_split(pictures, tmp_path):
 
 def words_of(name: str, pictures: Path, weights: Path) -> list[str]:
     """The words of a recorded run; coco200 is trained on unlabelled pictures too, and read at its deepest level."""
-    words = ["data=folder", f"data.root={pictures}/{name}", "backbone=mobilenetv2", f"backbone.weights={weights}"]
+    words = ["data=folder", f"data.root={pictures}/{name}", "backbone=mobilenetv2_coral", f"backbone.weights={weights}"]
     if name == "coco200":
         words += [f"data.train_roots=[{pictures}/coco200,{pictures}/imagenet1000_unlabelled]"]
         words += ["backbone.levels=[4]", "evaluation.kmeans.pictures=200"]
@@ -103,7 +103,7 @@ def test_hidden_positives_on_coco200(pictures, weights, tmp_path):
 @pytest.mark.timeout(7200)
 def test_hidden_positives_on_the_pictures_of_coco200_alone(pictures, weights, tmp_path):
     """Both in their bands; it is the reading whose k-means saw pictures of the right kind."""
-    network = ["backbone=mobilenetv2", f"backbone.weights={weights}", "backbone.levels=[4]"]
+    network = ["backbone=mobilenetv2_coral", f"backbone.weights={weights}", "backbone.levels=[4]"]
     common = ["data=folder", f"data.root={pictures}/coco200", *network]
     ours = score(tmp_path, "hidden_positives", "val/cluster/miou", *common)
     line = score(tmp_path, "kmeans_baseline", "val/kmeans/miou", *common, "trainer.max_steps=1")
@@ -123,7 +123,7 @@ def test_own_classes_of_transfgu(name, pictures, weights, tmp_path):
 
 @pytest.mark.timeout(1800)
 def test_concept_maps_of_a_network_without_a_class_token(pictures, weights, tmp_path):
-    network = ["backbone=mobilenetv2", f"backbone.weights={weights}", "backbone.levels=[4]"]
+    network = ["backbone=mobilenetv2_coral", f"backbone.weights={weights}", "backbone.levels=[4]"]
     words = ["data=folder", f"data.root={pictures}/coco200", *network]
     ours = stage_score(tmp_path, "transfgu", *words)
     assert CONCEPTS_BAND[0] <= ours <= CONCEPTS_BAND[1]

@@ -38,7 +38,7 @@ def picture(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def convolutional(tmp_path_factory) -> Run:
     """Hidden Positives on a network without attention, without dropout."""
-    words = ["backbone=mobilenetv2", "backbone.weights=none", "method.dropout.p=0", "trainer.max_steps=2"]
+    words = ["backbone=mobilenetv2_coral", "backbone.weights=none", "method.dropout.p=0", "trainer.max_steps=2"]
     return run_small("hidden_positives", tmp_path_factory.mktemp("cnn"), "cnn", *words, "trainer.val_every=100")
 
 
@@ -87,7 +87,7 @@ def test_a_page_with_its_figures_that_needs_no_network(method, expected, written
 def test_a_network_without_attention_says_so_and_takes_the_affinity(convolutional, picture, tmp_path):
     assert call(convolutional, picture, f"output={tmp_path}", "explain.pictures=2", "explain.embedding=pca") == 0
     page = (tmp_path / "index.html").read_text()
-    assert "Left out: the backbone mobilenetv2 (mobilenetv2_100) has no attention layers." in page
+    assert "Left out: the backbone mobilenetv2_coral (mobilenetv2_100) has no attention layers." in page
     assert "from the affinity of the features" in page
     assert images(page) == 6
     assert not (tmp_path / "attention.png").exists()

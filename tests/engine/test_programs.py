@@ -25,7 +25,7 @@ def checkpoint(small_run) -> Path:
 @pytest.fixture(scope="module")
 def convolutional(tmp_path_factory) -> Path:
     """Of a network whose coarsest cells are 32 px."""
-    words = ["backbone=mobilenetv2", "backbone.weights=none", "data.train_size=64", "data.eval_size=64"]
+    words = ["backbone=mobilenetv2_coral", "backbone.weights=none", "data.train_size=64", "data.eval_size=64"]
     found = run_small("kmeans_baseline", tmp_path_factory.mktemp("cnn"), "c", *words, "trainer.max_steps=1")
     return found.folder / "checkpoints" / "last.ckpt"
 

@@ -55,7 +55,7 @@ def segments_of(codes: torch.Tensor, *keys: torch.Tensor) -> tuple[torch.Tensor,
     ("words", "row"),
     [
         (["backbone=resnet18", "backbone.weights=none"], 0),
-        (["backbone=mobilenetv2", "backbone.weights=none"], 1),
+        (["backbone=mobilenetv2_coral", "backbone.weights=none"], 1),
         ([], 1),
         (["method.cell_pixel=corner"], 0),
         (["backbone=resnet18", "backbone.weights=none", "method.cell_pixel=centre"], 1),

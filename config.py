@@ -241,7 +241,7 @@ def expect_known(key: str, known: dict[str, Any]) -> None:
         )
     near = [name for name in known if key.startswith(name + ".") and known[name] == {}]
     if not near:
-        raise ConfigError(f"{key}: no such key; {did_you_mean(key, known, 'run.py show-config')}")
+        raise ConfigError(f"{key}: no such key; {did_you_mean(key, [*WORDS, *known], 'run.py show-config')}")
 
 
 def parse_value(key: str, raw: str, known: Known) -> Any:

@@ -46,6 +46,7 @@ def answered(module: str, *words: str) -> tuple[int, str, str, list[str]]:
     ("words", "said"),
     [
         ("run train method=stegoo", "did you mean stego?"),
+        ("run train methd=stego", "error: methd: no such key; did you mean method?"),
         ("run train trainer.max_step=5", "did you mean trainer.max_steps?"),
         ("run train seed=x", "error: seed=x: expected a whole number"),
         ("run pseudo method=stego method.dimm=3", "did you mean method.dim?"),

@@ -185,7 +185,8 @@ class Either(Rule):
 
     def fitting(self, value: Any) -> list[Rule]:
         as_it_is = [rule for rule in self.rules if is_a(value, rule.types)]
-        return as_it_is or [rule for rule in self.rules if is_a(rule.cast(value), rule.types)]
+        turned = [rule for rule in self.rules if is_a(rule.cast(value), rule.types)]
+        return as_it_is or [rule for rule in turned if rule.types != (str,)] or turned  # 1 is a number before a text
 
     def problem(self, value: Any) -> str | None:
         fitting = self.fitting(value)

@@ -13,15 +13,13 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from engine import screen
-from engine.screen import clock, progress_mode
+from engine.screen import CLOSING_VARIABLE, FILE_VARIABLE, clock, progress_mode
 from evaluation import headline
 
 log = logging.getLogger(__name__)
 
 LINES = 20
 """Lines of a run where there is no bar."""
-FILE_VARIABLE, CLOSING_VARIABLE = "LABELFREE_PROGRESS", "LABELFREE_CLOSING_SECONDS"
-"""Where the run says how far it is, and how long its closing work will take as earlier runs have it."""
 EVERY = 1.0
 """Seconds between two versions of that file, at least."""
 

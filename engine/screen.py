@@ -8,12 +8,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, TypeVar
 
-from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
 Item = TypeVar("Item")
+FILE_VARIABLE, CLOSING_VARIABLE = "LABELFREE_PROGRESS", "LABELFREE_CLOSING_SECONDS"
+"""Where a run that another process started says how far it is, and how long its closing work will take as earlier runs
+have it: variables of the environment."""
 REFRESHES = 4
 """A second: drawing costs a few milliseconds, and steps need not be counted one by one."""
 
@@ -102,6 +104,8 @@ def current() -> Screen | None:
 @contextmanager
 def showing(mode: str) -> Iterator[None]:
     """While this runs, `current` is a screen, where `mode` (`trainer.progress`) and the terminal want a bar."""
+    from lightning.pytorch.utilities import rank_zero_only  # not above: a wrong word answers without torch
+
     if progress_mode(mode) != "bar" or rank_zero_only.rank != 0 or _shown:
         yield
         return

@@ -10,8 +10,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from engine import screen
-from engine.progress import CLOSING_VARIABLE, FILE_VARIABLE
-from engine.screen import clock
+from engine.screen import CLOSING_VARIABLE, FILE_VARIABLE, clock
 
 if TYPE_CHECKING:
     from launch.trials import Trial

@@ -16,6 +16,7 @@ from PIL import Image
 
 import config
 import run
+from datamodules.opening import ENDINGS
 from engine import setup
 from evaluation import panels, readout
 from lightning_modules import registry
@@ -269,8 +270,8 @@ def test_predict_errors(capsys, small_run, tmp_path):
     (tmp_path / "empty").mkdir()
     line = error_line(capsys, "predict", f"ckpt={checkpoint}", f"input={tmp_path}/empty", f"output={tmp_path}/o")
     assert line == (
-        f"error: input: no pictures found in {tmp_path}/empty (any depth); looked for files ending in .bmp, .jpeg, "
-        ".jpg, .png, .tif, .tiff, .webp, in small or capital letters"
+        f"error: input: no pictures found in {tmp_path}/empty (any depth); looked for files ending in "
+        f"{', '.join(ENDINGS)}, in small or capital letters"
     )
     line = error_line(capsys, "predict", f"ckpt={checkpoint}", f"input={tmp_path}/no", f"output={tmp_path}/o")
     assert line == f"error: input={tmp_path}/no: there is no such folder"
@@ -462,7 +463,7 @@ def test_eval_at_several_resolutions_prints_one_table(capsys, small_run):
     assert code == 0, err
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
     assert [row[:2] for row in rows] == [
-        [size, probe] for size in ("48", "64") for probe in ("cluster", "kmeans", "linear")
+        [size, probe] for size in ("48", "64") for probe in ("kmeans", "cluster", "linear")
     ]
 
 

@@ -171,8 +171,9 @@ def test_more_clusters_than_codes_are_noticed_at_the_start(tmp_path):
         "each give 792; lower method.num_clusters, give more pictures, or raise evaluation.kmeans.pictures and "
         "evaluation.kmeans.points"
     )
-    with pytest.raises(ConfigError, match=r"2 training pictures with 5 codes each give 10;"):
-        training.train(config.compose([*words, "evaluation.kmeans.pictures=2", "evaluation.kmeans.points=10"]))
+    few = ["evaluation.kmeans.pictures=2", "evaluation.kmeans.points=13", "method.num_clusters=13"]
+    with pytest.raises(ConfigError, match=r"2 training pictures with 6 codes each give 12;"):
+        training.train(config.compose([*words, *few]))
     assert not (tmp_path / "runs").exists()
 
 

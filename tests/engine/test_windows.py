@@ -219,7 +219,9 @@ def test_windows_and_the_crf_are_refused_together(colours, tmp_path, capsys):
     line = "error: evaluation.crf=dense: is for whole pictures; set predict.window=null, or evaluation.crf=none\n"
     assert capsys.readouterr().err.endswith(line)
     assert run.main([*words, "predict.overlap=1"]) == 2
-    assert capsys.readouterr().err == "error: predict.overlap=1: expected a number from 0 to 0.95, or null\n"
+    assert capsys.readouterr().err == (
+        "error: predict.overlap=1: expected a number from 0 to 0.95, or null for what suits the network\n"
+    )
 
 
 MEASURED = """

@@ -447,7 +447,7 @@ def test_crops_and_stage_are_drawn_and_resized_as_named():
     ("words", "message"),
     [
         (["method.banks=both"], "method.banks=both: not one of auto, all, foreground, split"),
-        (["method.augment.draw=sides"], "method.augment.draw=sides: not one of area, side, tenths"),
+        (["method.augment.draw=sides"], "method.augment.draw=sides: not one of area, side, tenths; did you mean side?"),
         (
             ["method.stage.interpolation=cubic"],
             "method.stage.interpolation=cubic: not one of faithful, nearest, bilinear, bilinear_plain, nearest_corner",

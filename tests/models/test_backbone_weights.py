@@ -66,8 +66,8 @@ def test_wrapped_checkpoint_with_a_head(tmp_path, caplog):
         assert torch.equal(value, net.state_dict()[key].half().float())
     assert model.licence == "mit"
     assert caplog.records[-1].getMessage() == (
-        f"backbone tiny: vit_tiny_patch16_224, weights {tmp_path / 'full.pth'} under module.backbone., 2 tensors of "
-        "the file unused; pre-training: ours; licence: mit"
+        f"backbone tiny: vit_tiny_patch16_224, weights {tmp_path / 'full.pth'} under module.backbone.; "
+        "pre-training: ours; licence: mit"
     )
 
 

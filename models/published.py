@@ -165,10 +165,7 @@ def named_sum(file: Path | None) -> str | None:
     if file is None:
         return None
     blob = file.resolve().name
-    if re.fullmatch("[0-9a-f]{64}", blob):
-        return blob
-    short = re.search(r"-([0-9a-f]{8,})\.", file.name)
-    return short.group(1) if short else None
+    return blob if re.fullmatch("[0-9a-f]{64}", blob) else weights.stated_sum(file.name)
 
 
 def ask_hub(found: Origin) -> dict[str, Any]:

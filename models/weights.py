@@ -220,9 +220,14 @@ def _address_file(url: str) -> Path:
 def _from_address(url: str) -> Path:
     path = _address_file(url)
     path.parent.mkdir(parents=True, exist_ok=True)
-    stated = re.search(r"-([0-9a-f]{8,})\.", path.name)  # the start of the sha256, which torch compares
-    torch.hub.download_url_to_file(url, str(path), stated.group(1) if stated else None, progress=False)
+    torch.hub.download_url_to_file(url, str(path), stated_sum(path.name), progress=False)  # torch compares it
     return path
+
+
+def stated_sum(name: str) -> str | None:
+    """The beginning of the sha256 that a file's name ends in, as torch and timm name what they publish; or None."""
+    found = re.search(r"-([0-9a-f]{8,})\.", name)
+    return found.group(1) if found else None
 
 
 def unwrap(content: Mapping[str, Any], expected: Iterable[str]) -> tuple[dict[str, Tensor], int, str]:

@@ -14,9 +14,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common import trees
 from common.errors import CheckpointError, ConfigError, did_you_mean
 from common.files import write_text
+from common.formats import trees
 from common.machine import cores
 from common.names import shown as names_shown
 from common.names import written

@@ -40,7 +40,7 @@ def pseudo(words: list[str]) -> None:
     named = config.parse_words(words)
     output = named.pop("output", None)
     cfg = config.compose([f"{key}={value}" for key, value in named.items()])
-    from engine.stage import pseudo as run
+    from engine.stages.stage import pseudo as run
 
     run(cfg, Path(output) if output else None)
 
@@ -63,9 +63,9 @@ def predict(words: list[str]) -> None:
     paths = [Path(named[name]) for name in ("ckpt", "input", "output")]
     if named["levels"] not in (None, "all"):
         raise ConfigError(f"levels={named['levels']}: expected all, or no such word")
-    from engine.levels import predict_levels
-    from engine.predicting import expect_apart
-    from engine.predicting import predict as run
+    from inference.levels import predict_levels
+    from inference.predicting import expect_apart
+    from inference.predicting import predict as run
 
     expect_apart(*paths[1:])
     if named["levels"]:
@@ -79,7 +79,7 @@ def retrieve(words: list[str]) -> None:
 
     named, rest = of_checkpoint(words, "ckpt", "image", optional=("k", "output"))
     nearest = 8 if named["k"] is None else whole_number("k", named["k"], "the nearest segments of each segment")
-    from engine.retrieving import retrieve as run
+    from inspection.retrieving import retrieve as run
 
     run(Path(named["ckpt"]), Path(named["image"]), nearest, maybe_path(named["output"]), rest)
 
@@ -89,7 +89,7 @@ def explain(words: list[str]) -> None:
     from launch.words import of_checkpoint
 
     named, rest = of_checkpoint(words, "ckpt", "image", "point", optional=("output", "names"))
-    from engine.explaining import explain as run
+    from inspection.explaining import explain as run
 
     folder = maybe_path(named["output"])
     run(Path(named["ckpt"]), Path(named["image"]), named["point"], folder, rest, named["names"])
@@ -109,15 +109,15 @@ def clusters(words: list[str]) -> None:
         raise ConfigError(f"k={k}: sweep={sweep} tries numbers of clusters, k takes one; give one of the two")
     if k is not None:
         number = whole_number("k", k, "the number of clusters to take")
-        from engine.cluster_count import take as run
+        from inspection.cluster_count import take as run
 
         run(Path(named["ckpt"]), number, rest)
     elif sweep is not None:
-        from engine.cluster_count import sweep as run
+        from inspection.cluster_count import sweep as run
 
         run(Path(named["ckpt"]), sweep, rest)
     else:
-        from engine.clusters import clusters as run
+        from inspection.clusters import clusters as run
 
         run(Path(named["ckpt"]), rest)
 
@@ -140,7 +140,7 @@ def export(words: list[str]) -> None:
     from launch.words import of_checkpoint
 
     named, rest = of_checkpoint(words, "ckpt", "output", optional=("names",))
-    from engine.programs import export as run
+    from inference.exporting import export as run
 
     run(Path(named["ckpt"]), Path(named["output"]), rest, named["names"])
 
@@ -150,7 +150,7 @@ def import_checkpoint(words: list[str]) -> None:
     from launch.words import take
 
     named, rest = take(words, "from", "file", "output")
-    from engine.importing import import_checkpoint as run
+    from released.importing import import_checkpoint as run
 
     run(named["from"], Path(named["file"]), Path(named["output"]), rest)
 
@@ -168,7 +168,7 @@ def data(words: list[str]) -> None:
     keys |= {} if root is None else {"data.root": root}
     group = [] if name is None else [f"data={name}"]
     cfg = config.compose([*group, *(f"{key}={value}" for key, value in keys.items())])
-    from datamodules import inventory
+    from datamodules.base import inventory
 
     for line in inventory.names() if name is None else inventory.describe(cfg):
         print(line)
@@ -185,7 +185,7 @@ def weights(words: list[str]) -> None:
     if words and "backbone" not in named:
         raise ConfigError(f"{words[0]}: name the backbone first, as in run.py weights backbone=dino_vits8")
     cfg = config.compose([f"{key}={value}" for key, value in named.items()]).backbone
-    from models import published
+    from models.pretrained import published
 
     if not words:
         print("\n".join(published.overview()))
@@ -256,7 +256,8 @@ def show(metrics: dict) -> None:
     from lightning.pytorch.utilities import rank_zero_only
     from rich.console import Console
 
-    from evaluation import headline, report
+    from evaluation import headline
+    from reporting import report
 
     if rank_zero_only.rank != 0:
         return

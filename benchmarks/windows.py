@@ -19,9 +19,10 @@ from torch import Tensor
 
 import config
 from common.errors import ConfigError
-from datamodules.scene_drawing import META, draw_scene
-from engine import naming, predicting, setup, windows
+from datamodules.scenes.drawing import META, draw_scene
+from engine import setup
 from evaluation import matching, readout
+from inference import naming, predicting, windows
 
 DEFAULTS = {"ckpt": "", "overlaps": "0.75,0.85", "window": "128", "scene": "3", "first": "0", "threads": "1"}
 SIZE = 512

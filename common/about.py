@@ -4,12 +4,14 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+
 LICENCE = "MIT"
 
 
 def version() -> str:
     """The version: that of pyproject.toml beside the source, else of the installed package."""
-    source = Path(__file__).resolve().parents[1] / "pyproject.toml"
+    source = ROOT / "pyproject.toml"
     if source.is_file():
         return tomllib.loads(source.read_text(encoding="utf-8"))["project"]["version"]
     return metadata.version("labelfree")
@@ -18,3 +20,8 @@ def version() -> str:
 def signature() -> str:
     """`Labelfree 0.1.0 (MIT licence)`."""
     return f"Labelfree {version()} ({LICENCE} licence)"
+
+
+def module_of(room: str, name: str) -> str:
+    """The module that holds a method or a data set: `<room>/<name>.py`, or `<room>/<name>/module.py`."""
+    return f"{room}.{name}.module" if (ROOT / room / name).is_dir() else f"{room}.{name}"

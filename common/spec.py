@@ -114,7 +114,7 @@ class ViewSpec:
 
 @dataclass(frozen=True)
 class NeighbourSpec:
-    """A near picture of the training set beside every picture of a batch, as `neighbour`: see datamodules/base.py."""
+    """A near training picture beside every picture of a batch, as `neighbour`: datamodules/base/module.py."""
 
     drawn: int = 7
     """One of this many nearest pictures is drawn uniformly, anew in every epoch."""

@@ -1,1 +1,1 @@
-"""Data sets: pictures in, batches out. One file a data set; base.py is what they share."""
+"""Data sets: pictures in, batches out. One file a data set; base/ is what they share."""

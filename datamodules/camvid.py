@@ -6,9 +6,9 @@ labels/train (255 = unlabelled). Frames come from a few drives, so neighbouring 
 
 from common.errors import one_of
 from common.spec import ClassMeta
-from datamodules.label_map import LabelMap
-from datamodules.listed import Entry
-from datamodules.official import Facts, OfficialDataModule, Part
+from datamodules.base.label_map import LabelMap
+from datamodules.base.listed import Entry
+from datamodules.base.official import Facts, OfficialDataModule, Part
 
 CLASSES = (
     ("sky", (128, 128, 128)), ("building", (128, 0, 0)), ("pole", (192, 192, 128)), ("road", (128, 64, 128)),

@@ -5,8 +5,8 @@ belong to another protocol.
 """
 
 from common.spec import ClassMeta
-from datamodules.label_map import LabelMap
-from datamodules.official import Facts, OfficialDataModule, Part
+from datamodules.base.label_map import LabelMap
+from datamodules.base.official import Facts, OfficialDataModule, Part
 
 FIRST = 7
 """The first label id that is no void."""

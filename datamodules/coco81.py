@@ -10,8 +10,8 @@ from dataclasses import replace
 from common.errors import one_of
 from common.palette import default_palette
 from common.spec import ClassMeta
-from datamodules.coco_files import FINE_NAMES, CocoDataModule, used_fine
-from datamodules.label_map import LabelMap
+from datamodules.base.coco_files import FINE_NAMES, CocoDataModule, used_fine
+from datamodules.base.label_map import LabelMap
 
 THINGS = 91
 """Fine ids below this are things."""

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from common.palette import default_palette
 from common.spec import ClassMeta
-from datamodules.coco_files import FINE_NAMES, CocoDataModule, used_fine
-from datamodules.label_map import LabelMap
+from datamodules.base.coco_files import FINE_NAMES, CocoDataModule, used_fine
+from datamodules.base.label_map import LabelMap
 
 
 class CocoStuff171DataModule(CocoDataModule):

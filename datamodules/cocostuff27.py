@@ -9,8 +9,8 @@ from dataclasses import replace
 
 from common.palette import default_palette
 from common.spec import ClassMeta
-from datamodules.coco_files import COARSE_NAMES, FIRST_STUFF, LISTS, CocoDataModule, fine_to_coarse
-from datamodules.label_map import LabelMap
+from datamodules.base.coco_files import COARSE_NAMES, FIRST_STUFF, LISTS, CocoDataModule, fine_to_coarse
+from datamodules.base.label_map import LabelMap
 
 THREE = {23: 0, 22: 1, 21: 2}
 """Coarse ids of sky, plant and ground in the order of the three classes."""

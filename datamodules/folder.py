@@ -26,16 +26,17 @@ from common.files import no_folder
 from common.names import of_results
 from common.palette import default_palette
 from common.spec import ClassMeta
-from datamodules import label_look, layouts, picture_look, ranges, strays, walking
 from datamodules.base import SegmentationDataModule
-from datamodules.label_values import LabelValues
-from datamodules.layouts import Part
-from datamodules.listed import Entry, ListedSource
-from datamodules.opening import ENDINGS
-from datamodules.pairing import other_files, pair
-from datamodules.ranges import Range
-from datamodules.reading import check_size, read_classes, read_picture
-from datamodules.walking import pictures as pictures_in
+from datamodules.base.listed import Entry, ListedSource
+from datamodules.base.reading import check_size, read_classes, read_picture
+from datamodules.files import picture_look, ranges
+from datamodules.files.opening import ENDINGS
+from datamodules.files.ranges import Range
+from datamodules.own import label_look, layouts, strays, walking
+from datamodules.own.label_values import LabelValues
+from datamodules.own.layouts import Part
+from datamodules.own.pairing import other_files, pair
+from datamodules.own.walking import pictures as pictures_in
 
 log = logging.getLogger(__name__)
 

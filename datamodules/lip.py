@@ -5,8 +5,8 @@ Trained on train (30,462) and evaluated on val (10,000).
 
 from common.palette import default_palette
 from common.spec import ClassMeta
-from datamodules.label_map import LabelMap
-from datamodules.official import Facts, OfficialDataModule, Part
+from datamodules.base.label_map import LabelMap
+from datamodules.base.official import Facts, OfficialDataModule, Part
 
 PARTS = (
     "background", "hat", "hair", "glove", "sunglasses", "upper_clothes", "dress", "coat", "socks", "pants", "jumpsuits",

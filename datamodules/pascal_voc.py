@@ -11,10 +11,10 @@ import numpy as np
 
 from common.errors import DataError, one_of
 from common.spec import ClassMeta
-from datamodules.label_map import LabelMap
-from datamodules.listed import Entry, ListedSource
-from datamodules.official import Check, Facts, OfficialDataModule, Part
-from datamodules.reading import UnreadableError, read_label, read_mat
+from datamodules.base.label_map import LabelMap
+from datamodules.base.listed import Entry, ListedSource
+from datamodules.base.official import Check, Facts, OfficialDataModule, Part
+from datamodules.base.reading import UnreadableError, read_label, read_mat
 
 NAMES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",

@@ -13,8 +13,9 @@ import torch
 
 import config
 from engine import setup
-from evaluation import hierarchy, panels, readout
+from evaluation import hierarchy, readout
 from lightning_modules.hsg import MAPS
+from reporting import panels
 
 
 def main(words: list[str] | None = None) -> None:

@@ -10,9 +10,9 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 import config
-from common.archives import unfolds
 from common.errors import Stopped
 from common.files import keep_as, whole
+from common.formats.archives import unfolds
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 """Files of a run: the newest state, the one before it (until the run is finished), and the best by its scores."""

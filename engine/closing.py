@@ -12,10 +12,12 @@ import lightning as L
 
 import config
 from datamodules.base import SegmentationDataModule
-from engine import phases, screen, setup, summary
-from engine.callbacks import numbers
+from engine import phases, setup
+from engine.callbacks import screen
+from engine.callbacks.panel_keeper import PanelKeeper
+from engine.callbacks.run_keeper import numbers
 from engine.checkpoints import WholeCheckpointIO
-from engine.panel_keeper import PanelKeeper
+from engine.records import summary
 from evaluation.probes import predicts_clusters
 from lightning_modules.base import UnsupervisedSegmenter
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import config
-from engine import environment
+from engine.records import environment
 from engine.setup import has_wandb_key
 
 FREE_GB = 5

@@ -15,14 +15,16 @@ from omegaconf import DictConfig
 import config
 from common.errors import ConfigError
 from datamodules.base import SegmentationDataModule
-from engine import environment, recipes, screen, setup, summary
-from engine.callbacks import numbers
+from engine import setup
+from engine.callbacks import screen
+from engine.callbacks.panel_keeper import PanelKeeper
+from engine.callbacks.progress import TrainingProgress
+from engine.callbacks.run_keeper import numbers
 from engine.fitting import KMeansFit, PosthocFit, RetrievalFit
-from engine.panel_keeper import PanelKeeper
-from engine.progress import TrainingProgress
+from engine.records import environment, recipes, summary
 from engine.training import write_files
-from evaluation import report
 from lightning_modules.base import UnsupervisedSegmenter
+from reporting import report
 
 log = logging.getLogger(__name__)
 

@@ -14,14 +14,16 @@ from torch.nn import functional as F
 from common import chance, distributed
 from common.errors import ConfigError
 from common.spec import IGNORE
-from datamodules.base import SegmentationDataModule, Source
-from datamodules.sampling import permutation
-from engine.screen import counted
+from datamodules.base import SegmentationDataModule
+from datamodules.base.module import Source
+from datamodules.base.sampling import permutation
+from engine.callbacks.screen import counted
 from evaluation import readout
 from evaluation.probes import LinearProbe, clusters_of
 from evaluation.retrieval import SegmentBank, SegmentRetrieval
-from lightning_modules.base import UnsupervisedSegmenter, split_labels
-from lightning_modules.optim import ALGORITHMS, schedule_factor
+from lightning_modules.base import UnsupervisedSegmenter
+from lightning_modules.base.optim import ALGORITHMS, schedule_factor
+from lightning_modules.base.segmenter import split_labels
 from retrieval import kmeans
 
 log = logging.getLogger(__name__)

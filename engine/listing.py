@@ -6,8 +6,8 @@ import textwrap
 from collections.abc import Iterable, Iterator
 
 import config
-from common.commented import commented, heading
 from common.errors import ConfigError, did_you_mean
+from common.formats.commented import commented, heading
 from lightning_modules.facts import facts
 
 GROUPS = ("method", "data", "backbone", "trainer")

@@ -20,13 +20,16 @@ from common.files import expect_checkpoint
 from common.machine import cores
 from common.precision import usable
 from common.spec import ClassMeta
-from datamodules.base import SegmentationDataModule, load_datamodule
-from engine import checkpoints, environment, slurm
+from datamodules.base import SegmentationDataModule
+from datamodules.base.module import load_datamodule
+from engine import checkpoints, slurm
+from engine.callbacks.wandb_rows import StepLogger
 from engine.checkpoints import WholeCheckpointIO
-from engine.wandb_rows import StepLogger
+from engine.records import environment
 from lightning_modules import registry
-from lightning_modules.base import FORMAT, UnsupervisedSegmenter
-from models import published
+from lightning_modules.base import UnsupervisedSegmenter
+from lightning_modules.base.segmenter import FORMAT
+from models.pretrained import published
 from retrieval import search
 
 log = logging.getLogger(__name__)
@@ -195,7 +198,7 @@ def build_trainer(
         plugins=[WholeCheckpointIO(), *([environment] if environment else [])],
         enable_checkpointing=False,
         enable_model_summary=False,
-        enable_progress_bar=False,  # engine/screen.py has one of its own
+        enable_progress_bar=False,  # engine/callbacks/screen.py has one of its own
         default_root_dir=root,
     )
 

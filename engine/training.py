@@ -16,20 +16,23 @@ from common.files import cache_folder, copy_whole
 from common.names import of_results
 from datamodules.base import SegmentationDataModule
 from datamodules.folder import expect_apart
-from engine import checkpoints, closing, environment, exporting, phases, recipes, screen, selection, setup, summary
-from engine.callbacks import RunKeeper, numbers
+from engine import backbone_file, checkpoints, closing, phases, setup
+from engine.callbacks import screen, selection
+from engine.callbacks.panel_keeper import PanelKeeper
+from engine.callbacks.preemption import Preemption
+from engine.callbacks.progress import TrainingProgress
+from engine.callbacks.run_keeper import RunKeeper, numbers
+from engine.callbacks.wandb_rows import masked_pictures
 from engine.fitting import KMeansFit, PosthocFit, RetrievalFit
-from engine.metrics_file import FACTS, read_metrics
-from engine.panel_keeper import PanelKeeper
-from engine.preemption import Preemption
-from engine.progress import TrainingProgress
-from engine.run_folder import RunFolder, open_run
-from engine.stage import Stage, prepare
-from engine.wandb_rows import masked_pictures
-from evaluation import headline, panels, report
+from engine.records import environment, recipes, summary
+from engine.records.metrics_file import FACTS, read_metrics
+from engine.records.run_folder import RunFolder, open_run
+from engine.stages.stage import Stage, prepare
+from evaluation import headline
 from evaluation.probes import predicts_clusters
 from lightning_modules.base import UnsupervisedSegmenter
-from lightning_modules.staged import StagedSegmenter
+from lightning_modules.base.staged import StagedSegmenter
+from reporting import panels, report
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +111,7 @@ def _train(cfg: DictConfig) -> dict[str, Any]:
             logger.summarise(metrics)
         write_files(model, pictures, folder.path, loggers)
         if model.trains_backbone:
-            exporting.export_backbone(folder.path, cfg, data, model, metrics)
+            backbone_file.export_backbone(folder.path, cfg, data, model, metrics)
         seconds, speed = keeper.elapsed(), metrics["train_images_per_second"]
         device, processes = trainer.strategy.root_device, trainer.world_size
         facts = environment.describe(cfg.seed, device, commit, seconds, speed, processes)

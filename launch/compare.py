@@ -18,15 +18,16 @@ import config
 from common.errors import ConfigError, LabelfreeError
 from common.files import write_text
 from datamodules.folder import expect_apart
-from engine import galleries, recipes, run_folder
-from engine.identity import SAME_RUN, mark
+from engine.records import recipes, run_folder
+from engine.records.identity import SAME_RUN, mark
 from engine.setup import UNLABELLED_CLUSTERS
-from evaluation import comparison, comparison_page, comparison_tables
-from evaluation.comparison import Finished, Section
+from inspection import galleries
 from launch import finished as finished_runs
 from launch.asked import read
 from launch.finished import read_run
 from launch.trials import Queue, Trial, part_of
+from reporting import comparison, comparison_page, comparison_tables
+from reporting.comparison import Finished, Section
 
 log = logging.getLogger("labelfree.compare")
 

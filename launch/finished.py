@@ -9,11 +9,12 @@ from typing import Any
 
 import config
 from common.errors import ConfigError
-from engine import evaluating, run_folder
-from engine.metrics_file import read_metrics
-from evaluation.comparison import Finished
-from evaluation.report import LAST_STEP
+from engine import evaluating
+from engine.records import run_folder
+from engine.records.metrics_file import read_metrics
 from lightning_modules import registry
+from reporting.comparison import Finished
+from reporting.report import LAST_STEP
 
 log = logging.getLogger("labelfree.compare")
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import config
-from common.commented import commented
+from common.formats.commented import commented
 from engine.listing import wrapped
 
 Command = Callable[[list[str]], None]

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 import config
-from common import trees
 from common.errors import ConfigError, did_you_mean, one_of
+from common.formats import trees
 from config import shown
 
 KEYS = (

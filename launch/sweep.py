@@ -23,7 +23,7 @@ import config
 from common.ending import ended
 from common.errors import ConfigError
 from common.files import whole
-from engine.identity import mark
+from engine.records.identity import mark
 from evaluation import headline
 from launch import space
 from launch.space import Sweep

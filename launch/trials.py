@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from common.errors import AGAIN, ConfigError, stop_code
-from common.tables import read_object
-from engine import run_lock, screen
-from engine.metrics_file import read_metrics
+from common.formats.tables import read_object
+from engine.callbacks import screen
+from engine.records import run_lock
+from engine.records.metrics_file import read_metrics
 from evaluation import headline
 from launch import watch
 from launch.submit import ROOT

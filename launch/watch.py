@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from engine import screen
-from engine.screen import CLOSING_VARIABLE, FILE_VARIABLE, clock
+from engine.callbacks import screen
+from engine.callbacks.screen import CLOSING_VARIABLE, FILE_VARIABLE, clock
 
 if TYPE_CHECKING:
     from launch.trials import Trial

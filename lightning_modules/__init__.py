@@ -1,1 +1,1 @@
-"""One file a method; base.py is the house they share."""
+"""One file a method; base/ is the house they share, families/ what a few share."""

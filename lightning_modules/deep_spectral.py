@@ -21,9 +21,9 @@ from common.spec import IGNORE, Geometric, Photometric, ViewSpec
 from datamodules.base import SegmentationDataModule
 from grouping import spectral
 from lightning_modules.base import Loss
-from lightning_modules.cut_regions import RegionSegmenter
-from lightning_modules.graph_cuts import graph_vectors
-from lightning_modules.objects import ObjectFinder
+from lightning_modules.families.cut_regions import RegionSegmenter
+from lightning_modules.families.graph_cuts import graph_vectors
+from lightning_modules.families.objects import ObjectFinder
 from losses.pseudo_labels import pseudo_label_loss
 from models.backbone import Features
 from models.deeplab import DeepLabHead

@@ -17,15 +17,15 @@ from torch.nn import functional as F
 from common import chance, distributed
 from common.errors import ConfigError, one_of
 from common.spec import Geometric, Photometric, ViewSpec
-from datamodules.transforms import Replay, both_sides, meeting
+from datamodules.base.transforms import Replay, both_sides, meeting
 from evaluation.collapse import CollapseWatch
 from lightning_modules.base import Loss, UnsupervisedSegmenter
-from lightning_modules.optim import cosine
+from lightning_modules.base.optim import cosine
 from losses import self_distillation as distil
 from models.backbone import Backbone, Features
 from models.dino_head import DinoHead
-from models.masking import block_masks
 from models.momentum import Momentum, follow
+from models.vit.masking import block_masks
 
 MOST_ENLARGED = 4
 """How many times larger than a training picture's shorter side a crop may be made."""

@@ -4,13 +4,12 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import config
+from common import about
 from common.errors import ConfigError, did_you_mean
 
-ROOT = Path(__file__).resolve().parents[1]
 BASE = "UnsupervisedSegmenter"
 
 
@@ -36,7 +35,7 @@ def facts(name: str) -> Facts:
     """The facts of a method. Raises ConfigError for an unknown name, or where its file does not define one method."""
     if name not in config.names("method"):
         raise ConfigError(f"method={name}: no such method; {did_you_mean(name, config.names('method'))}")
-    module = f"lightning_modules.{name}"
+    module = about.module_of("lightning_modules", name)
     found = [node.name for node in source(module).body if isinstance(node, ast.ClassDef) and is_method(module, node)]
     expect_one(name, len(found))
     values = {key: declared(module, found[0], key) for key in ("title", "headline", "uses_labels", "trains")}
@@ -54,13 +53,13 @@ def expect_one(name: str, found: int) -> None:
 @cache
 def source(module: str) -> ast.Module:
     """The syntax tree of a module of this project. Raises ConfigError where there is none, or no Python in it."""
-    path = ROOT / module.replace(".", "/")
+    path = about.ROOT / module.replace(".", "/")
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     try:
         return ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"no Python: {error}"
-        raise ConfigError(f"{path.relative_to(ROOT)}: cannot be read ({reason})") from None
+        raise ConfigError(f"{path.relative_to(about.ROOT)}: cannot be read ({reason})") from None
 
 
 def summary(module: str) -> str:

@@ -20,7 +20,7 @@ from common import distributed
 from common.errors import ConfigError, one_of
 from common.spec import Photometric, ViewSpec
 from lightning_modules.base import Loss, UnsupervisedSegmenter
-from lightning_modules.relations import Place, Relation, Seen, cell, stacked
+from lightning_modules.base.relations import Place, Relation, Seen, cell, stacked
 from losses.consistency import consistency
 from losses.contrastive import (
     DENOMINATORS,

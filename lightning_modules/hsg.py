@@ -23,7 +23,7 @@ from grouping.graph import knn_graph
 from grouping.nodes import Nodes, picture_nodes
 from grouping.segments import Segments, prototypes, sort_pixels, sorting, take
 from lightning_modules.base import Loss
-from lightning_modules.pixel_sorting import PixelSorter
+from lightning_modules.families.pixel_sorting import PixelSorter
 from losses.grouping import centroid_contrast, collapse, modularity
 from losses.vmf import MAX_KAPPA, vmf_nca
 from models.backbone import Features

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from common.errors import ConfigError
 from datamodules.base import SegmentationDataModule
-from lightning_modules.cut_regions import RegionSegmenter
-from lightning_modules.graph_cuts import KINDS
+from lightning_modules.families.cut_regions import RegionSegmenter
+from lightning_modules.families.graph_cuts import KINDS
 from models.backbone import Features
 from pseudo_labels.steps import Results, Step
 from pseudo_labels.views import Segments, Shades, View

@@ -1,8 +1,9 @@
-"""Finds methods by their files: `lightning_modules/<name>.py` beside `configs/method/<name>.yaml`."""
+"""Finds methods by their files: `lightning_modules/<name>.py`, or `<name>/module.py`, beside their yaml."""
 
 import importlib
 
 import config
+from common import about
 from common.errors import ConfigError, did_you_mean
 from lightning_modules import facts
 from lightning_modules.base import UnsupervisedSegmenter
@@ -20,7 +21,7 @@ def method_class(name: str) -> type[UnsupervisedSegmenter]:
     """
     if name not in names():
         raise ConfigError(f"method={name}: no such method; {did_you_mean(name, names())}")
-    module = importlib.import_module(f"lightning_modules.{name}")
+    module = importlib.import_module(about.module_of("lightning_modules", name))
     found = [
         item
         for item in vars(module).values()

@@ -17,7 +17,7 @@ from common.errors import ConfigError, one_of
 from common.spec import IGNORE
 from grouping.gathered import GatheredSegments
 from lightning_modules.base import Loss
-from lightning_modules.pixel_sorting import PixelSorter
+from lightning_modules.families.pixel_sorting import PixelSorter
 from losses.vmf import MAX_KAPPA, vmf, vmf_nca
 from models.backbone import Features
 from retrieval.memory import MemoryBank

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from common.errors import ConfigError, one_of
 from datamodules.base import SegmentationDataModule
 from grouping import eigen, masks, spectral
-from lightning_modules.graph_cuts import patch_features, patch_of, say_features
-from lightning_modules.objects import ObjectFinder, ObjectMasks
-from lightning_modules.staged import check_stage
+from lightning_modules.base.staged import check_stage
+from lightning_modules.families.graph_cuts import patch_features, patch_of, say_features
+from lightning_modules.families.objects import ObjectFinder, ObjectMasks
 from models.backbone import Features
 from pseudo_labels.steps import Results, Step
 from pseudo_labels.views import Saliency, View

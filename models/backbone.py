@@ -24,11 +24,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from common import chance
 from common.errors import ConfigError, did_you_mean, one_of
-from models import attention as layers
-from models import positions, weights
 from models.features import Features
-from models.folding import fold_batch_norms
 from models.output_stride import OutputStrides
+from models.pretrained import weights
+from models.pretrained.folding import fold_batch_norms
+from models.vit import attention as layers
+from models.vit import positions
 
 LOG = logging.getLogger(__name__)
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -25,7 +25,7 @@ from torch import Tensor
 from common import distributed
 from common.errors import ConfigError, DataError
 from common.files import remove_leftovers, size_text, unfinished
-from common.sums import checksum, read_sealed, write_sealed
+from common.formats.sums import checksum, read_sealed, write_sealed
 from models.backbone import Features
 
 log = logging.getLogger(__name__)

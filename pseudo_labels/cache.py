@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from common.errors import DataError
 from common.files import clear_when_full, remove_leftovers, sync_folder, unfinished
-from common.sums import SUM, checksum, read_sealed, sealed
+from common.formats.sums import SUM, checksum, read_sealed, sealed
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from datamodules.transforms import Geometry
+from datamodules.base.transforms import Geometry
 from models.backbone import Backbone
 from pseudo_labels.cache import Arrays, Record, Records, Weights
 from pseudo_labels.views import View

@@ -16,10 +16,11 @@ from PIL import Image
 
 import config
 import run
-from datamodules.opening import ENDINGS
+from datamodules.files.opening import ENDINGS
 from engine import setup
-from evaluation import panels, readout
+from evaluation import readout
 from lightning_modules import registry
+from reporting import panels
 from tests.conftest import small_words
 from tests.datamodules import trees
 
@@ -245,8 +246,9 @@ def test_predict_gives_the_ids_of_validation(small_run, tmp_path):
     """On a picture of the evaluation's own size, ids are those that the evaluation saw."""
     import torch
 
-    from engine import predicting, setup
+    from engine import setup
     from evaluation import readout
+    from inference import predicting
 
     fitted = small_run("hidden_positives")
     cfg = config.restore(fitted.checkpoint["labelfree"]["config"])

@@ -15,9 +15,9 @@ import torch
 
 import run as entry
 from engine import setup
-from tests import held_norms
 from tests.conftest import METHODS, Run, read_json, run_small, small_words
 from tests.datamodules.pictures import noise, save
+from tests.support import held_norms
 
 pytestmark = pytest.mark.ddp
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.scores import score
+from tests.support.scores import score
 
 BAND = (24.5, 28.0)
 """val/cluster/miou of Hidden Positives with the bundled backbone, mean of seeds 0, 1, 2, as recorded; see README."""

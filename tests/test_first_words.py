@@ -11,7 +11,8 @@ import pytest
 
 import config
 import run
-from common.commented import commented, heading
+from common import about
+from common.formats.commented import commented, heading
 from engine.listing import listing
 from launch import manual
 from launch.words import expect_words
@@ -130,7 +131,7 @@ def test_facts_follow_imports_and_settings(tmp_path, monkeypatch):
         "from lightning_modules.one import One as Old\nclass Two(Old):\n    def scores(self, x): ...\n"
         "    def build(self):\n        self.uses_labels = self.cfg.labels\n"
     )
-    monkeypatch.setattr(facts, "ROOT", tmp_path)
+    monkeypatch.setattr(about, "ROOT", tmp_path)
     facts.source.cache_clear()
     try:
         assert facts.declared("lightning_modules.one", "One", "uses_labels") is True

@@ -17,7 +17,7 @@ from launch import submit, sweep
 from tests.conftest import Run, small_words
 from tests.datamodules import trees
 from tests.datamodules.pictures import noise, save
-from tests.engine import released_files
+from tests.released import released_files
 
 ROOT = Path(entry.__file__).parent
 SIZES = [

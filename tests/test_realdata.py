@@ -9,7 +9,7 @@ import pytest
 import config
 from engine import training
 from tests.conftest import small_words
-from tests.scores import AS_CLASS_TOKENS, score, stage_score
+from tests.support.scores import AS_CLASS_TOKENS, score, stage_score
 
 pytestmark = pytest.mark.realdata
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.scores import score
+from tests.support.scores import score
 
 FROM_RANDOM = ["experiment=segsort_scenes"]
 SEGSORT = (20.0, 26.0)

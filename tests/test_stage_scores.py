@@ -5,7 +5,7 @@ What each loses without its core is held by `tests/lightning_modules/test_stage_
 
 import pytest
 
-from tests.scores import score
+from tests.support.scores import score
 
 BANDS = {"deep_spectral": (23.5, 27.0), "normalized_cut": (20.5, 25.0), "transfgu": (20.5, 25.5)}
 """As recorded; see README. k-means on the same features is at 22.8."""

@@ -8,10 +8,10 @@ import pytest
 
 from common import files
 from common.errors import CheckpointError, DataError, did_you_mean
-from datamodules import regions
-from evaluation import comparison, comparison_tables
+from datamodules.base import regions
 from lightning_modules.stego import Stego
-from tests.evaluation.test_comparison import three
+from reporting import comparison, comparison_tables
+from tests.reporting.test_comparison import three
 
 
 def test_a_folder_where_a_file_is_wanted_and_the_reverse(tmp_path):

@@ -15,10 +15,10 @@ from common import chance, names
 from common.errors import ConfigError
 from common.names import of_results, shown
 from common.spec import ClassMeta
-from datamodules import reading
-from evaluation import page as pages
-from evaluation import panels, report
+from datamodules.base import reading
 from evaluation.matching import score
+from reporting import page as pages
+from reporting import panels, report
 from tests.datamodules.pictures import noise
 
 ROOT = Path(__file__).parents[2]

@@ -1,7 +1,7 @@
 """Facts about classes."""
 
 from common.spec import ClassMeta
-from datamodules.scene_drawing import META
+from datamodules.scenes.drawing import META
 
 
 def test_groups_are_told_apart_only_where_the_data_does():

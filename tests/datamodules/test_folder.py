@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from common.errors import ConfigError, DataError
-from datamodules import label_look
-from datamodules.base import available, load_datamodule
+from datamodules.base.module import available, load_datamodule
+from datamodules.files.opening import ENDINGS
 from datamodules.folder import FolderDataModule, pictures_below
-from datamodules.opening import ENDINGS
+from datamodules.own import label_look
 from tests.datamodules.pictures import config, labelled_folder, noise, save, write_classes
 
 

@@ -23,10 +23,11 @@ from typing import Any
 import torch
 
 import config
-from engine import checkpoints, run_folder, setup, training
-from engine.callbacks import RunKeeper
-from evaluation import report
+from engine import checkpoints, setup, training
+from engine.callbacks.run_keeper import RunKeeper
+from engine.records import run_folder
 from lightning_modules.base import UnsupervisedSegmenter
+from reporting import report
 from tests.conftest import read_json, small_words
 
 MORE = ("trainer.max_steps=18", "trainer.val_every=6", "trainer.checkpoint_every=2", "trainer.threads=1")

@@ -5,8 +5,9 @@ import csv
 import pytest
 
 import config
-from engine import closing, evaluating, recipes, training
-from engine.callbacks import RunKeeper
+from engine import closing, evaluating, training
+from engine.callbacks.run_keeper import RunKeeper
+from engine.records import recipes
 from tests.conftest import Run, read_json, run_small
 from tests.test_ddp import ROOT, run_two
 
@@ -89,7 +90,7 @@ def test_figures_of_a_recipe_stand_beside_the_best():
 
 SCRIPT = """import sys
 import run
-from engine.callbacks import RunKeeper
+from engine.callbacks.run_keeper import RunKeeper
 real = RunKeeper.offer
 RunKeeper.offer = lambda self, step, values: real(self, step, values | ({"val/linear/acc": 101.0} if step == 2 else {}))
 sys.exit(run.main(sys.argv[1:]))

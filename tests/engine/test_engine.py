@@ -11,13 +11,13 @@ from PIL import Image
 import config
 from common.errors import TrainingError
 from engine import checkpoints, doctor, setup
-from engine.callbacks import RunKeeper, numbers
+from engine.callbacks.run_keeper import RunKeeper, numbers
+from engine.callbacks.screen import clock
+from engine.callbacks.selection import Selection
 from engine.checkpoints import WholeCheckpointIO
-from engine.run_folder import RunFolder
-from engine.screen import clock
-from engine.selection import Selection
-from evaluation import panels
+from engine.records.run_folder import RunFolder
 from lightning_modules.hidden_positives import HiddenPositives
+from reporting import panels
 from tests.conftest import run_small
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 import config
 from common.errors import ConfigError
 from common.spec import IGNORE
-from datamodules.scenes import SceneSource
+from datamodules.scenes.module import SceneSource
 from engine import evaluating, fitting, setup, training
 from engine.fitting import Kept, PosthocFit
 from tests.conftest import Run, read_json, run_small, small_words

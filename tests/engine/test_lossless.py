@@ -16,8 +16,8 @@ import run
 from common import files
 from common.errors import DiskFullError
 from engine import checkpoints, setup
-from engine.callbacks import RunKeeper
-from engine.run_folder import History, RunFolder, open_run
+from engine.callbacks.run_keeper import RunKeeper
+from engine.records.run_folder import History, RunFolder, open_run
 from tests.conftest import run_small, small_words
 
 METHOD = "kmeans_baseline"

@@ -8,7 +8,7 @@ import torch
 import config
 from common.errors import CheckpointError, ConfigError, DataError
 from engine import evaluating, phases, training
-from engine.callbacks import RunKeeper
+from engine.callbacks.run_keeper import RunKeeper
 from lightning_modules.segsort import SegSort
 from tests.conftest import Run, run_small, small_words
 from tests.test_ddp import expect_equal, expect_equal_losses, run_two

@@ -10,8 +10,8 @@ import torch
 
 import config
 from common.errors import CheckpointError, ConfigError
-from engine.run_folder import History, open_run, run_name
-from lightning_modules.base import FORMAT
+from engine.records.run_folder import History, open_run, run_name
+from lightning_modules.base.segmenter import FORMAT
 
 
 def save_checkpoint(step: int, path: Path) -> None:
@@ -177,7 +177,7 @@ def test_one_process_trains_in_a_folder(tmp_path):
 HOLDS = """
 import sys
 from pathlib import Path
-from engine.run_lock import hold
+from engine.records.run_lock import hold
 hold(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()

@@ -12,7 +12,7 @@ import torch
 
 import run
 from engine import checkpoints, setup
-from engine.run_folder import History, RunFolder, open_run
+from engine.records.run_folder import History, RunFolder, open_run
 from tests.conftest import small_words
 from tests.engine.test_lossless import METHOD, cfg_of, copied, expect_same, run_small, stopped
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from common.errors import ConfigError
-from engine import evaluating, predicting
+from engine import evaluating
 from evaluation import crf
 from evaluation.crf import Constants, DenseCRF, Lattice
+from inference import predicting
 from tests.conftest import read_json, run_small
 
 

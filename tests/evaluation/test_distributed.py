@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from evaluation.metrics import ClusterUsage, SegmentationScore
 from evaluation.probes import ClusterProbe, LinearProbe
-from tests.ranks import on_two_ranks
+from tests.support.ranks import on_two_ranks
 
 SHARES = ((slice(0, 2), slice(2, 3), slice(3, 5)), (slice(5, 6),))
 """Pictures of a set of six that each rank sees, batch by batch: uneven on purpose."""

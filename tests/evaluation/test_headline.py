@@ -7,11 +7,12 @@ import pytest
 import yaml
 
 from engine import evaluating
-from engine.metrics_file import read_metrics
-from evaluation import headline, report
+from engine.records.metrics_file import read_metrics
+from evaluation import headline
 from launch import space, sweep, trials
 from lightning_modules import registry
 from lightning_modules.base import UnsupervisedSegmenter
+from reporting import report
 from tests.conftest import read_json, run_small
 
 BASELINE = {

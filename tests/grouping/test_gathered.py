@@ -6,7 +6,7 @@ import torch
 from common.distributed import EVERYONE, Reach
 from grouping.gathered import gather_segments
 from losses.vmf import vmf
-from tests.ranks import on_two_ranks
+from tests.support.ranks import on_two_ranks
 
 
 def pixels() -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,7 @@ import pytest
 
 from common.errors import ConfigError
 from common.spec import RegionSpec
-from datamodules.scene_drawing import draw_scene
+from datamodules.scenes.drawing import draw_scene
 from grouping.regions import colour_gradient, ordered, over_segment
 
 SMALL = {"min_size": 20}

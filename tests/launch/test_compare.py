@@ -11,7 +11,7 @@ import pytest
 
 import config
 import run
-from engine import recipes
+from engine.records import recipes
 from launch import compare, trials
 from tests.conftest import small_words
 

@@ -7,7 +7,7 @@ import yaml
 
 from common.errors import ConfigError
 from launch import space, submit
-from tests.common.test_trees import BOMB
+from tests.common.formats.test_trees import BOMB
 from tests.launch.test_space import GOOD
 
 KEY = "parameters.optim.head.lr"

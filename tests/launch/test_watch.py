@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from engine import progress, screen
+from engine.callbacks import progress, screen
 from launch import trials
 from launch.trials import Queue, Trial
 from launch.watch import Watch
-from tests.terminals import bars, in_terminal, rows
+from tests.support.terminals import bars, in_terminal, rows
 
 ROOT = Path(trials.__file__).parents[1]
 STAND_IN = """

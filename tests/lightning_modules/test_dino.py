@@ -10,7 +10,7 @@ import config
 from common.errors import ConfigError, WeightsError
 from engine import setup
 from lightning_modules import dino
-from lightning_modules.optim import CompositeOptimizer, clip_gradients, cosine, scheduled
+from lightning_modules.base.optim import CompositeOptimizer, clip_gradients, cosine, scheduled
 from models.dino_head import DinoHead
 from models.momentum import follow
 from tests.conftest import run_small, small_words

@@ -11,8 +11,8 @@ from common.chance import library_draws
 from common.errors import ConfigError
 from engine import setup
 from evaluation.hierarchy import Nesting
+from lightning_modules.families.pixel_sorting import adjacent
 from lightning_modules.hsg import GOODNESS, HSG
-from lightning_modules.pixel_sorting import adjacent
 from models.hierarchy import Hierarchy
 from run import main
 from tests.conftest import small_words

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.lightning_modules import test_hsg
-from tests.ranks import on_two_ranks
+from tests.support.ranks import on_two_ranks
 
 PICTURES = 4
 

@@ -9,10 +9,11 @@ from PIL import Image
 
 import config
 from common.errors import CheckpointError, ConfigError
-from datamodules.scenes import ScenesDataModule
+from datamodules.scenes.module import ScenesDataModule
 from engine import evaluating, setup, training
-from engine.callbacks import RunKeeper
-from lightning_modules import base, registry
+from engine.callbacks.run_keeper import RunKeeper
+from lightning_modules import registry
+from lightning_modules.base import segmenter
 from tests.conftest import METHODS, Run, read_json, run_small, small_words
 
 pytestmark = pytest.mark.train
@@ -292,16 +293,16 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(small_run, tm
 def test_every_method_file_has_a_yaml_and_one_class():
     for name in METHODS:
         cls = registry.method_class(name)
-        assert issubclass(cls, base.UnsupervisedSegmenter)
+        assert issubclass(cls, segmenter.UnsupervisedSegmenter)
         assert cls.__doc__
-        assert cls.embed is not base.UnsupervisedSegmenter.embed
+        assert cls.embed is not segmenter.UnsupervisedSegmenter.embed
         if cls.trains:
-            assert cls.loss is not base.UnsupervisedSegmenter.loss
+            assert cls.loss is not segmenter.UnsupervisedSegmenter.loss
 
 
 def test_views_given_to_a_method_hold_no_label():
     batch = {"image": 1, "label": 2, "augmented": 3, "augmented.label": 4, "id": ["a"]}
-    views, label = base.split_labels(batch)
+    views, label = segmenter.split_labels(batch)
     assert label == 2
     assert set(views) == {"image", "augmented", "id"}
 

@@ -10,7 +10,7 @@ import torch
 from lightning_modules import registry
 from models.clustering import NodeNorm
 from tests.conftest import METHODS, Run, run_small
-from tests.held_norms import held
+from tests.support.held_norms import held
 
 pytestmark = pytest.mark.train
 

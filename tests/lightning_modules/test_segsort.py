@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import config
 from common.errors import ConfigError
 from engine import setup
-from lightning_modules.pixel_sorting import adjacent
+from lightning_modules.families.pixel_sorting import adjacent
 from lightning_modules.segsort import SegSort
 from tests.conftest import Run, run_small, small_words
 from tests.test_ddp import expect_equal, run_two

@@ -5,7 +5,7 @@ Small, so that it runs in every `make test`: 80 training scenes at 128 px, the b
 
 import pytest
 
-from tests.scores import AS_CLASS_TOKENS, stage_score
+from tests.support.scores import AS_CLASS_TOKENS, stage_score
 
 SCENES = ["data=scenes", "data.train_count=80"]
 OF_TRANSFGU = [

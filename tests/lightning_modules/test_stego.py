@@ -10,7 +10,7 @@ import config
 from common.errors import ConfigError
 from engine import setup
 from lightning_modules import stego
-from lightning_modules.base import split_labels
+from lightning_modules.base.segmenter import split_labels
 from tests.conftest import run_small, small_words
 from tests.datamodules.pictures import labelled_folder, save
 

@@ -11,13 +11,13 @@ from omegaconf import OmegaConf
 import config
 from common.errors import ConfigError
 from common.spec import IGNORE
-from datamodules.transforms import Replay, replay
+from datamodules.base.transforms import Replay, replay
 from engine import setup
-from lightning_modules import transfgu_steps as steps
-from lightning_modules.transfgu import TransFGU
-from lightning_modules.transfgu_crops import BACKGROUND, FOREGROUND, Crops, PooledCrops
+from lightning_modules.transfgu import steps as steps
+from lightning_modules.transfgu.crops import BACKGROUND, FOREGROUND, Crops, PooledCrops
+from lightning_modules.transfgu.module import TransFGU
 from models.backbone import Backbone
-from models.class_token import ClassPath, class_path, token_kind, tokens
+from models.vit.class_token import ClassPath, class_path, token_kind, tokens
 from pseudo_labels.cache import Record
 from tests.conftest import small_words
 

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from common.errors import ConfigError
-from models import positions
 from models.backbone import Backbone, Features, synchronise_norms
+from models.vit import positions
 from tests.models.networks import CREATE_OF, REGISTERS, TRANSFORMERS, make_cfg, make_cnn, make_transformer
 
 # ---- transformers -------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.clustering import NodeNorm
-from tests.ranks import on_two_ranks
+from tests.support.ranks import on_two_ranks
 
 
 def measure(part: slice) -> dict[str, torch.Tensor]:

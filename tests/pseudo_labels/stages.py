@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 import config
-from datamodules.transforms import Geometry
+from datamodules.base.transforms import Geometry
 from engine import setup
-from engine.stage import Stage
+from engine.stages.stage import Stage
 from pseudo_labels.cache import Record, Records
 from pseudo_labels.steps import MapStep, ReduceStep, Results, Step, new_record
 from retrieval import kmeans

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from datamodules.transforms import Geometry
+from datamodules.base.transforms import Geometry
 from grouping.masks import component_at
 from pseudo_labels.steps import FitStep, MapStep, ReduceStep, new_record
 from pseudo_labels.views import Painted

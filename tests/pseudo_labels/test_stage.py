@@ -9,11 +9,11 @@ import torch
 
 import config
 from common.errors import ConfigError, DataError, LabelfreeError
-from datamodules.reading import UnreadableError
-from datamodules.scenes import ScenesDataModule
-from datamodules.transforms import Geometry
-from engine.stage import pseudo
-from engine.stage_maps import MapData, mean_sides
+from datamodules.base.reading import UnreadableError
+from datamodules.base.transforms import Geometry
+from datamodules.scenes.module import ScenesDataModule
+from engine.stages.maps import MapData, mean_sides
+from engine.stages.stage import pseudo
 from pseudo_labels.steps import MapStep, new_record, whole_patches
 from tests.conftest import small_words
 from tests.pseudo_labels.stages import Classes, Dark, files, first, stage
@@ -323,7 +323,7 @@ def test_missing_shards_of_a_finished_folder_are_named(tmp_path):
 
 
 def test_a_killed_fit_goes_on_to_the_same_weights(tmp_path, monkeypatch):
-    from engine.stage_fits import FitKeeper
+    from engine.stages.fits import FitKeeper
     from tests.pseudo_labels.test_sketch import Clusters, Detector, Masks
 
     plain = stage(tmp_path / "whole", [Masks(), Clusters(), Detector()]).run()["detector"].state()

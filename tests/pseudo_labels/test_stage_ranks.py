@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from common.errors import LabelfreeError
-from datamodules.reading import UnreadableError
-from datamodules.scenes import ScenesDataModule
-from engine.stage import Stage
+from datamodules.base.reading import UnreadableError
+from datamodules.scenes.module import ScenesDataModule
+from engine.stages.stage import Stage
 from pseudo_labels.cache import Place
 from tests.pseudo_labels.stages import Dark, files, stage
-from tests.ranks import on_two_ranks
+from tests.support.ranks import on_two_ranks
 
 pytestmark = [pytest.mark.train, pytest.mark.ddp]
 

@@ -7,9 +7,9 @@ import torch
 from common.errors import ConfigError
 from common.palette import default_palette
 from common.spec import ClassMeta
-from datamodules.dataset import Collate, PictureDataset
-from datamodules.transforms import Geometry
-from engine.stage_panels import cell, painted
+from datamodules.base.dataset import Collate, PictureDataset
+from datamodules.base.transforms import Geometry
+from engine.stages.panels import cell, painted
 from pseudo_labels.cache import Place, Record, Records, summary, write_shard
 from pseudo_labels.views import Painted, Saliency, Segments, Soft, Strongest, enlarged
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from models import positions
+from models.vit import positions
 
 RULE_OF = {
     "out_dino_original": "dino",

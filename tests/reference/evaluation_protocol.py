@@ -8,7 +8,8 @@ import torch
 from omegaconf import OmegaConf
 
 from common.spec import IGNORE
-from datamodules import cityscapes27, coco_files, cocostuff27, potsdam3, transforms
+from datamodules import cityscapes27, cocostuff27, potsdam3
+from datamodules.base import coco_files, transforms
 from evaluation import matching, readout
 from evaluation.crf import Constants, DenseCRF, as_bytes, unary
 from evaluation.metrics import SegmentationScore

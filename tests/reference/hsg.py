@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from grouping import segments
 from grouping.graph import knn_graph
-from lightning_modules.optim import schedule_factor
+from lightning_modules.base.optim import schedule_factor
 from losses.grouping import centroid_contrast, collapse, modularity
 from losses.vmf import vmf_nca
 from models import hierarchy as levels_of

@@ -8,11 +8,11 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from datamodules.transforms import Geometry
+from datamodules.base.transforms import Geometry
 from evaluation import readout
 from evaluation.probes import ClusterProbe, LinearProbe
-from lightning_modules import near
 from lightning_modules import stego as method
+from lightning_modules.base import near
 from losses import correspondence as stego
 from losses.crf import crf_matrix
 from models.heads import SegmentationHead

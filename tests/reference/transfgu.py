@@ -13,7 +13,7 @@ from torch import Tensor
 from evaluation.metrics import SegmentationScore
 from grouping import concepts as maps
 from grouping import segments, windows
-from lightning_modules.transfgu import TransFGU
+from lightning_modules.transfgu.module import TransFGU
 from losses import concepts
 from models.mask_decoder import MaskDecoder
 from retrieval import kmeans

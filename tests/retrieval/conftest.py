@@ -5,7 +5,7 @@ import torch
 
 from common.errors import ConfigError
 from retrieval import kmeans, memory
-from tests.ranks import on_two_ranks
+from tests.support.ranks import on_two_ranks
 
 
 def bank_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:

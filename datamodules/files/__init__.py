@@ -1,0 +1,1 @@
+"""Picture files as they are: opened by safe decoders, set upright, their range of values, their shape."""

@@ -1,0 +1,217 @@
+"""The evaluation of every method: its probes and further read-outs, validation, and what they log."""
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from common.spec import ClassMeta
+from evaluation import readout, sliding
+from evaluation.crf import Constants, DenseCRF
+from evaluation.matching import Scores, told_apart
+from evaluation.metrics import ClusterUsage, SegmentationScore
+from evaluation.probes import LABEL_PROBES, UNLABELLED, ClusterProbe, KMeansProbe, LinearProbe, clusters_of
+from evaluation.retrieval import configured
+from models.backbone import Features
+from reporting import report
+
+
+class Evaluated(L.LightningModule):
+    """A part of UnsupervisedSegmenter, which gives `cfg`, `meta`, `code_dim`, and what a method writes."""
+
+    cfg: DictConfig
+    meta: ClassMeta
+    has_own_scores: bool
+    headline: str
+    trains: bool
+
+    def build_evaluation(self, linear_probe: bool) -> None:
+        """Probes, read-outs and metrics; once, after the method's `build`."""
+        cfg, meta, rules = self.cfg, self.meta, self.cfg.evaluation
+        clusters = cfg.method.num_clusters
+        self.cluster_probe = ClusterProbe(
+            self.code_dim, clusters, cfg.seed, init=rules.cluster_init, reseed=rules.cluster_reseed
+        )
+        self.kmeans_probe = KMeansProbe(self.code_dim, clusters_of(cfg, "kmeans"))
+        self.linear_probe = (
+            LinearProbe(self.code_dim, meta.num_classes, cfg.seed) if meta.has_labels and linear_probe else None
+        )
+        self.posthoc_probe: LinearProbe | None = None  # `set_posthoc` gives one, after training
+        self.confusion = nn.ModuleDict(
+            {probe: self._confusion(probe) for probe in self.probe_names()} if meta.has_labels else {}
+        )
+        sliding.check(rules.window.size, rules.window.stride, self.backbone.unit, cfg.backbone.cache_features)
+        self.further = nn.ModuleDict({item.name: item for item in (*configured(rules, meta), *self.readouts)})
+        self.usage = nn.ModuleDict({probe: ClusterUsage(clusters_of(cfg, probe)) for probe in UNLABELLED})
+        constants = Constants(**rules.crf_constants)
+        constants.check("evaluation.crf_constants")
+        self.crf = DenseCRF(constants) if rules.crf == "dense" else None
+        self.refining = False
+        self.validated: dict[str, Scores] = {}
+
+    @property
+    def main_probe(self) -> str:
+        """The clusters that figures and panels speak of: the headline's, where that gives any, else `centroids`."""
+        return self.headline if self.headline in self.probe_names() else self.centroids
+
+    @property
+    def centroids(self) -> str:
+        """The probe whose centroids codes are compared with: k-means where the method itself trains nothing."""
+        return "cluster" if self.trains else "kmeans"
+
+    def probe_names(self) -> list[str]:
+        """Read-outs that exist, in the order of tables."""
+        own = ["own"] if self.has_own_scores else []
+        learned = {"linear": self.linear_probe, "linear_posthoc": self.posthoc_probe}
+        return ["cluster", "kmeans", *own, *(name for name, probe in learned.items() if probe is not None)]
+
+    def label_free(self) -> list[str]:
+        """Read-outs that are scored without labels and are ready: k-means is once it is fitted, when a run ends."""
+        return [probe for probe in UNLABELLED if probe != "kmeans" or self.kmeans_probe.fitted]
+
+    def _confusion(self, probe: str) -> SegmentationScore:
+        rows = self.meta.num_classes if probe in LABEL_PROBES else clusters_of(self.cfg, probe)
+        rules = self.cfg.evaluation
+        matching = "identity" if probe in LABEL_PROBES else rules.matching
+        return SegmentationScore(
+            rows, self.meta.num_classes, matching, rules.extra, rules.absent, background=rules.background
+        )
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """Side and stride of `evaluation.window`, px; None: pictures are seen as a whole."""
+        own = self.cfg.evaluation.window
+        return None if own.size is None else (own.size, own.stride or max(1, own.size // 2))
+
+    @property
+    def pad_multiple(self) -> int:
+        """Pixels to multiples of which pictures are padded: whole cells at every level of the backbone."""
+        return self.backbone.unit
+
+    def seen(self, images: Tensor, features: Features | None = None, own: bool = False) -> dict[str, Tensor]:
+        """`codes` [B,D,h,w] of pictures [B,3,H,W] in 0..1; with `own` the method's score maps [B,K,h,w] as well.
+
+        By windows where `evaluation.window` asks for them. `features` are those of the pictures, where they are known.
+        """
+
+        def whole(part: Tensor) -> dict[str, Tensor]:
+            known = self.features(part) if features is None else features
+            return {"codes": self.embed(known), **({"own": self.scores(known)} if own else {})}
+
+        if self.window is None:
+            return whole(images)
+        return sliding.averaged(images, whole, *self.window, self.backbone.unit)
+
+    @property
+    def fitting(self) -> bool:
+        """True in the validations of a training, which do without what is for the closing evaluation alone."""
+        return self._trainer is not None and self._trainer.state.fn == "fit"
+
+    def read(self, images: Tensor, features: Features | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Codes [B,D,h,w], and score maps [B,K,h,w] of every read-out that is ready, for pictures [B,3,H,W] in 0..1.
+
+        `features` are those of the pictures, where they are known.
+        """
+        found = self.seen(images, features, self.has_own_scores)
+        codes = found["codes"]
+        if self.cfg.evaluation.flip and not self.fitting:
+            codes = readout.flip_average(codes, self.seen(images.flip(-1))["codes"])
+        scores = {"cluster": self.cluster_probe.scores(codes)}
+        if self.kmeans_probe.fitted:
+            scores["kmeans"] = self.kmeans_probe.scores(codes)
+        if self.has_own_scores:
+            scores["own"] = found["own"]
+        if self.linear_probe is not None:
+            scores["linear"] = self.linear_probe(codes)
+        if self.posthoc_probe is not None:
+            scores["linear_posthoc"] = self.posthoc_probe(codes)
+        return codes, scores
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Update the metrics; returns the id maps [B,H,W] of every read-out, and as `confidence` the cosines
+        [B,H,W] of the codes to their centroids (of `centroids`, before they are fitted of the cluster probe)."""
+        codes, scores = self.read(batch["image"], None if self.window else self.features_of(batch))
+        maps = {probe: readout.predict(values, batch["image"].shape[-2:]) for probe, values in scores.items()}
+        for probe in self.label_free():
+            self.usage[probe].update(scores[probe], codes, batch["valid"])
+        further = self._further(batch, codes)
+        if self.refining:
+            maps |= self.refined(batch["image"], batch["valid"], codes, scores)
+        if "label" in batch:
+            for probe in maps:
+                self.confusion[probe].update(maps[probe], batch["label"])
+        _, cosine = readout.winners(scores.get(self.centroids, scores["cluster"]), codes)
+        return maps | further | {"confidence": readout.upsample(cosine[:, None], batch["image"].shape[-2:])[:, 0]}
+
+    def _further(self, batch: dict[str, Any], codes: Tensor) -> dict[str, Tensor]:
+        """The id maps of the further read-outs that are ready, after they have looked at the batch."""
+        found: dict[str, Tensor] = {}
+        for item in self.further.values():
+            if item.ready:
+                found |= item.see(self, batch, codes)
+        return found
+
+    def log_probs(self, codes: Tensor, scores: dict[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+        """Log-probabilities [B,K,H,W] of each read-out: softmax of logits, or of twice the cosine to centroids."""
+        probes = {"cluster": self.cluster_probe, "kmeans": self.kmeans_probe}
+        return {
+            name: probes[name].log_probs(codes, size) if name in probes else readout.log_probs(values, size)
+            for name, values in scores.items()
+        }
+
+    def refined(self, images: Tensor, valid: Tensor, codes: Tensor, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Id maps [B,H,W] of every read-out after the dense CRF, as `<probe>_crf`; one lattice serves all read-outs."""
+        parts: list[list[Tensor]] = []
+        step = self.crf.at_once(images)
+        for first in range(0, len(images), step):  # so that no more upsampled probabilities are held than needed
+            rows = slice(first, first + step)
+            own = {probe: values[rows] for probe, values in scores.items()}
+            probs = self.log_probs(codes[rows], own, tuple(images.shape[-2:]))
+            parts.append(self.crf.predict(images[rows], valid[rows], list(probs.values())))
+        return {f"{probe}_crf": torch.cat(maps) for probe, maps in zip(scores, zip(*parts, strict=True), strict=True)}
+
+    def on_validation_epoch_start(self) -> None:
+        self.refining = self.crf is not None and not self.fitting  # it takes long
+        for probe in [name for name in self.confusion if self.refining and not name.endswith("_crf")]:
+            self.confusion[f"{probe}_crf"] = self._confusion(probe).to(self.device)
+        for metric in (*self.confusion.values(), *self.usage.values(), *self.further.values()):
+            metric.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        self.trainer.datamodule.sync_broken()
+        fitted = bool(self.kmeans_probe.fitted)
+        ready = [probe for probe in self.confusion if fitted or not probe.startswith("kmeans")]
+        scores = {probe: self.confusion[probe].compute() for probe in ready}
+        others = {name: item.compute() for name, item in self.further.items() if item.ready}
+        scores |= {name: found for name, found in others.items() if isinstance(found, Scores)}
+        self.validated = {probe: told_apart(found) for probe, found in scores.items() if found.counts.any()}
+        values: dict[str, float | None] = {}
+        for probe in self.label_free():
+            values |= report.flatten("val", probe, self.usage[probe].compute())
+        for name in (name for name in others if name not in scores):
+            values |= report.flatten("val", name, others[name])
+        partition = self.cfg.evaluation.partition
+        groups = {} if partition == "none" else self.meta.groups
+        for probe, scores in self.validated.items():
+            parts = {} if math.isnan(scores.acc) else groups
+            values |= report.flatten("val", probe, scores, parts, restricted=partition == "within")
+        known = {name: value for name, value in values.items() if value is not None}
+        self.log_dict(known, rank_zero_only=True)
+        shown = (f"{self.headline}/miou", "linear/miou") if self.validated else ("cluster/entropy",)
+        for name in shown:
+            if f"val/{name}" in known:
+                self.log(name, known[f"val/{name}"], prog_bar=True, logger=False, rank_zero_only=True)
+
+    def set_posthoc(self, probe: LinearProbe) -> None:
+        """Take a linear probe that was trained after the network; it is scored as val/linear_posthoc/*."""
+        self.posthoc_probe = probe.to(self.device).requires_grad_(False)
+        if self.meta.has_labels:
+            self.confusion["linear_posthoc"] = self._confusion("linear_posthoc").to(self.device)
+
+    def offline_state(self) -> dict[str, Tensor]:
+        """The part of the state dict that is fitted after training: k-means centroids, post-hoc linear probe."""
+        fitted = ("kmeans_probe.", "posthoc_probe.")
+        return {name: value for name, value in self.state_dict().items() if name.startswith(fitted)}

@@ -1,0 +1,1 @@
+"""What a few methods share with each other."""

@@ -1,0 +1,1 @@
+"""What people look at: panels, figures, tables, comparisons and pages."""

@@ -1,0 +1,1 @@
+"""What tests of several rooms use: two processes, a terminal, mean scores."""

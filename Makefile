@@ -176,8 +176,9 @@ bench: $(READY) ## [ARGS=…]: time and memory beside the plain formulation; pic
 	@$(PY) -m benchmarks.evaluation
 	@$(PY) -m benchmarks.scaling
 
-lint: $(READY) ## ruff
+lint: $(READY) ## ruff; import-linter: which room may import which (pyproject.toml)
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+	@$(PY) -c "from importlinter.cli import lint_imports_command as lint; lint()" --no-logo --no-cache
 
 lock: ## requirements.lock from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --extra dev --universal --no-emit-index-url --no-header --no-annotate -q -o requirements.lock

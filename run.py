@@ -185,7 +185,7 @@ def weights(words: list[str]) -> None:
     if words and "backbone" not in named:
         raise ConfigError(f"{words[0]}: name the backbone first, as in run.py weights backbone=dino_vits8")
     cfg = config.compose([f"{key}={value}" for key, value in named.items()]).backbone
-    from models.pretrained import published
+    from models import published
 
     if not words:
         print("\n".join(published.overview()))

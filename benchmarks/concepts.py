@@ -22,8 +22,8 @@ from benchmarks.harness import ROOT, Piece, extrapolated, run
 from grouping.concepts import concept_maps
 from lightning_modules.transfgu.steps import maps_of
 from models.backbone import Backbone
+from models.class_token import class_path
 from models.vit.attention import unfused
-from models.vit.class_token import class_path
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHARE = 0.8

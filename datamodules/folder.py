@@ -27,16 +27,15 @@ from common.names import of_results
 from common.palette import default_palette
 from common.spec import ClassMeta
 from datamodules.base import SegmentationDataModule
-from datamodules.base.listed import Entry, ListedSource
-from datamodules.base.reading import check_size, read_classes, read_picture
-from datamodules.files import picture_look, ranges
-from datamodules.files.opening import ENDINGS
+from datamodules.base.listed import Entry, ListedSource, entries_below
+from datamodules.files import ranges, walking
 from datamodules.files.ranges import Range
-from datamodules.own import label_look, layouts, strays, walking
+from datamodules.files.reading import check_size, read_classes, read_picture
+from datamodules.files.walking import no_pictures
+from datamodules.own import label_look, layouts, picture_look, strays
 from datamodules.own.label_values import LabelValues
 from datamodules.own.layouts import Part
 from datamodules.own.pairing import other_files, pair
-from datamodules.own.walking import pictures as pictures_in
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +111,7 @@ class Tree:
         if not any(parts.values()):
             folders = [f"{part.folder.relative_to(root).as_posix()}" for part in layout.parts.values()]
             split = layouts.WHOLE not in layout.parts
-            raise _no_pictures(key, root, " and ".join(folders)) if split else _no_pictures(key, root, "any depth")
+            raise no_pictures(key, root, " and ".join(folders)) if split else no_pictures(key, root, "any depth")
         unread = other_files(layout.labels)
         others = f", which holds {unread}" if unread else ""
         if not any(entry.label for part in parts.values() for entry in part):
@@ -215,13 +214,7 @@ def expect_apart(cfg: Any, **targets: str | Path | None) -> None:
 def pictures_below(root: str | Path, key: str = "input", data: Any = None) -> FolderSource:
     """Every picture below a folder, without labels, for prediction. `key` names it in errors; `data`: the keys `data.*`
     of the run, whose range of values is kept. Raises DataError."""
-    root = Path(root).expanduser()
-    if not root.is_dir():
-        raise DataError(f"{key}={root}: {no_folder(root)}")
-    pictures = pictures_in(root)
-    if not pictures:
-        raise _no_pictures(key, root, "any depth")
-    entries = [Entry(id, str(root / name)) for id, name in zip(of_results(pictures), pictures, strict=True)]
+    entries = entries_below(root, key)
     if data is None:
         return FolderSource(entries)
     chosen = ranges.kept(data)
@@ -269,10 +262,3 @@ def _entries(part: Part, root: Path, key: str, data: Any) -> list[Entry]:
         Entry(id, str(part.folder / name), labels.get(name))
         for id, name in zip(of_results(pictures), pictures, strict=True)
     ]
-
-
-def _no_pictures(key: str, folder: Path, where: str) -> DataError:
-    return DataError(
-        f"{key}: no pictures found in {folder} ({where}); looked for files ending in {', '.join(ENDINGS)}, in small or "
-        "capital letters"
-    )

@@ -10,7 +10,7 @@ from datamodules import cityscapes27
 from datamodules.base.label_map import LabelMap
 from datamodules.base.listed import Entry, ListedSource
 from datamodules.base.official import Facts, OfficialDataModule, Part
-from datamodules.base.reading import read_first_channel
+from datamodules.files.reading import read_first_channel
 
 VAL_SEQUENCES = ("0002", "0006", "0007", "0008", "0010", "0013", "0014", "0016", "0018")
 """Of the 21 tracking sequences; the other twelve are for training."""

@@ -14,7 +14,7 @@ from common.spec import ClassMeta
 from datamodules.base.label_map import LabelMap
 from datamodules.base.listed import Entry, ListedSource
 from datamodules.base.official import Check, Facts, OfficialDataModule, Part
-from datamodules.base.reading import UnreadableError, read_label, read_mat
+from datamodules.files.reading import UnreadableError, read_label, read_mat
 
 NAMES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",

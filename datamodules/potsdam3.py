@@ -14,7 +14,7 @@ from common.spec import ClassMeta
 from datamodules.base.label_map import LabelMap
 from datamodules.base.listed import Entry, ListedSource
 from datamodules.base.official import Check, Facts, OfficialDataModule, Part
-from datamodules.base.reading import UnreadableError, read_mat
+from datamodules.files.reading import UnreadableError, read_mat
 
 SIX = (
     ("roads", (255, 255, 255)), ("buildings", (0, 0, 255)), ("vegetation", (0, 255, 255)), ("trees", (0, 255, 0)),

@@ -29,7 +29,7 @@ from engine.records import environment
 from lightning_modules import registry
 from lightning_modules.base import UnsupervisedSegmenter
 from lightning_modules.base.segmenter import FORMAT
-from models.pretrained import published
+from models import published
 from retrieval import search
 
 log = logging.getLogger(__name__)

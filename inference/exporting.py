@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 import config
@@ -22,6 +21,7 @@ from engine import setup
 from evaluation import readout
 from inference import naming
 from lightning_modules.base import UnsupervisedSegmenter
+from models.backbone import pads_by_size
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def fix_padding(module: nn.Module) -> None:
     whole cells it is a constant, which takes its place."""
     for parent in list(module.modules()):
         for name, conv in parent.named_children():
-            if isinstance(conv, Conv2dSame):
+            if pads_by_size(conv):
                 totals = [
                     max(0, (kernel - 1) * dilation + 1 - stride)
                     for kernel, stride, dilation in zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)

@@ -20,10 +20,9 @@ from common import precision
 from common.errors import ConfigError, DataError
 from common.files import make_output, write_text
 from common.names import shown
-from datamodules.base import SegmentationDataModule
-from datamodules.base.reading import UnreadableError, WindowsOnlyError, header_size
+from datamodules.base import SegmentationDataModule, shapes
 from datamodules.base.transforms import Geometry
-from datamodules.files import shapes
+from datamodules.files.reading import UnreadableError, WindowsOnlyError, header_size
 from datamodules.folder import FolderSource, pictures_below
 from engine import setup
 from evaluation import readout

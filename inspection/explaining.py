@@ -13,9 +13,9 @@ from common import precision
 from common.errors import ConfigError
 from common.files import make_output, write_text
 from common.names import of_results
-from datamodules.base import SegmentationDataModule
+from datamodules.base import SegmentationDataModule, shapes
 from datamodules.base.transforms import Geometry
-from datamodules.files import ranges, shapes
+from datamodules.files import ranges
 from datamodules.folder import expect_apart
 from inference import naming
 from inference.naming import Legend

@@ -23,10 +23,11 @@ from common import precision
 from common.errors import ConfigError, DataError
 from common.files import make_output, no_file, write_text
 from common.names import of_results
+from datamodules.base import shapes
 from datamodules.base.listed import Entry
-from datamodules.base.reading import is_picture
 from datamodules.base.transforms import Geometry
-from datamodules.files import ranges, shapes
+from datamodules.files import ranges
+from datamodules.files.reading import is_picture
 from datamodules.folder import FolderSource, expect_apart
 from engine import setup
 from evaluation.readout import upsample_ids

@@ -7,13 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.callbacks import screen
 from engine.callbacks.screen import CLOSING_VARIABLE, FILE_VARIABLE, clock
-
-if TYPE_CHECKING:
-    from launch.trials import Trial
+from launch.trial import Trial
 
 EVERY = 0.5
 """Seconds between two looks at the training that runs."""
@@ -22,31 +20,31 @@ EVERY = 0.5
 class Watch:
     """Looks at the trials of one queue, as many as run here."""
 
-    def __init__(self, trials: Sequence["Trial"]) -> None:
+    def __init__(self, trials: Sequence[Trial]) -> None:
         self.trials = list(trials)
         self.started = 0.0
         self.state: dict[str, Any] = {}
 
-    def name(self, trial: "Trial") -> str:
+    def name(self, trial: Trial) -> str:
         """`[3/9] hidden_positives seed 0`."""
         return f"[{self.trials.index(trial) + 1}/{len(self.trials)}] {trial.name}"
 
-    def variables(self, trial: "Trial") -> dict[str, str]:
+    def variables(self, trial: Trial) -> dict[str, str]:
         """What a training is told: where to say how far it is, and how long the closing work of earlier ones took."""
         known = self.alike(trial, [item for item in self.trials if item.closing is not None])
         closing = {CLOSING_VARIABLE: f"{mean(item.closing for item in known):.1f}"} if known else {}
         return closing if screen.current() is None else {FILE_VARIABLE: str(self.file(trial))} | closing
 
-    def file(self, trial: "Trial") -> Path:
+    def file(self, trial: Trial) -> Path:
         """Where the training says how far it is, while it runs."""
         return trial.folder.with_name(f".{trial.folder.name}.progress")
 
-    def alike(self, trial: "Trial", known: list["Trial"]) -> list["Trial"]:
+    def alike(self, trial: Trial, known: list[Trial]) -> list[Trial]:
         """Those of the same method among `known`, or all of them where there is none."""
         method = trial.values.get("method")
         return [item for item in known if item.values.get("method") == method] or known
 
-    def left(self, running: "Trial | None") -> float | None:
+    def left(self, running: Trial | None) -> float | None:
         """Seconds until all trainings are done, as those that are finished took; None where nothing is known yet."""
         known = [item for item in self.trials if item.state == "finished" and item.seconds]
         waiting = [item for item in self.trials if item.state == "waiting" and item is not running]
@@ -61,7 +59,7 @@ class Watch:
             total += seconds
         return total + (current or 0.0)
 
-    def begin(self, trial: "Trial", log: Path) -> None:
+    def begin(self, trial: Trial, log: Path) -> None:
         """Say which training begins, and where its log is."""
         self.started, self.state = time.perf_counter(), {}
         left = self.left(trial)
@@ -71,14 +69,14 @@ class Watch:
             shown.bar(self.name(trial), None)
 
     @contextmanager
-    def looking(self, trial: "Trial") -> Iterator[None]:
+    def looking(self, trial: Trial) -> Iterator[None]:
         """The training's file is gone behind it."""
         try:
             yield
         finally:
             self.file(trial).unlink(missing_ok=True)
 
-    def wait(self, trial: "Trial", process: subprocess.Popen) -> int:
+    def wait(self, trial: Trial, process: subprocess.Popen) -> int:
         """Wait for the training, showing how far it is; returns its exit code."""
         while True:
             try:
@@ -86,7 +84,7 @@ class Watch:
             except subprocess.TimeoutExpired:
                 self.show(trial)
 
-    def show(self, trial: "Trial") -> None:
+    def show(self, trial: Trial) -> None:
         """Put what the training says of itself into the bar."""
         try:
             self.state = json.loads(self.file(trial).read_text())

@@ -16,7 +16,7 @@ from typing import Any
 import timm
 import torch
 from omegaconf import DictConfig, OmegaConf
-from timm.layers import Attention, AttentionRope, convert_sync_batchnorm
+from timm.layers import Attention, AttentionRope, Conv2dSame, convert_sync_batchnorm
 from timm.models import VisionTransformer
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
@@ -433,6 +433,11 @@ def synchronise_norms(module: nn.Module) -> bool:
     if found:
         convert_sync_batchnorm(module)
     return found
+
+
+def pads_by_size(module: nn.Module) -> bool:
+    """Whether a convolution pads by the size of what it gets, as TensorFlow's "same" does."""
+    return isinstance(module, Conv2dSame)
 
 
 def outline(cfg: DictConfig) -> tuple[dict[str, Any], int]:

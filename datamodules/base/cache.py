@@ -30,12 +30,12 @@ from torch.utils.data import DataLoader, Dataset
 from common import distributed
 from common.errors import ConfigError, DataError, LabelfreeError
 from common.files import size_text
+from datamodules.base import shapes
 from datamodules.base.dataset import fitted, read_pair, take_foreign
 from datamodules.base.decoded import COLUMNS, DecodedStore, DecodedWriter
 from datamodules.base.label_map import Foreign
-from datamodules.base.reading import UnreadableError
 from datamodules.base.transforms import FIXED_CROPS, Geometry
-from datamodules.files import shapes
+from datamodules.files.reading import UnreadableError
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from common.errors import DataError
 from common.files import write_text
 from datamodules.base.listed import Entry
 from datamodules.base.official import Check, Facts, OfficialDataModule, Part
-from datamodules.base.reading import read_label
+from datamodules.files.reading import read_label
 
 PUBLISHED = {"train2017": 118_287, "val2017": 5_000}
 """Pictures of the COCO 2017 archives."""

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,14 +20,11 @@ from torch.utils.data import DataLoader, Dataset
 from common import chance, distributed
 from common.errors import DataError, LabelfreeError
 from common.spec import IGNORE, OUTSIDE
+from datamodules.base import shapes
 from datamodules.base.decoded import ChangedError, DecodedStore
 from datamodules.base.label_map import Foreign, ForeignIds
-from datamodules.base.reading import UnreadableError, unreadable
 from datamodules.base.transforms import Geometry
-from datamodules.files import shapes
-
-if TYPE_CHECKING:
-    from datamodules.base.regions import RegionFiles
+from datamodules.files.reading import UnreadableError, unreadable
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +32,13 @@ REPLACEMENTS = 20
 """Pictures tried in the place of a broken one before the data are given up."""
 FEWEST_BROKEN = 3
 """Fewer unreadable files than this never stop a run."""
+
+
+class IdMaps(Protocol):
+    """Ids beside every picture: `regions.RegionFiles`, a view of pseudo-labels (`pseudo_labels.views.View`)."""
+
+    def read(self, picture: int, size: tuple[int, int]) -> np.ndarray:
+        """Ids int [H,W] of a picture of `size` (height, width)."""
 
 
 @dataclass
@@ -66,7 +70,7 @@ class PictureDataset(Dataset):
     decoded once. What does not fit any more is read again each time.
 
     regions: contour regions beside every picture (`regions.RegionFiles`). pseudo: pseudo-labels beside every picture,
-    an object with `read(picture, size) -> ids [H,W]` (`pseudo_labels.views.View`).
+    `pseudo_labels.views.View`.
 
     neighbours: int64 [items,k]; each item then comes with one of the k items of its row, drawn by (pass, index) and cut
     and mirrored by a draw of its own.
@@ -84,8 +88,8 @@ class PictureDataset(Dataset):
         cache: float = 0.0,
         store: DecodedStore | None = None,
         neighbours: np.ndarray | None = None,
-        regions: "RegionFiles | None" = None,
-        pseudo: Any = None,
+        regions: IdMaps | None = None,
+        pseudo: IdMaps | None = None,
     ) -> None:
         self.source = source
         self.geometry = geometry

@@ -17,7 +17,7 @@ import numpy as np
 from common.files import unfinished
 from common.formats.sums import checksum, sealed, unsealed
 from datamodules.base.label_map import Foreign
-from datamodules.base.reading import UnreadableError
+from datamodules.files.reading import UnreadableError
 
 MAGIC = b"labelfree.decoded.2\n"
 TAIL = struct.Struct(f"<QQQ{len(MAGIC)}s")

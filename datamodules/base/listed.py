@@ -4,12 +4,16 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from common.names import octets, shown
+from common.errors import DataError
+from common.files import no_folder
+from common.names import octets, of_results, shown
 from datamodules.base.label_map import Foreign, LabelMap
-from datamodules.base.reading import UnreadableError, check_size, header_size, read_label, read_picture
+from datamodules.files.reading import UnreadableError, check_size, header_size, read_label, read_picture
+from datamodules.files.walking import no_pictures, pictures
 
 LOOKED_AT = 5000
 """Pictures whose first bytes are read at the start; of larger sets this many, evenly spread."""
@@ -136,3 +140,14 @@ def stamp(path: str | None) -> str:
     except OSError:
         return f"{path}\0absent\0"
     return f"{path}\0{found.st_size}\0{found.st_mtime_ns}\0"
+
+
+def entries_below(root: str | Path, key: str) -> list[Entry]:
+    """Every picture below a folder, without labels. `key` names it in errors. Raises DataError."""
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise DataError(f"{key}={root}: {no_folder(root)}")
+    found = pictures(root)
+    if not found:
+        raise no_pictures(key, root, "any depth")
+    return [Entry(id, str(root / name)) for id, name in zip(of_results(found), found, strict=True)]

@@ -17,12 +17,13 @@ from common import about, distributed
 from common.errors import ConfigError, DataError, did_you_mean
 from common.files import cache_folder
 from common.spec import ClassMeta, ViewSpec
-from datamodules.base import cache, reading, sampling, views
+from datamodules.base import cache, sampling, views
 from datamodules.base.dataset import BrokenFiles, CheckedLoader, Collate, PictureDataset
 from datamodules.base.decoded import DecodedStore
 from datamodules.base.label_map import ForeignIds
 from datamodules.base.regions import RegionFiles
 from datamodules.base.transforms import Geometry
+from datamodules.files import reading
 
 __all__ = ["SegmentationDataModule", "Source", "available", "load_datamodule"]
 
@@ -32,7 +33,7 @@ class Source(Protocol):
 
     `read(i)` gives (image uint8 [H,W,3], label integer [H,W] with 255 = ignore, or None where the picture has none) and
     is a pure function of i: it is called in worker processes, in any order. A picture that cannot be read raises
-    `datamodules.base.reading.UnreadableError` (a DataError): it is named, counted and skipped. Any other LabelfreeError
+    `files.reading.UnreadableError` (a DataError): it is named, counted and skipped. Any other LabelfreeError
     stops the run at once with its line.
     A source may also have `check() -> dict[file, message]`: the unreadable files that a quick look at the start finds;
     and `labelled() -> list[int]`: the indices of the pictures that have a label, where not all of them have;

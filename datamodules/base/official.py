@@ -16,9 +16,8 @@ from typing import Any, ClassVar
 from common.errors import ConfigError, DataError
 from common.files import no_folder
 from datamodules.base.label_map import LabelMap
-from datamodules.base.listed import Entry, ListedSource
+from datamodules.base.listed import Entry, ListedSource, entries_below
 from datamodules.base.module import SegmentationDataModule
-from datamodules.folder import pictures_below
 
 log = logging.getLogger(__name__)
 
@@ -225,7 +224,7 @@ class OfficialDataModule(SegmentationDataModule):
         """Pictures of `data.train_roots`: those of `data.root` as published, all others without labels."""
         if Path(root).expanduser().resolve() == Path(self.data.root or "").expanduser().resolve():
             return self.entries("train")
-        return pictures_below(root, "data.train_roots").entries
+        return entries_below(root, "data.train_roots")
 
     def _compare(self, split: str, count: int) -> None:
         official = self.official_count(split)

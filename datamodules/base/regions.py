@@ -27,8 +27,8 @@ from common.files import make_output, no_folder, whole
 from common.formats.sums import SUM, checksum, read_sealed, write_sealed
 from common.spec import RegionSpec
 from datamodules.base.cache import PROGRESS, together
-from datamodules.base.reading import UnreadableError, fingerprint, is_picture, read_label
 from datamodules.files.opening import opened
+from datamodules.files.reading import UnreadableError, fingerprint, is_picture, read_label
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from common import chance
 from common.errors import DataError
 from common.spec import IGNORE
 from datamodules.base.listed import Entry
-from datamodules.base.reading import UnreadableError, read_label, turned
+from datamodules.files.reading import UnreadableError, read_label, turned
 from datamodules.own import label_values, palettes
 from datamodules.own.label_values import KEY, LabelValues
 from datamodules.own.pairing import NAMED

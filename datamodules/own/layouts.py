@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import DataError
-from datamodules.base.reading import is_picture
+from datamodules.files.reading import is_picture
+from datamodules.files.walking import files_below, pictures
 from datamodules.own.pairing import is_label
-from datamodules.own.walking import files_below, pictures
 
 PICTURES = ("images", "jpegimages", "imgs", "image", "img")
 """Names of folders of pictures, in small letters; the first is that of the own layout."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_only
 
 from common.errors import DataError
-from datamodules.own.walking import files_below
+from datamodules.files.walking import files_below
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from common.errors import DataError
 from datamodules.files.opening import opened
+from datamodules.files.walking import files_below
 from datamodules.own.layouts import LABELS, SPLITS, without_split
 from datamodules.own.pairing import is_label
-from datamodules.own.walking import files_below
 
 log = logging.getLogger(__name__)
 

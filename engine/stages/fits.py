@@ -1,6 +1,6 @@
 """Fit steps of an offline stage inside a Trainer: their batches, and how a killed one goes on."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 import torch
@@ -9,17 +9,15 @@ from lightning.pytorch.callbacks import Callback
 from common import chance, distributed
 from common.errors import ConfigError
 from datamodules.base import sampling
+from engine.stages.plan import Plan
 from pseudo_labels.cache import Place
 from pseudo_labels.steps import FitStep, Results
-
-if TYPE_CHECKING:
-    from engine.stages.stage import Stage
 
 
 class FitBatches(L.LightningDataModule):
     """Keyed batches of training pictures with the step's view, never with a label."""
 
-    def __init__(self, stage: "Stage", step: FitStep, results: Results) -> None:
+    def __init__(self, stage: Plan, step: FitStep, results: Results) -> None:
         super().__init__()
         self.stage, self.step, self.view = stage, step, step.view(results)
         self.todo = step.steps * step.batch_size
@@ -42,7 +40,7 @@ class FitBatches(L.LightningDataModule):
 class FitKeeper(Callback):
     """Saves a fit step now and then, and puts the streams of libraries where the checkpoint has them."""
 
-    def __init__(self, stage: "Stage", step: FitStep, place: Place) -> None:
+    def __init__(self, stage: Plan, step: FitStep, place: Place) -> None:
         self.every, self.seed, self.name = stage.cfg.trainer.checkpoint_every, int(stage.cfg.seed), step.name
         self.last = place.path / "last.ckpt"
         self.state: dict[str, Any] | None = None

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 import torch
@@ -17,12 +17,10 @@ from common import distributed
 from common.errors import ConfigError, DataError, LabelfreeError
 from common.files import size_text
 from datamodules.base.transforms import NATIVE
+from engine.stages.plan import Plan
 from pseudo_labels import cache
 from pseudo_labels.cache import Place, Record
 from pseudo_labels.steps import MapStep, ReduceStep, Results
-
-if TYPE_CHECKING:
-    from engine.stages.stage import Stage
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +60,7 @@ class MapRunner(L.LightningModule):
 class MapData(L.LightningDataModule):
     """The pictures of the shards that are missing, whole shards on each rank; asks the disk before it begins."""
 
-    def __init__(self, stage: "Stage", step: MapStep, place: Place) -> None:
+    def __init__(self, stage: Plan, step: MapStep, place: Place) -> None:
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer shards may be missing than ranks
         self.stage, self.step, self.place = stage, step, place

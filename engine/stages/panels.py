@@ -9,7 +9,7 @@ import numpy as np
 from common.palette import default_palette
 from common.spec import IGNORE, ClassMeta
 from datamodules.base import SegmentationDataModule
-from datamodules.base.reading import UnreadableError
+from datamodules.files.reading import UnreadableError
 from pseudo_labels.views import Shades, Strongest, View
 from reporting import panels
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
@@ -18,9 +17,6 @@ from omegaconf import DictConfig
 from common import chance, distributed
 from common.errors import ConfigError, DataError
 from common.files import cache_folder, make_output, size_text
-from common.precision import usable
-from datamodules.base import SegmentationDataModule
-from datamodules.base.transforms import NATIVE
 from datamodules.folder import expect_apart
 from engine import checkpoints, setup
 from engine.callbacks import screen
@@ -39,8 +35,9 @@ from engine.stages.maps import (
     share,
 )
 from engine.stages.panels import write_maps, write_panel
+from engine.stages.plan import Plan
 from engine.stages.progress import StageProgress
-from lightning_modules.base.staged import StagedSegmenter, check_stage
+from lightning_modules.base.staged import StagedSegmenter
 from pseudo_labels import cache
 from pseudo_labels.cache import Arrays, Place, Records, Weights
 from pseudo_labels.steps import FitStep, MapStep, ReduceStep, Results, Step
@@ -49,57 +46,11 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Stage:
-    """The steps of a method on its data, and where each of them is kept."""
+class Stage(Plan):
+    """A plan, and running what is missing of it."""
 
-    cfg: DictConfig
-    data: SegmentationDataModule
-    model: StagedSegmenter
     preemption: Preemption | None = None
     """Stops a step at a signal; whole shards stay."""
-
-    def __post_init__(self) -> None:
-        self.settings = self.cfg.method.stage
-        check_stage(self.settings)
-        self.steps = {step.name: step for step in self.model.steps(self.data)}
-        self.root = cache_folder(self.cfg) / "pseudo" / f"{self.cfg.method.name}-{self.cfg.data.name}"
-        self.places: dict[str, Place] = {}
-        for name, step in self.steps.items():
-            unknown = [need for need in step.needs if need not in self.places]
-            if unknown:
-                raise ValueError(f"step '{name}' needs '{unknown[0]}', which does not stand before it")
-            self.places[name] = Place(self.root, name, self._facts(step))
-
-    @property
-    def name(self) -> str:
-        """Fingerprints of all steps, for checkpoints."""
-        return " ".join(place.path.name for place in self.places.values())
-
-    def _facts(self, step: Step) -> dict[str, Any]:
-        """Everything that the result of a step depends on."""
-        facts = step.identity() | {"needs": {need: self.places[need].fingerprint for need in step.needs}}
-        facts["torch"] = torch.__version__
-        if isinstance(step, ReduceStep):
-            return facts
-        accelerator = "gpu" if torch.cuda.is_available() and self.cfg.trainer.accelerator != "cpu" else "cpu"
-        split = step.split if isinstance(step, MapStep) else "train"
-        facts |= {
-            "pictures": self.data.fingerprint(split, step.geometry()),
-            "precision": usable(self.cfg.trainer.precision, accelerator),
-        }
-        if isinstance(step, MapStep):
-            backbone = step.backbone.features_key if step.backbone is not None else None
-            return facts | {"backbone": backbone, "shard": self.settings.shard, "batch": self.batch(step)}
-        return facts | {"steps": step.steps, "batch": step.batch_size, "seed": int(self.cfg.seed)}
-
-    def batch(self, step: MapStep) -> int:
-        """Pictures of one pass: those with a shape of their own come one at a time."""
-        crop = step.geometry().crop
-        if crop not in ("none", "keep", NATIVE):
-            raise ValueError(f"step '{step.name}': crop {crop}; a record is of a whole picture (none, keep, native)")
-        return self.settings.batch_size if crop == "none" else 1
-
-    # ------------------------------------------------------------------ running
 
     def run(self) -> Results:
         """What all steps give; those that are missing are computed first. All processes of a run call it.

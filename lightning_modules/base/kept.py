@@ -1,7 +1,7 @@
 """Frozen features of the training and validation pictures, kept in files (`backbone.cache_features`)."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,15 +10,13 @@ from common.errors import ConfigError
 from common.files import cache_folder
 from common.precision import usable
 from datamodules.base.transforms import FIXED_CROPS, Geometry
+from lightning_modules.base.asked import Asked
 from models import feature_store
 from models.backbone import Features
 from models.feature_store import FeatureStore, Layout
 
-if TYPE_CHECKING:
-    from lightning_modules.base.segmenter import UnsupervisedSegmenter
 
-
-def check_kept(method: "UnsupervisedSegmenter") -> None:
+def check_kept(method: Asked) -> None:
     """Raises ConfigError where features cannot be kept: they change, or the method has no use for them."""
     cfg = method.cfg
     off = "set backbone.cache_features=false"
@@ -42,7 +40,7 @@ def check_kept(method: "UnsupervisedSegmenter") -> None:
 
 
 @torch.no_grad()
-def keep_features(method: "UnsupervisedSegmenter", data: Any) -> dict[str, FeatureStore]:
+def keep_features(method: Asked, data: Any) -> dict[str, FeatureStore]:
     """Split -> its features, read from `cache.dir` or computed now; a collective. `data`: the DataModule.
 
     The validation pictures are left out where they keep their own sizes (`data.eval_crop=keep`).
@@ -60,7 +58,7 @@ def keep_features(method: "UnsupervisedSegmenter", data: Any) -> dict[str, Featu
     return {split: _keep(method, data, split, g) for split, g in geometries.items() if g.crop in FIXED_CROPS}
 
 
-def _keep(method: "UnsupervisedSegmenter", data: Any, split: str, geometry: Geometry) -> FeatureStore:
+def _keep(method: Asked, data: Any, split: str, geometry: Geometry) -> FeatureStore:
     backbone, multiple = method.backbone, data.pad_multiple
     height, width = (-(-side // multiple) * multiple for side in geometry.kept_size(1, 1))
     layout = Layout.of(_features(method, torch.zeros(1, 3, height, width)))
@@ -77,6 +75,6 @@ def _keep(method: "UnsupervisedSegmenter", data: Any, split: str, geometry: Geom
     return feature_store.provide(path, items, layout, batches(), what, method.device)
 
 
-def _features(method: "UnsupervisedSegmenter", images: Tensor) -> Features:
+def _features(method: Asked, images: Tensor) -> Features:
     with method.trainer.precision_plugin.forward_context():
         return method.backbone.features(images.to(method.device))

@@ -1,7 +1,7 @@
 """The table of near training pictures, for methods that want a neighbour beside every picture (`neighbours`)."""
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,17 +10,15 @@ from common import chance
 from common.errors import ConfigError
 from common.files import cache_folder
 from common.spec import NeighbourSpec
+from lightning_modules.base.asked import Asked
 from models.heads import drop_channels
 from retrieval import neighbours
-
-if TYPE_CHECKING:
-    from lightning_modules.base.segmenter import UnsupervisedSegmenter
 
 log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def near_pictures(method: "UnsupervisedSegmenter", data: Any, spec: NeighbourSpec) -> tuple[str, Tensor]:
+def near_pictures(method: Asked, data: Any, spec: NeighbourSpec) -> tuple[str, Tensor]:
     """Fingerprint and table int64 [items,stored] of the training items nearest to each; a collective.
 
     data: the DataModule.

@@ -1,15 +1,13 @@
 """Contour regions of the training pictures for a method that wants them: read from a folder, or computed once."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common.files import cache_folder
 from common.spec import RegionSpec
 from datamodules.base import regions
 from datamodules.base.sampling import worker_count
 from grouping.regions import check_spec, over_segment
-
-if TYPE_CHECKING:
-    from lightning_modules.base.segmenter import UnsupervisedSegmenter
+from lightning_modules.base.asked import Asked
 
 
 def region_spec(settings: Any) -> RegionSpec:
@@ -19,7 +17,7 @@ def region_spec(settings: Any) -> RegionSpec:
     return spec
 
 
-def region_files(method: "UnsupervisedSegmenter", data: Any, spec: RegionSpec) -> regions.RegionFiles:
+def region_files(method: Asked, data: Any, spec: RegionSpec) -> regions.RegionFiles:
     """The region files of the training pictures of a DataModule; a collective. Raises ConfigError, DataError."""
     source = data.source("train")
     if spec.source == "folder":

@@ -17,7 +17,7 @@ from datamodules.base.transforms import Geometry, both_sides
 from grouping.windows import crop_boxes
 from lightning_modules.families.graph_cuts import patch_of
 from models.backbone import Backbone
-from models.vit.class_token import ClassPath, class_path, pooled_path, token_width, tokens
+from models.class_token import ClassPath, class_path, pooled_path, token_width, tokens
 from pseudo_labels.cache import Record
 from pseudo_labels.steps import MapStep, new_record
 

@@ -34,8 +34,8 @@ from lightning_modules.transfgu.crops import BACKGROUND, FOREGROUND, Crops, Pool
 from lightning_modules.transfgu.steps import ConceptMaps, Concepts, Places, check_crops, maps_at, resolved
 from losses import concepts
 from models.backbone import Features
+from models.class_token import token_kind, token_width
 from models.mask_decoder import MaskDecoder
-from models.vit.class_token import token_kind, token_width
 from pseudo_labels.cache import Records
 from pseudo_labels.steps import Results, Step
 from pseudo_labels.views import Soft, Strongest, View

@@ -19,7 +19,7 @@ from grouping.segments import segment_means
 from lightning_modules.families.graph_cuts import patch_of
 from lightning_modules.transfgu.crops import FOREGROUND, stage_geometry
 from models.backbone import Backbone
-from models.vit.class_token import ClassPath, class_path
+from models.class_token import ClassPath, class_path
 from pseudo_labels.cache import Record, Records
 from pseudo_labels.steps import MapStep, ReduceStep, Results, new_record
 from pseudo_labels.views import View

@@ -15,7 +15,7 @@ from common import chance, names
 from common.errors import ConfigError
 from common.names import of_results, shown
 from common.spec import ClassMeta
-from datamodules.base import reading
+from datamodules.files import reading
 from evaluation.matching import score
 from reporting import page as pages
 from reporting import panels, report

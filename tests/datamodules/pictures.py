@@ -9,7 +9,7 @@ from PIL import Image
 
 from common.spec import ClassMeta
 from datamodules.base import SegmentationDataModule
-from datamodules.base.reading import UnreadableError
+from datamodules.files.reading import UnreadableError
 
 YAML = Path(__file__).parents[2] / "configs" / "data" / "folder.yaml"
 

@@ -9,11 +9,11 @@ from PIL import Image
 
 import run
 from common import memory
-from datamodules.base import reading
+from datamodules.base import shapes
 from datamodules.base.dataset import PictureDataset
-from datamodules.base.reading import UnreadableError, WindowsOnlyError, read_picture
 from datamodules.base.transforms import NATIVE, Geometry
-from datamodules.files import opening, shapes
+from datamodules.files import opening, reading
+from datamodules.files.reading import UnreadableError, WindowsOnlyError, read_picture
 from datamodules.folder import pictures_below
 from reporting import panels
 from tests.conftest import run_small

@@ -17,7 +17,7 @@ from lightning_modules.transfgu import steps as steps
 from lightning_modules.transfgu.crops import BACKGROUND, FOREGROUND, Crops, PooledCrops
 from lightning_modules.transfgu.module import TransFGU
 from models.backbone import Backbone
-from models.vit.class_token import ClassPath, class_path, token_kind, tokens
+from models.class_token import ClassPath, class_path, token_kind, tokens
 from pseudo_labels.cache import Record
 from tests.conftest import small_words
 

@@ -9,8 +9,8 @@ import torch
 
 import config
 from common.errors import ConfigError, DataError, LabelfreeError
-from datamodules.base.reading import UnreadableError
 from datamodules.base.transforms import Geometry
+from datamodules.files.reading import UnreadableError
 from datamodules.scenes.module import ScenesDataModule
 from engine.stages.maps import MapData, mean_sides
 from engine.stages.stage import pseudo

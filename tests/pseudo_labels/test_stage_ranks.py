@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import LabelfreeError
-from datamodules.base.reading import UnreadableError
+from datamodules.files.reading import UnreadableError
 from datamodules.scenes.module import ScenesDataModule
 from engine.stages.stage import Stage
 from pseudo_labels.cache import Place

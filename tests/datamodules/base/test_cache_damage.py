@@ -10,7 +10,7 @@ from PIL import Image
 
 from datamodules.base import regions
 from datamodules.base.decoded import DecodedStore
-from datamodules.base.reading import UnreadableError
+from datamodules.files.reading import UnreadableError
 from tests.datamodules.base.test_cache import everything, files, made, own_memory, same
 from tests.datamodules.base.test_regions import Places, plan
 from tests.datamodules.pictures import labelled_folder

@@ -9,7 +9,7 @@ import run
 from common import ending
 from common.errors import ConfigError, DataError
 from datamodules.base.dataset import read_pair
-from datamodules.base.reading import UnreadableError
+from datamodules.files.reading import UnreadableError
 from lightning_modules.base import UnsupervisedSegmenter
 
 PICTURE = np.zeros((4, 6, 3), np.uint8)

@@ -11,8 +11,8 @@ from common.errors import ConfigError, DataError
 from common.spec import Geometric, RegionSpec, ViewSpec
 from datamodules.base import regions, transforms, views
 from datamodules.base.dataset import Collate, PictureDataset
-from datamodules.base.reading import UnreadableError
 from datamodules.base.transforms import Geometry
+from datamodules.files.reading import UnreadableError
 
 
 class Places:

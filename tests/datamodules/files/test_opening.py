@@ -9,9 +9,8 @@ import pytest
 from PIL import EpsImagePlugin, Image, features
 
 import run
-from datamodules.base import reading
-from datamodules.base.reading import UnreadableError
-from datamodules.files import opening
+from datamodules.files import opening, reading
+from datamodules.files.reading import UnreadableError
 from tests.datamodules.pictures import noise, save
 
 ROOT = Path(opening.__file__).parents[2]

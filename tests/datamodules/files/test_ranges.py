@@ -9,9 +9,9 @@ import tifffile
 from PIL import Image
 
 from common.errors import ConfigError, DataError
-from datamodules.base.reading import UnreadableError, read_picture
 from datamodules.files import ranges
 from datamodules.files.opening import opened
+from datamodules.files.reading import UnreadableError, read_picture
 from datamodules.folder import FolderDataModule, pictures_below
 from tests.datamodules.pictures import config, noise, save
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 import config as configuration
 from common.errors import ConfigError, DataError
-from datamodules.base import reading
+from datamodules.files import reading
 from datamodules.folder import FolderDataModule
 from datamodules.own.label_values import LabelValues, suggestion
 from tests.datamodules.pictures import config, noise, save, write_classes

@@ -12,10 +12,10 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from common import chance
 from datamodules.base.listed import Entry
-from datamodules.base.reading import is_alpha
 from datamodules.files import ranges
 from datamodules.files.opening import opened
 from datamodules.files.ranges import FULL, KEY, Range
+from datamodules.files.reading import is_alpha
 
 log = logging.getLogger(__name__)
 

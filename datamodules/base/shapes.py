@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from datamodules.base.reading import WindowsOnlyError
 from datamodules.base.transforms import NATIVE, Geometry, both_sides, five_crop_boxes, resized_size
+from datamodules.files.reading import WindowsOnlyError
 
 MOST = 16
 """Times the usual number of pixels (`data.train_size`, `data.eval_size` or `predict.size`, squared) that a picture may

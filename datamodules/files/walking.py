@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.errors import ConfigError
+from common.errors import ConfigError, DataError
 from common.files import MARK
 from common.names import shown
-from datamodules.base.reading import is_picture
+from datamodules.files.opening import ENDINGS
+from datamodules.files.reading import is_picture
 
 log = logging.getLogger(__name__)
 
@@ -163,3 +164,11 @@ def expect_apart(folders: list[tuple[str, Path]], key: str, target: str | Path) 
             raise ConfigError(
                 f"{key}={target}: lies in {named}={folder} and would be read as pictures; name another folder"
             )
+
+
+def no_pictures(key: str, folder: Path, where: str) -> DataError:
+    """What is wrong with a folder without pictures. where: the depth that was looked at."""
+    return DataError(
+        f"{key}: no pictures found in {folder} ({where}); looked for files ending in {', '.join(ENDINGS)}, in small or "
+        "capital letters"
+    )

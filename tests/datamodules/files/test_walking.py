@@ -7,9 +7,9 @@ import pytest
 
 from common.errors import ConfigError
 from common.files import make_output
-from datamodules.base.reading import is_picture
+from datamodules.files.reading import is_picture
+from datamodules.files.walking import expect_apart, files_below, reads, walk
 from datamodules.folder import pictures_below
-from datamodules.own.walking import expect_apart, files_below, reads, walk
 from tests.datamodules.pictures import noise, save
 
 

@@ -10,8 +10,9 @@ import torch
 import config
 import run
 from datamodules.base import SegmentationDataModule
+from models import published
 from models.backbone import Backbone
-from models.pretrained import published, weights
+from models.pretrained import weights
 
 BUNDLED = Path(weights.BUNDLED) / "tiny.safetensors"
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from common.errors import DataError
-from datamodules.base import reading
-from datamodules.base.reading import UnreadableError
+from datamodules.files import reading
+from datamodules.files.reading import UnreadableError
 from tests.datamodules.pictures import noise, save
 
 KINDS = {

@@ -47,7 +47,7 @@ def tree(tmp_path):
     [
         ("common/errors.py", "import launch.words", "common is not allowed to import launch"),
         ("evaluation/crf.py", "from reporting import panels", "evaluation is not allowed to import reporting"),
-        ("lightning_modules/base/optim.py", "from lightning_modules import stego", "cycles are allowed in lightning_modules"),
+        ("lightning_modules/base/optim.py", "from lightning_modules import stego", "allowed in lightning_modules"),
         ("common/spec.py", "import common.names", None),
         ("grouping/masks.py", "import faiss", "grouping.masks -> faiss"),
         ("inference/naming.py", "import timm", "inference.naming -> timm"),

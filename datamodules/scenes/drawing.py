@@ -11,8 +11,7 @@ import numpy as np
 
 from common.chance import numpy_generator
 from common.spec import ClassMeta
-from datamodules.scenes import stuff as stuff
-from datamodules.scenes import things as things
+from datamodules.scenes import stuff, things
 from datamodules.scenes.canvas import Canvas, Colour, Dice, noise
 
 META = ClassMeta(

@@ -13,7 +13,7 @@ from common.errors import ConfigError
 from common.spec import IGNORE
 from datamodules.base.transforms import Replay, replay
 from engine import setup
-from lightning_modules.transfgu import steps as steps
+from lightning_modules.transfgu import steps
 from lightning_modules.transfgu.crops import BACKGROUND, FOREGROUND, Crops, PooledCrops
 from lightning_modules.transfgu.module import TransFGU
 from models.backbone import Backbone

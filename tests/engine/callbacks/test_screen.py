@@ -17,7 +17,7 @@ ROOT = Path(run.__file__).parent
 SCRIPT = """
 import logging, os, sys, time, warnings
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-from engine import screen
+from engine.callbacks import screen
 log = logging.getLogger("labelfree")
 with screen.showing("auto"):
     shown = screen.current()

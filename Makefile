@@ -25,6 +25,7 @@ METHODS ?=
 SEEDS ?=
 RUNS ?=
 EVAL ?=
+PUBLISHED ?=
 NAME =
 DRY ?=
 SWEEP ?= $(METHOD)
@@ -66,7 +67,7 @@ PARALLEL = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train pseudo eval predict retrieve clusters explain compare export import-checkpoint data weights list show-config doctor sweep slurm test test-fast test-ddp test-slurm \
-	test-slow test-realdata test-gpu reference bench lint lock clean
+	test-slow test-realdata test-gpu reference bench lint published lock clean
 
 help: ## this page
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | awk -F'\t' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -109,9 +110,9 @@ clusters: $(READY) ## CKPT=… [SWEEP=6..40 | K=8] [ARGS=…]: what each cluster
 explain: $(READY) ## CKPT=… IMAGE=… POINT=x,y [ARGS=…]: why the patch at a pixel is what it is, as pngs and html
 	@$(PY) run.py explain ckpt="$(CKPT)" image="$(IMAGE)" point=$(POINT) $(ARGS)
 
-compare: $(READY) ## METHODS="a b" SEEDS="0 1 2" [DATA= BACKBONE= TRAINER= STEPS= NAME= ARGS=] or RUNS="runs/a runs/b" [EVAL="evaluation.crf=dense"]: trains what is missing, or scores anew; one table, one page
+compare: $(READY) ## METHODS="a b" SEEDS="0 1 2" [DATA= BACKBONE= TRAINER= STEPS= NAME= ARGS=] or RUNS="runs/a runs/b" [EVAL="evaluation.crf=dense"] [PUBLISHED=cocostuff27]: trains what is missing, or scores anew; one table, one page
 	@$(PY) run.py compare $(if $(METHODS),methods="$(METHODS)") $(if $(SEEDS),seeds="$(SEEDS)") $(if $(RUNS),runs="$(RUNS)") \
-		$(if $(EVAL),eval="$(EVAL)") $(if $(NAME),name="$(NAME)") $(GROUPS) $(ARGS)
+		$(if $(EVAL),eval="$(EVAL)") $(if $(PUBLISHED),published="$(PUBLISHED)") $(if $(NAME),name="$(NAME)") $(GROUPS) $(ARGS)
 
 export: $(READY) ## CKPT=… OUTPUT=….pt2 [ARGS=…]: backbone, head and centroids as one torch.export program
 	@$(PY) run.py export ckpt="$(CKPT)" output="$(OUTPUT)" $(ARGS)
@@ -179,6 +180,9 @@ bench: $(READY) ## [ARGS=…]: time and memory beside the plain formulation; pic
 lint: $(READY) ## ruff; import-linter: which room may import which (pyproject.toml)
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
 	@$(PY) -c "from importlinter.cli import lint_imports_command as lint; lint()" --no-logo --no-cache
+
+published: $(READY) ## docs/published.md from configs/published.csv, what papers report
+	@$(PY) -m reporting.published
 
 lock: ## requirements.lock from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --extra dev --universal --no-emit-index-url --no-header --no-annotate -q -o requirements.lock

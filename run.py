@@ -123,7 +123,7 @@ def clusters(words: list[str]) -> None:
 
 
 def compare(words: list[str]) -> None:
-    """compare methods="a b" seeds="0 1 2" [data=… key=value …] | runs="runs/a runs/b" [eval="key=value …"]: a table"""
+    """compare methods="a b" seeds="0 1 2" [data=… key=value …] | runs="…" [eval="…"] [published=…]: one table"""
     import config
     from launch import asked
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import config
 from common.errors import ConfigError
 from launch.submit import count
+from reporting import published
 
-OWN_WORDS = ("methods", "runs", "seeds", "name", "part", "eval")
+OWN_WORDS = ("methods", "runs", "seeds", "name", "part", "eval", "published")
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class Asked:
     folders: list[str]
     words: dict[str, str]
     """Those of the trainings, with `a:key` for method `a` alone."""
+    cited: list[published.Cited]
+    """Published rows that stand below the measured ones."""
 
     @property
     def parent(self) -> Path:
@@ -48,7 +51,8 @@ def read(named: dict[str, str]) -> Asked:
         if ":" in key and key.partition(":")[0] not in methods:
             raise ConfigError(f"{key}={words[key]}: {key.partition(':')[0]} is none of methods={' '.join(methods)}")
     seeds = [count("seeds", word, 0) for word in named.get("seeds", "0").split()]
-    asked = Asked(methods, seeds, folders, words)
+    cited = published.of(named["published"]) if "published" in named else []
+    asked = Asked(methods, seeds, folders, words, cited)
     for method in methods:
         own = asked.words_of(method)
         config.compose([f"method={method}", *(f"{key}={value}" for key, value in own.items())])

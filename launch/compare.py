@@ -4,6 +4,7 @@
 `a` alone. A finished run of the same configuration below `run.dir` is taken as it is, whoever trained it; the others
 are trained one after the other. The same command goes on where it was stopped. `part=i/n`: one share of a job array.
 `eval="evaluation.crf=dense"` scores all of them anew from their checkpoints, once, in place of training them again.
+`published=cocostuff27` puts what publications report on a data set below, in tables of its own.
 """
 
 import csv
@@ -11,6 +12,7 @@ import hashlib
 import logging
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from launch.finished import read_run
 from launch.trials import Queue, Trial, part_of
 from reporting import comparison, comparison_page, comparison_tables
 from reporting.comparison import Finished, Section
+from reporting.published import Cited
 
 log = logging.getLogger("labelfree.compare")
 
@@ -37,6 +40,7 @@ class Comparison(Queue):
 
     def __init__(self, named: dict[str, str]) -> None:
         asked = read(named)
+        self.cited = asked.cited
         words, methods, seeds, folders, parent = asked.words, asked.methods, asked.seeds, asked.folders, asked.parent
         self.words = finished_runs.scoring_words(named.get("eval", ""))
         told = (sorted(words.items()), methods, seeds, folders, *[sorted(self.words)] * bool(self.words))
@@ -132,8 +136,13 @@ def classes_of(folder: Path) -> int:
         return sum(1 for _ in csv.DictReader(handle))
 
 
-def report(folder: Path, title: str, runs: list[Finished], missing: list[str]) -> list[Section]:
-    """Write table.md, table.tex, table.csv and index.html into `folder`. A training that is there twice counts once."""
+def report(
+    folder: Path, title: str, runs: list[Finished], missing: list[str], cited: Sequence[Cited] = ()
+) -> list[Section]:
+    """Write table.md, table.tex, table.csv and index.html into `folder`. A training that is there twice counts once.
+
+    `cited`: published rows, which stand below in tables of their own.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     runs, twice = comparison.once(runs)
     for line in twice:
@@ -144,9 +153,9 @@ def report(folder: Path, title: str, runs: list[Finished], missing: list[str]) -
             found = [recipes.published_recipe(run.config) for run in entry.runs]
             if found[0] is not None and len(set(found)) == 1:
                 entry.published, entry.source = recipes.figures(found[0])
-    write_text(folder / "table.md", comparison_tables.markdown(sections, title))
-    write_text(folder / "table.tex", comparison_tables.latex(sections, title))
-    write_text(folder / "table.csv", comparison_tables.as_csv(sections))
+    write_text(folder / "table.md", comparison_tables.markdown(sections, title, cited))
+    write_text(folder / "table.tex", comparison_tables.latex(sections, title, cited))
+    write_text(folder / "table.csv", comparison_tables.as_csv(sections, cited))
     shown = [galleries.gallery(section) for section in sections]
     write_text(folder / "index.html", comparison_page.render(title, sections, shown, missing, twice))
     return sections
@@ -178,7 +187,7 @@ def main(words: list[str]) -> int:
         raise LabelfreeError(f"compare: no training ended, so there is nothing to compare; first: {missing[0]}")
     title = named.get("name") or ", ".join(dict.fromkeys(run.metrics["method"] for run in runs))
     title += f" ({' '.join(queue.words)})" if queue.words else ""
-    sections = report(queue.folder, f"Comparison: {title}", runs, missing)
-    sys.stdout.write(comparison_tables.markdown(sections, f"Comparison: {title}"))
+    sections = report(queue.folder, f"Comparison: {title}", runs, missing, queue.cited)
+    sys.stdout.write(comparison_tables.markdown(sections, f"Comparison: {title}", queue.cited))
     print(f"\n{queue.folder / 'index.html'}; table.md, table.tex and table.csv are beside it")
     return code

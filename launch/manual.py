@@ -30,6 +30,7 @@ MEANING = {
     "name": "of the data set, or of the comparison's folder",
     "root": "the folder that is checked",
     "eval": "words with which the finished runs are scored anew, as evaluation.crf=dense",
+    "published": "a data set whose published rows stand below the measured ones, greyed and with their source",
     "fetch": "true: downloads it",
     "rebuild": "true: makes lists anew that can be made out of the files",
     "from": "whose file it is",

@@ -7,7 +7,9 @@ from io import StringIO
 
 from common.names import shown
 from evaluation import headline
+from reporting import published
 from reporting.comparison import FEW, SCORE, Entry, Score, Section, column_name
+from reporting.published import Cited
 
 STAGES = {"val": "Scores of the last step", "best": "Scores of the best checkpoint"}
 
@@ -62,8 +64,9 @@ def protocol_text(section: Section) -> str:
     return ", ".join(f"{key.removeprefix('protocol/')} {value}" for key, value in section.protocol.items())
 
 
-def markdown(sections: Sequence[Section], title: str) -> str:
-    """Tables to paste into a README or an issue: one a section, the last step before the best checkpoint."""
+def markdown(sections: Sequence[Section], title: str, cited: Sequence[Cited] = ()) -> str:
+    """Tables to paste into a README or an issue: one a section, the last step before the best checkpoint, and published
+    rows below them."""
     lines = [f"# {title}", ""]
     for number, section in enumerate(sections, 1):
         if len(sections) > 1:
@@ -89,7 +92,7 @@ def markdown(sections: Sequence[Section], title: str) -> str:
                 lines.append(_row(cells))
             lines.append("")
         lines += [f"- {note}" for note in section.notes()]
-    return "\n".join(map(harmless, lines)).rstrip() + "\n"
+    return "\n".join(map(harmless, lines)).rstrip() + "\n" + published.markdown(cited)
 
 
 def harmless(line: str) -> str:
@@ -101,7 +104,7 @@ def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def latex(sections: Sequence[Section], title: str) -> str:
+def latex(sections: Sequence[Section], title: str, cited: Sequence[Cited] = ()) -> str:
     """A table environment a section (needs booktabs): the last step, or the best checkpoint where published figures
     stand beside it; captions name which, the protocol and its difference."""
     label = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "comparison"
@@ -136,7 +139,7 @@ def latex(sections: Sequence[Section], title: str) -> str:
                 below = f"\\quad published: {escape(published_text(entry))}"
                 parts.append(f"    \\multicolumn{{{len(heads) + len(columns)}}}{{l}}{{{below}}} \\\\")
         parts.append("    \\bottomrule\n  \\end{tabular}\n\\end{table}")
-    return "\n".join(parts) + "\n"
+    return "\n".join(parts) + "\n" + published.latex(cited, escape)
 
 
 def caption(section: Section, stage: str = "val") -> str:
@@ -186,11 +189,19 @@ def escape(text: str) -> str:
     return "".join(special.get(char, char) for char in text).replace("->", "$\\to$")
 
 
-def as_csv(sections: Sequence[Section]) -> str:
-    """A row for every entry, stage and score: section, method, …, mean, standard deviation, number of runs."""
+CITED = ["data", "published protocol", "source", "caution"]
+"""Columns of the csv that only published rows fill."""
+
+
+def as_csv(sections: Sequence[Section], cited: Sequence[Cited] = ()) -> str:
+    """A row for every entry, stage and score: section, method, …, mean, standard deviation, number of runs.
+
+    Published rows have `cited` in place of a protocol's number, and with them there are the columns of CITED.
+    """
     buffer = StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["protocol", *HEADS, "headline", "stage", "probe", "metric", "mean", "std", "runs", "published"])
+    writer.writerow(["protocol", *HEADS, "headline", "stage", "probe", "metric", "mean", "std", "runs", "published",
+                     *CITED * bool(cited)])  # fmt: skip
     for number, section in enumerate(sections, 1):
         for entry in section.entries:
             for stage in STAGES:
@@ -212,5 +223,13 @@ def as_csv(sections: Sequence[Section]) -> str:
                         score.count,
                         figure,
                     ]
-                    writer.writerow(row)
+                    writer.writerow([*row, *[""] * len(CITED) * bool(cited)])
+    for row in cited:
+        for name, figure in row.figures().items():
+            probe, _, metric = name.rpartition(" ") if name.endswith((" acc", " mIoU")) else ("", "", name)
+            mean, _, spread = figure.partition(" ± ")
+            score = ["", "cited", probe, metric.replace("mIoU", "miou"), mean, spread]
+            length_and_labels = [""] * (len(HEADS) - 2)
+            told = [row.data, row.protocol, row.source, row.caution]
+            writer.writerow(["cited", row.method, row.backbone, *length_and_labels, *score, "", "", *told])
     return buffer.getvalue()

@@ -32,8 +32,8 @@ def all_lines() -> Iterator[str]:
     methods = config.names("method")
     width = max(map(len, methods))
     for number, name in enumerate(methods):
-        remark = facts(name).remark
-        text = facts(name).summary + (f" ({remark})" if remark else "")
+        found = facts(name)
+        text = found.summary + (f" ({found.remark})" if found.remark else "")
         yield from wrapped(f"{'' if number else 'method':<11} {name:<{width}}  ", text)
     for group in GROUPS[1:]:
         yield from wrapped(f"{group:<11} ", ", ".join(config.names(group)) or "-")

@@ -127,6 +127,7 @@ def declared(module: str, name: str, key: str) -> Any:
     return None
 
 
+@cache
 def stored(node: ast.ClassDef) -> set[str]:
-    """Everything that a class assigns to, as it is written."""
+    """Everything that a class assigns to, as it is written; walked once, because each fact of each heir asks for it."""
     return {ast.unparse(item) for item in ast.walk(node) if isinstance(getattr(item, "ctx", None), ast.Store)}

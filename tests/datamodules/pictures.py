@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
+from common.errors import DataError
 from common.spec import ClassMeta
 from datamodules.base import SegmentationDataModule
 from datamodules.files.reading import UnreadableError
+from datamodules.folder import FolderDataModule
 
 YAML = Path(__file__).parents[2] / "configs" / "data" / "folder.yaml"
 
@@ -86,3 +89,17 @@ def labelled_folder(root: Path, train: int = 6, val: int = 2, classes: int = 3) 
             save(root / "labels" / split / f"{split}{i}.png", label)
     write_classes(root, [f"class{i}" for i in range(classes)])
     return root
+
+
+def module(root: Path, **data: object) -> FolderDataModule:
+    """The pictures below `root` as a data set, ready for use, however few there are."""
+    found = FolderDataModule(config(root=str(root), **({"batch_size": 1} | data)))
+    found.setup()
+    return found
+
+
+def refused(root: Path, kind: type[Exception] = DataError, **data: object) -> str:
+    """What is said of a folder that is no data set."""
+    with pytest.raises(kind) as error:
+        module(root, **data)
+    return str(error.value)

@@ -12,19 +12,7 @@ from datamodules.base.module import available, load_datamodule
 from datamodules.files.opening import ENDINGS
 from datamodules.folder import FolderDataModule, pictures_below
 from datamodules.own import label_look
-from tests.datamodules.pictures import config, labelled_folder, noise, save, write_classes
-
-
-def module(root, **data) -> FolderDataModule:
-    found = FolderDataModule(config(root=str(root), **data))
-    found.setup()
-    return found
-
-
-def refused(root, kind=DataError, **data) -> str:
-    with pytest.raises(kind) as error:
-        module(root, **data)
-    return str(error.value)
+from tests.datamodules.pictures import config, labelled_folder, module, noise, refused, save, write_classes
 
 
 def ids(source) -> list[str]:
@@ -306,7 +294,7 @@ def test_broken_pictures_are_named_counted_and_skipped(tmp_path, workers, caplog
     cut(root / "images" / "train" / "train2.png")
     cut(root / "labels" / "train" / "train5.png")
     cut(root / "images" / "val" / "val1.png")
-    found = module(root, workers=workers)
+    found = module(root, batch_size=4, workers=workers)
     train = list(found.train_dataloader())
     assert [len(batch["id"]) for batch in train] == [4, 4]
     messages = [message for batch in train for message in batch["broken"]]
@@ -333,7 +321,7 @@ def test_too_many_broken_pictures_stop_the_run_later(tmp_path):
     root = labelled_folder(tmp_path, train=8)
     for i in (1, 4, 6):
         cut(root / "images" / "train" / f"train{i}.png")
-    found = module(root)
+    found = module(root, batch_size=4)
     with pytest.raises(DataError) as error:
         list(found.loader("train", "eval"))
     text = str(error.value)
@@ -342,7 +330,7 @@ def test_too_many_broken_pictures_stop_the_run_later(tmp_path):
         f"raise data.max_broken: {root}/images/train/train1.png: this file cannot be read as a picture ("
     )
     assert all(f"train{i}.png" in text for i in (1, 4, 6))
-    generous = module(root, max_broken=0.5)
+    generous = module(root, batch_size=4, max_broken=0.5)
     assert len(list(generous.train_dataloader())) == 2
 
 

@@ -12,8 +12,8 @@ from common.errors import ConfigError, DataError
 from datamodules.files import ranges
 from datamodules.files.opening import opened
 from datamodules.files.reading import UnreadableError, read_picture
-from datamodules.folder import FolderDataModule, pictures_below
-from tests.datamodules.pictures import config, noise, save
+from datamodules.folder import pictures_below
+from tests.datamodules.pictures import config, module, noise, save
 
 
 def deep(bands: int = 3, top: int = 65536, seed: int = 0) -> np.ndarray:
@@ -117,12 +117,6 @@ def folder(root, make, count: int = 12, write=save):
     for i in range(count):
         write(root / f"p{i}.tif", make(i))
     return root
-
-
-def module(root, **data) -> FolderDataModule:
-    found = FolderDataModule(config(root=str(root), batch_size=1, **data))
-    found.setup()
-    return found
 
 
 def said(caplog) -> list[str]:

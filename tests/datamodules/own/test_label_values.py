@@ -7,9 +7,8 @@ from PIL import Image
 import config as configuration
 from common.errors import ConfigError, DataError
 from datamodules.files import reading
-from datamodules.folder import FolderDataModule
 from datamodules.own.label_values import LabelValues, suggestion
-from tests.datamodules.pictures import config, noise, save, write_classes
+from tests.datamodules.pictures import module, noise, refused, save, write_classes
 
 
 def folder(root, labels, names=("background", "object"), val=2, ending="png", **options):
@@ -27,18 +26,6 @@ def mask(low: int, high: int, dtype=np.uint8, seed: int = 0) -> np.ndarray:
     label = np.full((24, 32), low, dtype)
     label[4:12, 6 : 20 + seed] = high
     return label
-
-
-def module(root, **data) -> FolderDataModule:
-    found = FolderDataModule(config(root=str(root), batch_size=1, **data))
-    found.setup()
-    return found
-
-
-def refused(root, kind=DataError, **data) -> str:
-    with pytest.raises(kind) as error:
-        module(root, **data)
-    return str(error.value)
 
 
 def said(caplog) -> list[str]:

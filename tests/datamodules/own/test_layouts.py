@@ -7,21 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.errors import DataError
-from datamodules.folder import FolderDataModule
-from tests.datamodules.pictures import config, noise, save, write_classes
-
-
-def module(root, **data) -> FolderDataModule:
-    found = FolderDataModule(config(root=str(root), **({"batch_size": 1} | data)))
-    found.setup()
-    return found
-
-
-def refused(root, **data) -> str:
-    with pytest.raises(DataError) as error:
-        module(root, **data)
-    return str(error.value)
+from tests.datamodules.pictures import module, noise, refused, save, write_classes
 
 
 def said(caplog) -> list[str]:

@@ -19,8 +19,18 @@ import logging, os, sys, time, warnings
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
 from engine.callbacks import screen
 log = logging.getLogger("labelfree")
+
+def until_drawn(seconds):
+    # until the thread of the bar has drawn what it says: late on a busy machine
+    before, end = len(drawings), time.monotonic() + 60
+    time.sleep(seconds)
+    while len(drawings) < before + 2 and time.monotonic() < end:  # the first may have begun before
+        time.sleep(0.01)
+
 with screen.showing("auto"):
-    shown = screen.current()
+    shown, drawings = screen.current(), []
+    draw = shown.progress.live.refresh  # what the thread calls
+    shown.progress.live.refresh = lambda: (draw(), drawings.append(None))
     shown.bar("training", 40, 10)
     for step in range(11, 41):
         shown.update(done=step, left="about 0:01 left", text="loss 0.1")
@@ -33,14 +43,15 @@ with screen.showing("auto"):
                 log.info("a line of a reader")
                 os._exit(0 if screen.current() is None else 3)
             assert os.wait()[1] == 0
+    until_drawn(0)
     shown.plan("closing", {"k-means": 4, "evaluation": 4})
     for _ in screen.counted(range(2), "k-means", 2):
-        time.sleep(0.3)
+        until_drawn(0.3)
     for _ in screen.counted(range(4), "evaluation", 4):
         time.sleep(0.1)
     with screen.within("best"):
         for _ in screen.counted(range(3), "k-means", 3):
-            time.sleep(0.2)
+            until_drawn(0.2)
 log.info("behind it")
 """
 

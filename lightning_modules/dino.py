@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import chance, distributed
-from common.errors import ConfigError, one_of
+from common.errors import ConfigError
 from common.spec import Geometric, Photometric, ViewSpec
 from datamodules.base.transforms import Replay, both_sides, meeting
 from evaluation.collapse import CollapseWatch
@@ -230,47 +230,14 @@ def summary(features: Features) -> Tensor:
 
 
 def check_settings(settings: Any, backbone: Backbone) -> None:
-    """Raises ConfigError for values that the method cannot run with."""
-    crops, dense = settings.crops, settings.dense
+    """Raises ConfigError for values that do not go with each other or the backbone; its yaml says what each may be."""
     for kind in ("global", "local"):
-        backbone.check_size(crops[f"{kind}_size"], f"method.crops.{kind}_size")
-        low, high = expect_pair(f"method.crops.{kind}_scale", crops[f"{kind}_scale"])
-        if low == 0 or high > 1:
-            raise ConfigError(
-                f"method.crops.{kind}_scale={[low, high]}: shares of the picture's area, above 0 and at most 1"
-            )
-    one_of("method.centring", settings.centring, ("mean", "sinkhorn"))
-    one_of("method.patch_centring", settings.patch_centring, ("batch", "picture"))
-    if dense.weight > 0 and not backbone.transformer:
+        backbone.check_size(settings.crops[f"{kind}_size"], f"method.crops.{kind}_size")
+    if settings.dense.weight > 0 and not backbone.transformer:
         raise ConfigError(
-            f"method.dense.weight={dense.weight:g}: masked patches need a transformer, and {backbone.network} is none; "
-            "set method.dense.weight=0"
+            f"method.dense.weight={settings.dense.weight:g}: masked patches need a transformer, and {backbone.network} "
+            "is none; set method.dense.weight=0"
         )
-    share = expect_pair("method.dense.mask_share", dense.mask_share)
-    if len(settings.augment.blur_p) != 3:
-        raise ConfigError(
-            f"method.augment.blur_p={list(settings.augment.blur_p)}: expected three probabilities: of the first large "
-            "crop, the second, and small crops"
-        )
-    shares = {"dense.mask_p": dense.mask_p, "momentum": settings.momentum, "drop_path": settings.drop_path}
-    shares |= {"centre_momentum": settings.centre_momentum, "dense.mask_share": share[1]}
-    shares |= {f"augment.{name}": settings.augment[name] for name in ("jitter_p", "gray_p", "solarize_p")}
-    shares |= {"augment.blur_p": max(settings.augment.blur_p)}
-    for name, value in shares.items():
-        if not 0 <= value <= 1:
-            raise ConfigError(f"method.{name}={value:g}: expected a number from 0 to 1")
-    for name, value in settings.temperature.items():
-        if name != "warmup" and value <= 0:
-            raise ConfigError(f"method.temperature.{name}={value:g}: must be above 0")
-    for name, least in (("hidden", 1), ("bottleneck", 1), ("layers", 1), ("out_dim", 2)):
-        if settings.head[name] < least:
-            raise ConfigError(f"method.head.{name}={settings.head[name]}: must be at least {least}")
-    amounts = {"dense.weight": dense.weight, "place.weight": settings.place.weight}
-    amounts |= {"picture_weight": settings.picture_weight, "crops.local_count": crops.local_count}
-    amounts |= {"freeze_last_epochs": settings.freeze_last_epochs, "temperature.warmup": settings.temperature.warmup}
-    for name, value in amounts.items():
-        if value < 0:
-            raise ConfigError(f"method.{name}={value:g}: must not be negative")
 
 
 def check_crops(crops: Any, train_size: Any) -> None:
@@ -283,11 +250,3 @@ def check_crops(crops: Any, train_size: Any) -> None:
                 f"method.crops.{kind}_size={size}: training pictures are {shorter} px (data.train_size), and a crop of "
                 f"them would be enlarged more than {MOST_ENLARGED} times; set {MOST_ENLARGED * shorter} at most"
             )
-
-
-def expect_pair(key: str, values: Any) -> tuple[float, float]:
-    """Two ascending numbers from 0 upwards. Raises ConfigError naming the key."""
-    pair = [float(value) for value in values]
-    if len(pair) != 2 or not 0 <= pair[0] <= pair[1]:
-        raise ConfigError(f"{key}={list(values)}: expected two numbers, the smaller first, as [0.1,0.5]")
-    return pair[0], pair[1]

@@ -17,14 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common import distributed
-from common.errors import ConfigError, one_of
+from common.errors import ConfigError
 from common.spec import Photometric, ViewSpec
 from lightning_modules.base import Loss, UnsupervisedSegmenter
 from lightning_modules.base.relations import Place, Relation, Seen, cell, stacked
 from losses.consistency import consistency
 from losses.contrastive import (
-    DENOMINATORS,
-    MIN_TEMPERATURE,
     ghp_contrastive,
     lambda_schedule,
     positive_mask,
@@ -330,40 +328,8 @@ def unit_rows(maps: Tensor) -> Tensor:
 
 
 def check_settings(settings: Any, backbone: Any) -> None:
-    """Raises ConfigError for values that the method cannot run with."""
-    one_of("method.lhp.attention", settings.lhp.attention, ("auto", "backbone", "affinity"))
+    """Raises ConfigError for values that do not go together; what each may be stands in the method's yaml."""
     if settings.lhp.enabled and settings.lhp.attention == "backbone" and not backbone.has_attention:
         raise ConfigError(
             "method.lhp.attention=backbone: this backbone has no attention; use affinity or auto, or a ViT backbone"
         )
-    one_of("method.pool.refill", settings.pool.refill, ("kept", "release"))
-    one_of("method.loss_version", settings.loss_version, VERSIONS)
-    one_of("method.denominator", settings.denominator, DENOMINATORS)
-    for name, value in (("temperature", settings.temperature), ("lhp.sigma", settings.lhp.sigma)):
-        if value <= 0:
-            raise ConfigError(f"method.{name}={value}: must be above 0")
-    if settings.temperature < MIN_TEMPERATURE:
-        raise ConfigError(f"method.temperature={settings.temperature}: must be at least {MIN_TEMPERATURE}")
-    for name, value in (
-        ("dim", settings.dim),
-        ("pool.size", 1 if settings.pool.size is None else settings.pool.size),
-        ("pool.renew_every", settings.pool.renew_every),
-    ):
-        if value < 1:
-            raise ConfigError(f"method.{name}={value}: must be at least 1")
-    augment = settings.augment
-    shares = {name: settings[name] for name in ("rho", "ema")}
-    shares |= {
-        f"augment.{name}": augment[name] for name in ("brightness", "contrast", "saturation", "gray_p", "blur_p")
-    }
-    shares["dropout.p"] = settings.dropout.p
-    if settings.dropout.p == 1:
-        raise ConfigError("method.dropout.p=1.0: drops everything; expected a number below 1")
-    for name, value in shares.items():
-        if not 0 <= value <= 1:
-            raise ConfigError(f"method.{name}={value}: expected a number from 0 to 1")
-    if not 0 <= augment.hue <= 0.5:
-        raise ConfigError(f"method.augment.hue={augment.hue}: expected a number from 0 to 0.5")
-    if settings.alpha < 0 or settings.lambda_warmup < 0:
-        name = "alpha" if settings.alpha < 0 else "lambda_warmup"
-        raise ConfigError(f"method.{name}={settings[name]}: must not be negative")

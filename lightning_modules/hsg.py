@@ -25,7 +25,7 @@ from grouping.segments import Segments, prototypes, sort_pixels, sorting, take
 from lightning_modules.base import Loss
 from lightning_modules.families.pixel_sorting import PixelSorter
 from losses.grouping import centroid_contrast, collapse, modularity
-from losses.vmf import MAX_KAPPA, vmf_nca
+from losses.vmf import vmf_nca
 from models.backbone import Features
 from models.hierarchy import HierarchicalGrouping, Hierarchy, PositionTables
 
@@ -181,36 +181,16 @@ def share(counted: Tensor) -> Tensor:
 
 
 def check_settings(settings: Any) -> None:
-    """Raises ConfigError for values that the method cannot run with."""
+    """Raises ConfigError for values that do not go together; what each may be stands in the method's yaml."""
     if settings.regions.source == "none":
         raise ConfigError(
             "method.regions.source=none: cells are drawn to their contour region; choose felzenszwalb, watershed, slic "
             "or folder"
         )
-    if len(settings.groups) != 2 or min(settings.groups) < 2:
-        raise ConfigError(
-            f"method.groups={list(settings.groups)}: expected fine and coarse groups of a picture, two or more, such "
-            "as [8,4]"
-        )
     if settings.dim % settings.transformer.heads:
         raise ConfigError(
             f"method.transformer.heads={settings.transformer.heads}: must divide method.dim={settings.dim}"
         )
-    if settings.slots is not None and settings.slots < 1:
-        raise ConfigError(f"method.slots={settings.slots}: must be at least 1, or null for no limit")
-    for name in ("heads", "layers", "hidden"):
-        if settings.transformer[name] < 1:
-            raise ConfigError(f"method.transformer.{name}={settings.transformer[name]}: must be at least 1")
-    if not 0 <= settings.transformer.dropout < 1:
-        raise ConfigError(f"method.transformer.dropout={settings.transformer.dropout:g}: must be from 0 to below 1")
-    if settings.graph.knn < 1:
-        raise ConfigError(f"method.graph.knn={settings.graph.knn}: must be at least 1")
-    for name, value in settings.kappa.items():
-        if not 0 < value <= MAX_KAPPA:
-            raise ConfigError(f"method.kappa.{name}={value:g}: must be above 0 and at most {MAX_KAPPA:g}")
-    for name, value in settings.weights.items():
-        if value < 0:
-            raise ConfigError(f"method.weights.{name}={value:g}: must not be negative")
     if not any(settings.weights.values()):
         raise ConfigError("method.weights: all are 0, so there is nothing to learn; set method.weights.image=1")
     for name in LEVELS:

@@ -7,7 +7,6 @@ that any feature has to beat.
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.errors import one_of
 from lightning_modules.base import UnsupervisedSegmenter
 from models.backbone import Features
 
@@ -20,7 +19,6 @@ class KMeansBaseline(UnsupervisedSegmenter):
     trains = False
 
     def build(self) -> None:
-        one_of("method.features", self.cfg.method.features, ("backbone", "colour"))
         self.colour = self.cfg.method.features == "colour"
         self.code_dim = 3 if self.colour else self.backbone.dim
 

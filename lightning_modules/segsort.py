@@ -13,16 +13,14 @@ import torch
 from torch import Tensor
 
 from common import distributed
-from common.errors import ConfigError, one_of
+from common.errors import ConfigError
 from common.spec import IGNORE
 from grouping.gathered import GatheredSegments
 from lightning_modules.base import Loss
 from lightning_modules.families.pixel_sorting import PixelSorter
-from losses.vmf import MAX_KAPPA, vmf, vmf_nca
+from losses.vmf import vmf, vmf_nca
 from models.backbone import Features
 from retrieval.memory import MemoryBank
-
-LOSSES = ("vmf", "vmf_nca")
 
 
 class SegSort(PixelSorter):
@@ -83,9 +81,8 @@ class SegSort(PixelSorter):
 
 
 def check_settings(settings: Any) -> None:
-    """Raises ConfigError for values that the method cannot run with."""
+    """Raises ConfigError for values that do not go together; what each may be stands in the method's yaml."""
     kmeans, labels, contours = settings.kmeans, settings.labels.enabled, settings.regions.source != "none"
-    one_of("method.loss", settings.loss, LOSSES)
     if labels and settings.loss == "vmf":
         raise ConfigError(
             "method.loss=vmf: draws nothing by class, so method.labels.enabled=true would change nothing but the "
@@ -101,7 +98,3 @@ def check_settings(settings: Any) -> None:
             "method.kmeans.cells=[1, 1]: without regions a picture would be one segment; set method.kmeans.cells=[5,5] "
             "or choose a source of regions"
         )
-    if not 0 < settings.kappa <= MAX_KAPPA:
-        raise ConfigError(f"method.kappa={settings.kappa:g}: must be above 0 and at most {MAX_KAPPA:g}")
-    if settings.labels.banks < 0:
-        raise ConfigError(f"method.labels.banks={settings.labels.banks:g}: must not be negative")

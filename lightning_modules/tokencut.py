@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.errors import ConfigError, one_of
 from datamodules.base import SegmentationDataModule
-from grouping import eigen, masks, spectral
+from grouping import masks, spectral
 from lightning_modules.base.staged import check_stage
 from lightning_modules.families.graph_cuts import patch_features, patch_of, say_features
 from lightning_modules.families.objects import ObjectFinder, ObjectMasks
@@ -32,12 +31,6 @@ class TokenCut(ObjectFinder):
     def build(self) -> None:
         settings = self.cfg.method
         check_stage(settings.stage, self.backbone)
-        one_of("method.side", settings.side, spectral.SIDES)
-        one_of("method.solver", settings.solver, eigen.SOLVERS)
-        if not -1 < settings.tau < 1:
-            raise ConfigError(f"method.tau={settings.tau:g}: a cosine, expected a number between -1 and 1")
-        if not 0 < settings.eps < 1:
-            raise ConfigError(f"method.eps={settings.eps:g}: expected a number between 0 and 1")
         self.code_dim = self.backbone.dim
         self.build_foreground()
         say_features(self.backbone)

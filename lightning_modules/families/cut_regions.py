@@ -15,7 +15,6 @@ from lightning_modules.families.graph_cuts import (
     Clusters,
     Eigenvectors,
     Regions,
-    check_graph,
     check_segments,
     patch_width,
     region_maps,
@@ -47,7 +46,6 @@ class RegionSegmenter(StagedSegmenter):
         """For `build`: checks the keys and makes the buffers of the centroids."""
         settings = self.cfg.method
         check_stage(settings.stage, self.backbone)
-        check_graph(settings)
         check_segments(settings)
         if settings.background and settings.num_clusters < 2:
             raise ConfigError(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.errors import ConfigError, one_of
+from common.errors import ConfigError
 from datamodules.base.transforms import NATIVE, Geometry
 from grouping import eigen, masks, spectral
 from lightning_modules.base.extents import own_extents, padded_maps
@@ -28,11 +28,6 @@ KINDS = ("deep", "colour")
 """Of a graph: cosines of patch features (and neighbours in colour), or Gaussian weights of mean colours and places."""
 FEATURES = ("keys", "levels")
 """Of patches: the keys of the last block, or the maps of `backbone.levels`."""
-MODES = ("fixed", "adaptive", "single")
-"""Of segments: a fixed number, by the largest gap of the eigenvalues, or object and background by the second vector."""
-VECTORS = ("crop", "mean")
-"""Features of a region: of its box as a picture of its own (class token, else the mean of the map), or the mean of the
-patches inside."""
 
 
 # Features of patches.
@@ -98,23 +93,6 @@ def stage_cells(settings: Any, step: MapStep) -> int:
 # Graphs and eigenvectors.
 
 
-def check_graph(settings: Any) -> None:
-    """Raises ConfigError for values of `method.graph` and `method.eigs` that cannot be run with."""
-    graph, eigs = settings.graph, settings.eigs
-    one_of("method.graph.kind", graph.kind, KINDS)
-    one_of("method.graph.features", graph.features, FEATURES)
-    one_of("method.eigs.solver", eigs.solver, eigen.SOLVERS)
-    if graph.scale < 1:
-        raise ConfigError(f"method.graph.scale={graph.scale}: must be at least 1")
-    if graph.colour_weight < 0:
-        raise ConfigError(f"method.graph.colour_weight={graph.colour_weight:g}: must not be negative")
-    for name in ("sigma_features", "sigma_places", "radius"):
-        if graph[name] <= 0:
-            raise ConfigError(f"method.graph.{name}={graph[name]:g}: must be above 0")
-    if eigs.k < 2:
-        raise ConfigError(f"method.eigs.k={eigs.k}: the first vector is constant; set 2 or more")
-
-
 def graph_vectors(
     backbone: Backbone, images: Tensor, kind: str, graph: Any, eigs: Any
 ) -> tuple[eigen.Spectrum, tuple[int, int]]:
@@ -173,15 +151,7 @@ class Eigenvectors(MapStep):
 
 
 def check_segments(settings: Any) -> None:
-    """Raises ConfigError for values of `method.segments` and `method.regions` that cannot be run with."""
-    one_of("method.segments.mode", settings.segments.mode, MODES)
-    one_of("method.regions.vectors", settings.regions.vectors, VECTORS)
-    for name, value in (("segments.count", settings.segments.count), ("segments.restarts", settings.segments.restarts)):
-        if value < 1:
-            raise ConfigError(f"method.{name}={value}: must be at least 1")
-    for name in ("erode", "dilate", "pca"):
-        if settings.regions[name] < 0:
-            raise ConfigError(f"method.regions.{name}={settings.regions[name]}: must not be negative")
+    """Raises ConfigError for values that do not go together; what each may be stands in the method's yaml."""
     if settings.segments.mode == "adaptive" and settings.eigs.k < 3:
         raise ConfigError(f"method.eigs.k={settings.eigs.k}: the gap of eigenvalues needs at least 3")
 

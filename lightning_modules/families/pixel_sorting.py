@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.errors import ConfigError, one_of
 from common.spec import OUTSIDE, Geometric, Photometric, RegionSpec, ViewSpec
 from grouping.gathered import GatheredSegments, gather_segments
-from grouping.segments import CELL_PIXELS, Segments, at_cells, sort_pixels, sorting
+from grouping.segments import Segments, at_cells, sort_pixels, sorting
 from lightning_modules.base import UnsupervisedSegmenter
 from lightning_modules.base.regions import region_spec
 from models.backbone import Features
@@ -40,7 +39,6 @@ class PixelSorter(UnsupervisedSegmenter):
     def build(self) -> None:
         settings = self.cfg.method
         self.sorting = sorting(settings.kmeans, "method.kmeans")
-        check_shared(settings)
         self.regions = None if settings.regions.source == "none" else region_spec(settings.regions)
         self.cell_pixel = settings.cell_pixel
         if (
@@ -115,29 +113,3 @@ def adjacent(views: dict[str, Any], names: list[str], what: str = "") -> Tensor:
     """Some views of a batch (or a map of them, `.valid`) as one batch, in which the views of a picture are neighbours:
     so the order of several ranks is that of one process."""
     return torch.stack([views[f"{name}{what}"] for name in names], dim=1).flatten(0, 1)
-
-
-def check_shared(settings: Any) -> None:
-    """Raises ConfigError for values of the keys of both methods that cannot be run with."""
-    kmeans = settings.kmeans
-    one_of("method.cell_pixel", settings.cell_pixel, ("auto", *CELL_PIXELS))
-    if settings.views < 1:
-        raise ConfigError(f"method.views={settings.views}: must be at least 1")
-    zoom = list(settings.crop.zoom)
-    if len(zoom) != 2 or not 0 < zoom[0] <= zoom[1]:
-        raise ConfigError(f"method.crop.zoom={zoom}: expected two factors above 0, the smaller first, as [0.5,2.0]")
-    if settings.crop.size is not None and settings.crop.size < 1:
-        raise ConfigError(f"method.crop.size={settings.crop.size}: must be at least 1")
-    for name, value in (
-        ("kmeans.iterations", kmeans.iterations),
-        ("kmeans.location_scale", kmeans.location_scale),
-        ("bias_lr", settings.bias_lr),
-    ):
-        if value < 0:
-            raise ConfigError(f"method.{name}={value:g}: must not be negative")
-    shares = {f"augment.{name}": value for name, value in settings.augment.items() if name != "hue"}
-    for name, value in (shares | {"crop.flip_p": settings.crop.flip_p}).items():
-        if not 0 <= value <= 1:
-            raise ConfigError(f"method.{name}={value:g}: expected a number from 0 to 1")
-    if not 0 <= settings.augment.hue <= 0.5:
-        raise ConfigError(f"method.augment.hue={settings.augment.hue:g}: expected a number from 0 to 0.5")

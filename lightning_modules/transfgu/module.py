@@ -23,15 +23,14 @@ import torch
 from torch import Tensor
 
 from common import chance, distributed
-from common.errors import ConfigError, one_of
+from common.errors import ConfigError
 from common.spec import Geometric, Photometric, ViewSpec
 from datamodules.base import SegmentationDataModule
-from datamodules.base.resizing import INTERPOLATIONS
 from datamodules.base.transforms import both_sides
 from lightning_modules.base import Loss
 from lightning_modules.base.staged import StagedSegmenter, check_stage
 from lightning_modules.transfgu.crops import BACKGROUND, FOREGROUND, Crops, PooledCrops
-from lightning_modules.transfgu.steps import ConceptMaps, Concepts, Places, check_crops, maps_at, resolved
+from lightning_modules.transfgu.steps import ConceptMaps, Concepts, Places, maps_at, resolved
 from losses import concepts
 from models.backbone import Features
 from models.class_token import token_kind, token_width
@@ -42,11 +41,7 @@ from pseudo_labels.views import Soft, Strongest, View
 
 log = logging.getLogger(__name__)
 
-EMPTY = ("ignore", "first")
-"""What a crop without evidence teaches: nothing, or class 0 everywhere as released."""
 
-DRAWS = ("area", "side", "tenths")
-"""How the size of a crop is drawn: uniform in area or in side, or from sides in steps of a tenth (as released)."""
 TENTH = 0.1
 
 
@@ -59,7 +54,6 @@ class TransFGU(StagedSegmenter):
     def build(self) -> None:
         settings = self.cfg.method
         check_stage(settings.stage)
-        check_crops(settings)
         check_training(settings)
         self.refuse_padding()
         if settings.stage.size is None:
@@ -285,27 +279,10 @@ def size_of(features: Features) -> tuple[int, int]:
 
 
 def check_training(settings: Any) -> None:
-    """Raises ConfigError for values of the training part that cannot be run with."""
-    one_of("method.empty", settings.empty, EMPTY)
-    one_of("method.augment.draw", settings.augment.draw, DRAWS)
-    if settings.stage.interpolation is not None:
-        one_of("method.stage.interpolation", settings.stage.interpolation, INTERPOLATIONS)
-    restarts, augment = settings.restarts, settings.augment
-    for name, value in (("start", restarts.start), ("repeat", restarts.repeat), ("epoch", restarts.epoch)):
-        if value is not None and value < 1:
-            raise ConfigError(f"method.restarts.{name}={value}: must be at least 1")
+    """Raises ConfigError for values that do not go together; what each may be stands in the method's yaml."""
+    restarts = settings.restarts
     if restarts.epoch is not None and restarts.repeat != 1:
         raise ConfigError(
             f"method.restarts.repeat={restarts.repeat}: counts passes over the pictures, but method.restarts.epoch="
             f"{restarts.epoch} counts steps; set method.restarts.epoch=null"
         )
-    if not restarts.intervals or min(restarts.intervals) < 1:
-        raise ConfigError(
-            f"method.restarts.intervals={list(restarts.intervals)}: expected epochs, each at least 1, and one of them"
-        )
-    low, high = augment.sides
-    if not 0 < low <= high <= 1:
-        raise ConfigError(f"method.augment.sides={[low, high]}: expected two shares in ascending order, 0 to 1")
-    for name, value in settings.weights.items():
-        if value < 0:
-            raise ConfigError(f"method.weights.{name}={value:g}: must not be negative")

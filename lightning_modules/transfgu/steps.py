@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.errors import ConfigError, one_of
+from common.errors import ConfigError
 from common.precision import exact
 from datamodules.base.transforms import Geometry, both_sides
 from grouping.concepts import class_row_gradient, concept_maps
@@ -25,12 +25,6 @@ from pseudo_labels.steps import MapStep, ReduceStep, Results, new_record
 from pseudo_labels.views import View
 from retrieval import kmeans
 
-BANKS = ("auto", "all", "foreground", "split")
-"""Which crops are clustered: all of them, those on the foreground, or foreground and background each by themselves."""
-TOKENS = ("auto", "encoded", "pooled")
-"""How windows get their tokens; auto: encoded for class tokens, pooled for pooled ones."""
-LENGTHS = ("auto", "raw", "unit")
-"""Of the tokens that are clustered; auto: raw for class tokens, unit for pooled ones."""
 FINE = 8
 """Places a patch and axis that `Places` tells apart."""
 
@@ -171,27 +165,3 @@ def maps_at(maps: Tensor, places: Tensor, size: tuple[int, int]) -> Tensor:
 def resolved(wanted: Any, token: str, of_class: Any, of_pooled: Any) -> Any:
     """`wanted`, or where it is `auto` what the kind of token asks for."""
     return wanted if wanted != "auto" else of_class if token == "class" else of_pooled
-
-
-def check_crops(settings: Any) -> None:
-    """Raises ConfigError for values of `method.{banks,crops,kmeans,maps}` that cannot be run with."""
-    one_of("method.banks", settings.banks, BANKS)
-    one_of("method.crops.tokens", settings.crops.tokens, TOKENS)
-    one_of("method.kmeans.length", settings.kmeans.length, LENGTHS)
-    crops, maps = settings.crops, settings.maps
-    positive = {
-        "crops.size": crops.size, "crops.zoom": crops.zoom, "crops.batch_size": crops.batch_size,
-        "maps.divisor": maps.divisor,
-        "crops.max_per_image": crops.max_per_image, "crops.pictures": crops.pictures,
-        "kmeans.iterations": settings.kmeans.iterations, "kmeans.restarts": settings.kmeans.restarts,
-    }  # fmt: skip
-    for name, value in positive.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"method.{name}={value}: must be at least 1")
-    for name, value in (("crops.foreground", crops.foreground), ("crops.background", crops.background)):
-        if not 0 <= value < 1:
-            raise ConfigError(f"method.{name}={value:g}: expected a share from 0 to below 1")
-    if maps.power != "auto" and (isinstance(maps.power, str) or not 0 <= maps.power <= 1):
-        raise ConfigError(f"method.maps.power={maps.power}: expected auto, or a number from 0 to 1")
-    if not 0 < maps.share <= 1:
-        raise ConfigError(f"method.maps.share={maps.share:g}: expected a share above 0, at most 1")

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from omegaconf import DictConfig
 from torch import Tensor
@@ -32,11 +31,6 @@ HEAD = """\
 # are; leave both as they are.
 """
 KEYS = ("probe", "centroids", "clusters")
-TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).resolve().parent / "templates"),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-)
 
 Colour = tuple[int, int, int]
 
@@ -108,14 +102,13 @@ def unnamed(clusters: int, mapping: list[int] | None, meta: ClassMeta) -> Legend
     return Legend(names, [tuple(int(part) for part in colour) for colour in colours])
 
 
-def editor(path: Path, legend: Legend, probe: str, values: Tensor) -> str:
-    """A form for the page of clusters that edits their names and colours and offers the names file at `path` anew."""
+def editor(path: Path, legend: Legend, probe: str, values: Tensor) -> dict[str, Any]:
+    """What `names_editor.html.j2` needs: the form that edits names and colours and offers the file at `path` anew."""
     entries = [
         {"name": name, "colour": f"#{bytes(colour).hex()}"}
         for name, colour in zip(legend.names, legend.colours, strict=True)
     ]
-    content = {"head": HEAD, "probe": probe, "centroids": mark(values), "clusters": entries}
-    return TEMPLATES.get_template("names_editor.html").render(content=content, path=path)
+    return {"content": {"head": HEAD, "probe": probe, "centroids": mark(values), "clusters": entries}, "path": path}
 
 
 def write(path: Path, legend: Legend, probe: str, values: Tensor) -> None:

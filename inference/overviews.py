@@ -17,14 +17,6 @@ SHOWN = 8
 NAMED = 1.0
 """Percent of a picture from which on a class is named below it; all of them stand in areas.csv."""
 
-STYLE = """
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); gap: 1.2rem 1rem; }
-.cards figure { margin: 0; } .cards img { width: 100%; max-height: 300px; object-fit: contain;
-  background: var(--shade); }
-.cards figcaption { color: var(--ink); font-weight: 600; font-size: .9rem; overflow-wrap: anywhere; }
-.cards .legend { margin: .15rem 0; } .cards .rest { color: var(--faint); }
-"""
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -105,30 +97,19 @@ class Overview:
 
 def overlays_page(title: str, legend: Legend, areas: Areas, probe: str, checkpoint: Path) -> str:
     """A page that stands beside `overlay/`: every overlay, as it is there, with the classes in it and their shares."""
-    parts = []
+    cards = []
     for row in areas.rows:
-        link = f"overlay/{quote(row.name)}.png"
         named, others = present(legend, row.pixels)
-        rest = f'<span class="rest">{others} more below {NAMED:g} %</span>' if others else ""
-        chips = "".join(f"<span>{page.swatch(colour)}{page.escape(text)}</span>" for colour, text in named)
-        image = (
-            f'<img src="{link}" alt="{page.escape(row.file)}" width="{row.width}" height="{row.height}" loading="lazy">'
-        )
-        caption = f"<figcaption>{page.escape(row.file)}</figcaption>"
-        below = f'<div class="legend">{chips}{rest}</div>'
-        parts.append(f'<figure><a href="{link}">{image}</a>{caption}{below}</figure>')
+        chips = [(text, page.hexadecimal(colour)) for colour, text in named]
+        cards.append({"link": f"overlay/{quote(row.name)}.png", "picture": row, "named": chips, "others": others})
     classes = legend.classes()
-    names = page.legend(list(classes), [legend.colours[ids[0]] for ids in classes.values()])
-    lead = (
-        f"{len(parts)} pictures under the {len(legend.names)} clusters of probe {probe}. A click on a picture opens it "
-        "in its own size; <code>areas.csv</code> has all areas, in pixels and percent."
-    )
-    if legend.source is None:
-        command = f"run.py clusters ckpt={page.escape(checkpoint)}"
-        lead += f" To see what each cluster is, and to name it: <code>{command}</code>; then predict again."
-    return page.document(
-        f"Segments of {title}",
-        f'<h1>Segments of {page.escape(title)}</h1><p class="lead">{lead}</p>{names}'
-        f'<div class="cards">{"".join(parts)}</div>',
-        STYLE,
+    return page.render(
+        "overlays.html.j2",
+        title=f"Segments of {title}",
+        clusters=len(legend.names),
+        probe=probe,
+        checkpoint=None if legend.source is not None else checkpoint,
+        classes=page.legend(list(classes), [legend.colours[ids[0]] for ids in classes.values()]),
+        cards=cards,
+        least=NAMED,
     )

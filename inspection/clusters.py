@@ -21,7 +21,7 @@ from inference import naming
 from inference.naming import Legend
 from lightning_modules.base import UnsupervisedSegmenter
 from reporting import page, panels
-from reporting.exemplars import DOUBTFUL, TYPICAL, ClusterSurvey, Exemplar, Scene, nearest_clusters
+from reporting.exemplars import DOUBTFUL, TYPICAL, ClusterSurvey, Exemplar, nearest_clusters
 
 log = logging.getLogger(__name__)
 
@@ -166,69 +166,39 @@ def as_page(
     legend: Legend,
     survey: ClusterSurvey,
     near: list[list[tuple[int, float]]],
-    editor: str,
+    editor: dict[str, Any],
 ) -> str:
     """The page: a table of all clusters, a form for their names (`editor`), then their patches."""
     confidence = survey.mean_cosines()
-    rows, parts = [], []
+    heads = [page.numeric("id"), "cluster", page.numeric("% of patches"), page.numeric("pictures"),
+             page.numeric("confidence"), "nearest (cosine)"]  # fmt: skip
+    rows, clusters = [], []
     for number, share in enumerate(survey.shares()):
-        called = f'{page.swatch(legend.colours[number])}<b class="name">{page.escape(legend.names[number])}</b>'
-        name = f'<a href="#c{number}" data-cluster="{number}">{called}</a>'
-        neighbours = ", ".join(f"{page.escape(legend.names[other])} ({cosine:.2f})" for other, cosine in near[number])
         cosine = None if np.isnan(confidence[number]) else 100 * float(confidence[number])
-        rows.append([
-            page.number(number, 0), page.Cell(name, legend.names[number]), page.number(float(share)),
-            page.number(int(survey.pictures[number]), 0), page.number(cosine), page.Cell(neighbours),
-        ])  # fmt: skip
-        parts.append(f'<h3 id="c{number}" data-cluster="{number}">{called}</h3>')
-        if not survey.patches[number]:
-            parts.append('<p class="note">No patch of these pictures is in this cluster.</p>')
-            continue
-        facts = f"id {number}, {share:.1f} % of the patches, in {survey.pictures[number]} of {survey.seen} pictures"
-        parts.append(f'<p class="note">{facts}. Nearest: {neighbours or "none"}</p>')
-        scenes = "".join(scene(found) for found in survey.scenes(number))
-        parts.append(
-            "<figure><figcaption>Pictures with most of it</figcaption>"
-            f'<div class="strip scenes">{scenes}</div></figure>'
-        )
-        for kind, what in (("typical", "Most typical"), ("doubtful", "Most doubtful (nearly the cluster in brackets)")):
-            images = "".join(shown(found, kind, legend) for found in survey.exemplars(kind, number))
-            parts.append(f'<figure><figcaption>{what}</figcaption><div class="strip">{images}</div></figure>')
-    heads = [
-        page.Cell("id", classes="number"), "cluster", page.Cell("% of patches", classes="number"),
-        page.Cell("pictures", classes="number"), page.Cell("confidence", classes="number"), "nearest (cosine)",
-    ]  # fmt: skip
-    lead = f"Probe {probe} of <code>{page.escape(checkpoint)}</code>, {survey.seen} training pictures."
-    how = (
-        "Pictures: those that have a patch of the cluster. Confidence: mean cosine of a cluster's patches to its "
-        "centroid, in percent. Pictures with most of it: what belongs to other clusters is "
-        "faded. Each picture gives a cluster one typical and one doubtful patch at most. The frame is the patch, "
-        "around it is its surroundings."
-    )
-    style = (
-        "figure{margin:.3rem 0 .6rem} .strip figure{margin:0;width:84px;font-size:.75rem;overflow:hidden}"
-        ".names .fields{display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:.3rem .8rem;"
-        "margin:.6rem 0} .names label{display:flex;gap:.4rem;align-items:center} .names input[type=text]{flex:1;"
-        "min-width:0;font:inherit} .names input[type=color]{width:2.2rem;padding:0} .names button{font:inherit}"
-        ".scenes figure{width:auto;max-width:calc(50% - 2px)} .scenes img{width:auto;height:150px;object-fit:contain}"
-    )
-    return page.document(
-        title,
-        f'<h1>{page.escape(title)}</h1><p class="lead">{lead}</p>{page.table(heads, rows, name="clusters")}'
-        f'<p class="note">{how}</p><h2>Name them</h2>{editor}<h2>What is in them</h2>{"".join(parts)}',
-        style,
-    )
+        cluster = {
+            "id": number,
+            "name": legend.names[number],
+            "colour": page.hexadecimal(legend.colours[number]),
+            "share": float(share),
+            "pictures": int(survey.pictures[number]),
+            "nearest": [(legend.names[other], value) for other, value in near[number]],
+            "empty": not survey.patches[number],
+            "scenes": [(page.picture(found.image, found.picture), found) for found in survey.scenes(number)],
+            "typical": [(patch(found, "typical"), found) for found in survey.exemplars("typical", number)],
+            "doubtful": [
+                (patch(found, "doubtful"), found, legend.names[found.other])
+                for found in survey.exemplars("doubtful", number)
+            ],
+        }
+        clusters.append(cluster)
+        rows.append((page.number(number, 0), cluster, page.number(float(share)),
+                     page.number(cluster["pictures"], 0), page.number(cosine)))  # fmt: skip
+    return page.render(
+        "clusters.html.j2", title=title, checkpoint=checkpoint, probe=probe, seen=survey.seen, clusters=clusters,
+        table=page.Table(heads, rows, "clusters"), **editor,
+    )  # fmt: skip
 
 
-def scene(found: Scene) -> str:
-    """A picture on the page, with the share of it that is the cluster's."""
-    image = page.picture(found.image, found.picture)
-    caption = f"{found.share:.0f} % of {page.escape(found.picture)}"
-    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
-
-
-def shown(found: Exemplar, kind: str, legend: Legend) -> str:
-    """A patch on the page; a doubtful one with the name of the cluster that it nearly is in."""
-    image = page.picture(tile(found), f"{kind} patch of {found.picture}", TILE)
-    what = f"({page.escape(legend.names[found.other])})" if kind == "doubtful" else f"{found.value:.2f}"
-    return f'<figure title="{page.escape(found.picture)}">{image}<figcaption>{what}</figcaption></figure>'
+def patch(found: Exemplar, kind: str) -> page.Picture:
+    """A patch on the page."""
+    return page.picture(tile(found), f"{kind} patch of {found.picture}", TILE)

@@ -158,39 +158,31 @@ def codes(folder: Path, views: Sequence[View], place: Place, legend: Legend, how
 
 def page_of(folder: Path, content: dict[str, Any], cfg: DictConfig, others: int, sections: Sequence[Section]) -> str:
     """The page: the clusters of the patch as a table, then every section with its figure inside."""
-    x, y = content["point"]
-    title = f"The patch at {x},{y} of {Path(content['picture']).name}"
-    best = content["clusters"][0]
-    heads = [page.Cell("id", classes="number"), "cluster", page.Cell("cosine", classes="number"),
-             page.Cell("probability, %", classes="number")]  # fmt: skip
+    heads = [page.numeric("id"), "cluster", page.numeric("cosine"), page.numeric("probability, %")]
     rows = [
-        [page.number(item["id"], 0), page.Cell(page.swatch(item["colour"]) + page.escape(item["name"]), item["name"]),
-         page.number(item["cosine"], 3), page.number(100 * item["probability"])]
+        (page.number(item["id"], 0), item["name"], page.hexadecimal(item["colour"]),
+         page.number(item["cosine"], 3), page.number(100 * item["probability"]))
         for item in content["clusters"]
     ]  # fmt: skip
-    row, column = content["patch"]
-    parts = [
-        f'<h1>{page.escape(title)}</h1><p class="lead">{page.swatch(best["colour"])}<b>{page.escape(best["name"])}</b>,'
-        f" probe {content['probe']} of {page.escape(content['method'])} on {page.escape(cfg.data.name)}, "
-        f"<code>{page.escape(content['checkpoint'])}</code>. Patch in row {row}, column {column} of "
-        f"{content['grid'][0]} x {content['grid'][1]} (from 0). No label is read.</p>",
-        page.table(heads, rows, name="clusters"),
-        f'<p class="note">Confidence {content["confidence"]:.3f}: cosine of the code to its centroid, '
-        f"{content['lead']:.3f} more than to the next one. Probability: softmax over all clusters of twice the cosine, "
-        "which is wide even where the cosine is clear.</p>",
-    ]
-    if others:
-        parts.append(f'<p class="note">Compared with {others} training pictures, a choice keyed by the seed.</p>')
-    if cfg.evaluation.window.size is not None:
-        parts.append(
-            '<p class="note">Codes are averaged over windows (evaluation.window); features, attention and what the '
-            "method adds are of whole pictures.</p>"
-        )
-    for section in sections:
-        parts.append(f"<h2>{page.escape(section.title)}</h2><p>{page.escape(section.text)}</p>")
-        if section.figure is not None:
-            with opened(folder / section.figure) as image:
-                shown = page.picture(image.convert("RGB"), section.title, lossless=section.lossless)
-                narrowest = min(image.width, LEGIBLE)
-            parts.append(f'<div class="scroll" style="--narrowest:{narrowest}px">{shown}</div>')
-    return page.document(title, "\n".join(parts), ".scroll img { min-width: var(--narrowest); }")
+    figures_of = [None if section.figure is None else figure(folder, section) for section in sections]
+    return page.render(
+        "explain.html.j2",
+        picture=Path(content["picture"]).name,
+        data=cfg.data.name,
+        clusters=page.Table(heads, rows, "clusters"),
+        others=others,
+        windows=cfg.evaluation.window.size is not None,
+        sections=list(zip(sections, figures_of, strict=True)),
+        **{key: content[key] for key in SHOWN},
+    )
+
+
+SHOWN = ("point", "patch", "grid", "probe", "method", "checkpoint", "confidence", "lead")
+"""What the page takes from explain.json as it is."""
+
+
+def figure(folder: Path, section: Section) -> tuple[page.Picture, int]:
+    """The figure of a section, and the width below which it does not become, px."""
+    with opened(folder / section.figure) as image:
+        shown = page.picture(image.convert("RGB"), section.title, lossless=section.lossless)
+        return shown, min(image.width, LEGIBLE)

@@ -17,6 +17,7 @@ from evaluation.probes import clusters_of
 from reporting import page, panels
 from reporting.comparison import Entry, Section
 from reporting.comparison_page import Gallery
+from reporting.page import Picture
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def gallery(section: Section, count: int = 4) -> Gallery:
     Clusters have the colours of the classes that the labels matched them to; without labels those of their ids.
     An entry whose checkpoint cannot be used is left out and named.
     """
-    rows: dict[str, list[str]] = {}
+    rows: dict[str, list[Picture]] = {}
     missing, meta = [], ClassMeta()
     for entry in section.entries:
         try:
@@ -45,17 +46,14 @@ def gallery(section: Section, count: int = 4) -> Gallery:
         rows[f"{entry.label}: {probe}, seed {entry.first.metrics['seed']}"] = [
             shown(image, entry.label, True) for image in maps
         ]
-    if not rows:
-        return Gallery({}, "", missing)
-    if not meta.has_labels:
-        note = '<p class="note">Without labels a colour is a cluster id: it means something else in every row.</p>'
-        return Gallery(rows, note, missing)
+    if not rows or not meta.has_labels:
+        return Gallery(rows, missing=missing)
     names, colours = [*meta.names, "no label"], [*panels.class_colours(meta).tolist(), panels.VOID]
     return Gallery(rows, page.legend(names, colours), missing)
 
 
-def shown(image: np.ndarray, what: str, lossless: bool = False) -> str:
-    """An <img> of a common width."""
+def shown(image: np.ndarray, what: str, lossless: bool = False) -> Picture:
+    """A picture of a common width."""
     height = max(1, round(image.shape[0] * WIDTH / image.shape[1]))
     how = Image.Resampling.NEAREST if lossless else Image.Resampling.BICUBIC
     return page.picture(Image.fromarray(image).resize((WIDTH, height), how), what, lossless=lossless)

@@ -5,8 +5,6 @@ a segment is compared by its prototype. No label is read. Sources: SegSort (ICCV
 2022), contextual retrieval.
 """
 
-import base64
-import io
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,18 +182,6 @@ def write(
             sheet.paste(image, (gap + place * (CELL + gap) + (gap if place else 0), y))
         y += height + gap
     sheet.save(folder / "gallery.png")
-    rows = ["".join(figure(image, text) for image, text in cells) for cells in lines]
-    title = page.escape(f"{name}: its segments and their nearest in {cfg.data.name} ({cfg.method.name})")
-    style = "body{font:14px sans-serif;margin:2em}div{display:flex;gap:8px}figure{margin:0 0 12px}"
-    body = "\n".join(f"<div>{row}</div>" for row in rows)
-    note = "Left: a segment of the picture, the largest first. Right: the nearest ones, by cosine. No label is read."
-    head = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{style}</style>"
-    write_text(folder / "gallery.html", f"{head}<h1>{title}</h1><p>{note}</p>\n{body}\n")
-
-
-def figure(image: Image.Image, text: str) -> str:
-    """A picture inside the page, with its caption."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<figure><img src="data:image/jpeg;base64,{data}"><figcaption>{page.escape(text)}</figcaption></figure>'
+    rows = [[(page.picture(image, text), text) for image, text in cells] for cells in lines]
+    shows = {"picture": name, "data": cfg.data.name, "method": cfg.method.name, "rows": rows}
+    write_text(folder / "gallery.html", page.render("retrieve.html.j2", **shows))

@@ -1,27 +1,11 @@
-"""Charts of a page as html and svg: bars with error bars, curves, a heat map. Values are percentages, 0 to 100."""
+"""Where the marks of a page's charts stand: bars with error bars, and curves. Values are percentages, 0 to 100.
+
+`templates/charts.html.j2` draws them; an entry has the colour of its place in `templates/charts.css`.
+"""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from reporting.page import escape, hexadecimal
-
-STYLE = """
-.bars { display: grid; grid-template-columns: minmax(8rem, 18rem) 1fr 6.5rem; gap: .35rem .8rem; align-items: center;
-  max-width: 860px; font-size: .92rem; }
-.bars .what { overflow-wrap: anywhere; } .bars .value { font-variant-numeric: tabular-nums; }
-.track { position: relative; height: 20px; background: var(--shade); border-radius: 3px; }
-.track .fill { position: absolute; inset: 0 auto 0 0; border-radius: 3px; }
-.track .whisker { position: absolute; top: 9px; height: 2px; background: #1c1e24; }
-.track .whisker::before, .track .whisker::after { content: ""; position: absolute; top: -4px; width: 2px; height: 10px;
-  background: #1c1e24; }
-.track .whisker::before { left: 0; } .track .whisker::after { right: 0; }
-.track .published { position: absolute; top: -3px; bottom: -3px; border-left: 2px dashed #b3261e; }
-td.heat { text-align: right; }
-@media (max-width: 600px) { .bars { grid-template-columns: 1fr 5.6rem; } .bars .what { grid-column: 1 / -1; } }
-"""
-COLOURS = ((42, 111, 184), (200, 134, 26), (52, 138, 82), (160, 74, 140), (190, 62, 52), (90, 96, 110), (30, 150, 160))
-"""Of entries, in order; they begin anew after the last."""
 
 
 @dataclass(frozen=True)
@@ -36,34 +20,44 @@ class Bar:
     """Of its entry, for the colour; None: that of the row."""
 
 
-def colour(number: int) -> tuple[int, int, int]:
-    """The colour of entry `number`."""
-    return COLOURS[number % len(COLOURS)]
+@dataclass(frozen=True)
+class Drawn:
+    """A row of the bars as it is drawn: text of its value, and lengths in percent of the track."""
+
+    label: str
+    value: str
+    place: int
+    fill: float
+    whisker: tuple[float, float] | None
+    """Left end and width of the error bar."""
+    published: tuple[float, float] | None
+    """Where the published figure stands, and the figure."""
 
 
-def bars(rows: Sequence[Bar]) -> str:
+@dataclass(frozen=True)
+class Bars:
+    """All rows, and the value at the right end of the track."""
+
+    top: int
+    rows: Sequence[Drawn]
+
+
+def bars(rows: Sequence[Bar]) -> Bars:
     """Horizontal bars from 0 to the next ten above all of them, with error bars; published figures are dashed lines."""
     reach = max((max(row.mean + (row.spread or 0), row.published or 0) for row in rows), default=0)
     top = max(10, 10 * math.ceil(reach / 10))
-    parts = []
+    share = 100 / top
+    drawn = []
     for number, row in enumerate(rows):
-        share = 100 / top
-        paint = hexadecimal(colour(number if row.place is None else row.place))
-        fill = f'<span class="fill" style="width:{row.mean * share:.2f}%;background:{paint}"></span>'
-        value = f"{row.mean:.1f}"
+        value, whisker = f"{row.mean:.1f}", None
         if row.spread is not None:
             low = max(0.0, row.mean - row.spread)
-            width = (row.mean + row.spread - low) * share
-            fill += f'<span class="whisker" style="left:{low * share:.2f}%;width:{width:.2f}%"></span>'
+            whisker = low * share, (row.mean + row.spread - low) * share
             value += f" ± {row.spread:.1f}"
-        if row.published is not None:
-            where = f"left:{row.published * share:.2f}%"
-            fill += f'<span class="published" style="{where}" title="published: {row.published:g}"></span>'
-        parts.append(
-            f'<span class="what">{escape(row.label)}</span><span class="track">{fill}</span>'
-            f'<span class="value">{value}</span>'
-        )
-    return f'<div class="bars" data-top="{top}">{"".join(parts)}</div>'
+        published = None if row.published is None else (row.published * share, row.published)
+        place = number if row.place is None else row.place
+        drawn.append(Drawn(row.label, value, place, row.mean * share, whisker, published))
+    return Bars(top, drawn)
 
 
 @dataclass(frozen=True)
@@ -75,45 +69,60 @@ class Curve:
     runs: Sequence[Sequence[tuple[int, float]]] = ()
 
 
-def curves(lines: Sequence[Curve], what: str) -> str:
-    """An svg with axes; lines have the colours of their places. `what`: the name of the vertical axis."""
+Spot = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve as it is drawn: spots (x, y) in px, and what each of its own points says."""
+
+    label: str
+    spots: Sequence[Spot]
+    points: Sequence[tuple[int, float]]
+    runs: Sequence[Sequence[Spot]]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Axes with their marks (place in px, value) and lines, in a frame of `width` x `height` px."""
+
+    what: str
+    """Name of the vertical axis."""
+    width: int
+    height: int
+    left: int
+    right: int
+    bottom: int
+    values: Sequence[Spot]
+    steps: Sequence[Spot]
+    lines: Sequence[Line]
+
+
+def curves(lines: Sequence[Curve], what: str) -> Plot:
+    """Lines with axes; lines have the colours of their places. `what`: the name of the vertical axis. One line at least
+    has a point."""
     width, height, left, bottom, top = 640, 300, 46, 38, 14
     everything = [point for line in lines for points in (line.points, *line.runs) for point in points]
-    if not everything:
-        return '<p class="note">No step was validated before the last one.</p>'
     last = max(step for step, _ in everything)
     high = 10 * math.ceil(max(value for _, value in everything) / 10) or 10
     low = 10 * math.floor(min(value for _, value in everything) / 10)
 
-    def place(step: float, value: float) -> str:
+    def place(step: float, value: float) -> Spot:
         x = left + (width - left - 12) * step / last
-        return f"{x:.1f},{height - bottom - (height - bottom - top) * (value - low) / max(1, high - low):.1f}"
+        return x, height - bottom - (height - bottom - top) * (value - low) / max(1, high - low)
 
-    parts = []
-    for value in ticks(low, high):
-        y = place(0, value).split(",")[1]
-        parts.append(f'<line x1="{left}" x2="{width - 12}" y1="{y}" y2="{y}" stroke="#e4e6ea"/>')
-        parts.append(f'<text x="{left - 6}" y="{float(y) + 4:.1f}" text-anchor="end">{value:g}</text>')
-    for step in ticks(0, last):
-        x = place(step, low).split(",")[0]
-        parts.append(f'<text x="{x}" y="{height - bottom + 17}" text-anchor="middle">{step:g}</text>')
-    parts.append(f'<text x="{(width + left) / 2:.0f}" y="{height - 4}" text-anchor="middle">step</text>')
-    for number, line in enumerate(lines):
-        ink = hexadecimal(colour(number))
-        for points in line.runs:
-            path = " ".join(place(*point) for point in points)
-            parts.append(f'<polyline points="{path}" fill="none" stroke="{ink}" stroke-opacity=".3" stroke-width="1"/>')
-        path = " ".join(place(*point) for point in line.points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{ink}" stroke-width="2.2"/>')
-        for step, value in line.points:
-            x, y = place(step, value).split(",")
-            title = f"{escape(line.label)}: {value:.1f} at step {step}"
-            parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{ink}"><title>{title}</title></circle>')
-    return (
-        f'<div class="scroll"><svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
-        f'aria-label="{escape(what)} against the step" style="min-width:430px" font-size="13" fill="#50545e">'
-        f"{''.join(parts)}</svg></div>"
-    )
+    drawn = [
+        Line(
+            line.label,
+            [place(*point) for point in line.points],
+            line.points,
+            [[place(*point) for point in points] for points in line.runs],
+        )
+        for line in lines
+    ]
+    values = [(place(0, value)[1], value) for value in ticks(low, high)]
+    steps = [(place(step, low)[0], step) for step in ticks(0, last)]
+    return Plot(what, width, height, left, width - 12, height - bottom, values, steps, drawn)
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -123,10 +132,3 @@ def ticks(low: float, high: float) -> list[float]:
     while span / step > 6:
         step *= 2.5 if str(step).lstrip("0.").startswith("2") else 2
     return [low + i * step for i in range(int(span / step + 1e-9) + 1)]
-
-
-def shade(value: float, top: float = 100.0) -> str:
-    """Style of a heat map's cell: from white to a strong blue at `top`; its text stays legible."""
-    share = min(1.0, max(0.0, value / top))
-    red, green, blue = (round(255 + (end - 255) * share) for end in (24, 84, 150))
-    return f"background:#{red:02x}{green:02x}{blue:02x};color:{'#fff' if share > 0.55 else '#1c1e24'}"

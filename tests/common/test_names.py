@@ -101,7 +101,8 @@ def test_pictures_and_tables_of_any_name_are_drawn(tmp_path):
 
 
 def test_pages_hold_no_control_characters():
-    assert pages.escape("<\x1b\udce9\n>") == "&lt;\\x1b\\xe9\n&gt;"
+    text = pages.ENVIRONMENT.from_string("{{ name }}").render(name="<\x1b\udce9\n>")
+    assert text == "&lt;\\x1b\\xe9\n&gt;"
 
 
 def test_settings_that_are_no_utf_8_end_in_one_line():

@@ -13,6 +13,7 @@ from common.errors import ConfigError
 from reporting import charts, comparison, comparison_page, comparison_tables
 from reporting.comparison import Finished, Score
 from reporting.comparison_tables import STAGES
+from reporting.page import ENVIRONMENT
 
 
 def finished(method="stego", seed=0, miou=20.0, folder="r", config=None, **metrics) -> Finished:
@@ -29,6 +30,11 @@ def finished(method="stego", seed=0, miou=20.0, folder="r", config=None, **metri
     }  # fmt: skip
     environment = {"device": "cpu", "processes": 1, "peak_memory": {"resident_mib": 100.0 + seed}, "seconds": 1.0}
     return Finished(Path(folder), facts, settings, environment)
+
+
+def drawn(template: str, macro: str, data: object) -> str:
+    """What a macro of the templates makes of a part of a page."""
+    return str(getattr(ENVIRONMENT.get_template(f"{template}.html.j2").module, macro)(data))
 
 
 def test_seeds_are_one_row_with_mean_and_sample_deviation():
@@ -106,7 +112,7 @@ def test_tables_to_paste():
     (row,) = [row for row in rows if (row["method"], row["stage"], row["metric"]) == ("stego", "val", "miou")]
     assert (float(row["mean"]), row["std"], row["runs"], row["published"]) == (21.0, "", "2", "24.5")
     assert (row["steps"], row["batch"], row["headline"]) == ("8", "16", "cluster")
-    page = comparison_page.scores(sections[0], "val", "val1")
+    page = drawn("parts", "table", comparison_page.scores(sections[0], "val", "val1"))
     assert 'data-sort="">steps</th><th class="number" data-sort="">batch</th>' in page
     cells = 'data-value="8">8</td><td class="number" data-value="16">16</td><td>none</td>'
     assert page.count(cells) == 2
@@ -131,7 +137,8 @@ def test_bold_is_what_is_ahead_by_more_than_the_spreads(other, bold):
     found = section.ahead("val", "cluster", "miou")
     assert (found and found.method) == bold
     tex = comparison_tables.latex([section], "T")
-    assert ("\\mathbf" in tex) == ('class="number best"' in comparison_page.scores(section, "val", "a")) == bool(bold)
+    page = drawn("parts", "table", comparison_page.scores(section, "val", "a"))
+    assert ("\\mathbf" in tex) == ('class="number best"' in page) == bool(bold)
     assert r"stego & 3 & 8 & 16 & $" in tex
     assert r"\pm 2.0$" in tex
 
@@ -159,7 +166,7 @@ def test_methods_are_known_by_their_own_scores():
     assert section.columns()[:2] == [("score", "miou"), ("kmeans", "acc")]
     assert section.probes() == ["score", "kmeans", "cluster"]
     tables = (comparison_tables.markdown([section], "T"), comparison_tables.latex([section], "T"))
-    page = "".join(comparison_page.section_parts(1, section, comparison_page.Gallery({}, ""), alone=True))
+    page = drawn("comparison_part", "protocol", comparison_page.part(1, section, comparison_page.Gallery({})))
     assert not [text for text in (*tables, page) if "11.7" in text]
     assert "| kmeans_baseline | tiny | 0 | 8 | 16 | none | kmeans | 30.6 | 50.0 | 30.6 | - | - |" in tables[0]
     assert "| hp | tiny | 0 | 8 | 16 | none | cluster | 26.0 | 50.0 | 30.6 | 52.0 | 26.0 |" in tables[0]
@@ -201,7 +208,7 @@ def test_a_published_figure_stands_beside_the_best_checkpoint_where_one_was_chos
     tex = comparison_tables.latex([section], "t")
     assert "scores of the best checkpoint in percent" in tex
     assert "$43.0$ & $21.0$" in tex
-    page = comparison_page.bars(section, "cluster")
+    page = drawn("charts", "bars", comparison_page.bars(section, "cluster"))
     assert "21.0" in page
     assert 'title="published: 24.5"' in page
 
@@ -253,7 +260,7 @@ def test_the_best_checkpoint_has_a_table_unless_it_is_the_last_step_by_rule():
 
 
 def test_bars_are_drawn_to_scale():
-    html = charts.bars([charts.Bar("a <b>", 20.0, 5.0, 40.0), charts.Bar("c", 10.0)])
+    html = drawn("charts", "bars", charts.bars([charts.Bar("a <b>", 20.0, 5.0, 40.0), charts.Bar("c", 10.0)]))
     assert 'data-top="40"' in html
     assert "width:50.00%" in html  # 20 of 40
     assert "left:37.50%;width:25.00%" in html  # 15 to 25

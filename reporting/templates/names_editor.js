@@ -1,20 +1,4 @@
-{# Names and colours of clusters, edited in the browser; without a network and without a server. `content`: what the
-   names file holds. Inputs stand in the order of ids; the script writes the same file as `naming.write`. #}
-<form id="names" class="names">
-  <p class="lead">Write names here and give clusters that are one thing the same name; then save
-    <code>names.yaml</code> and put it in place of <code>{{ path }}</code>. <code>run.py predict</code> takes it from
-    there.</p>
-  <div class="fields">
-  {%- for entry in content.clusters %}
-    <label>{{ loop.index0 }} <input type="color" value="{{ entry.colour }}" aria-label="colour of cluster {{ loop.index0 }}">
-      <input type="text" value="{{ entry.name }}" aria-label="name of cluster {{ loop.index0 }}" required></label>
-  {%- endfor %}
-  </div>
-  <button type="submit">Save names.yaml</button> <button type="button" id="copy">Copy it</button>
-  <span id="said" class="note" role="status"></span>
-</form>
-<script id="names-content" type="application/json">{{ content | tojson }}</script>
-<script>
+// The form that edits names and colours of clusters, and writes the same file as `write` of inference/naming.py.
 (() => {
   const content = JSON.parse(document.getElementById("names-content").textContent);
   const form = document.getElementById("names"), said = document.getElementById("said");
@@ -57,4 +41,3 @@
     area.remove();
   });
 })();
-</script>

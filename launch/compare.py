@@ -157,7 +157,7 @@ def report(
     write_text(folder / "table.tex", comparison_tables.latex(sections, title, cited))
     write_text(folder / "table.csv", comparison_tables.as_csv(sections, cited))
     shown = [galleries.gallery(section) for section in sections]
-    write_text(folder / "index.html", comparison_page.render(title, sections, shown, missing, twice))
+    write_text(folder / "index.html", comparison_page.render(title, sections, shown, missing, twice, cited))
     return sections
 
 

@@ -6,11 +6,12 @@ What is here says what stands on the page; `templates/comparison.html.j2` lays i
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from reporting import charts, page
+from reporting import charts, page, published
 from reporting.charts import Bar, Bars, Curve, Plot
 from reporting.comparison import SCORE, Entry, Finished, Section, column_name
 from reporting.comparison_tables import HEADS, STAGES, facts, memory_text, protocol_text, published_text, speed_text
 from reporting.page import Cell, Picture, Table, numeric
+from reporting.published import Cited
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,10 @@ def render(
     galleries: Sequence[Gallery],
     failures: Sequence[str],
     twice: Sequence[str] = (),
+    cited: Sequence[Cited] = (),
 ) -> str:
     """The page. `galleries`: one a section; `failures`: trainings that are missing, `twice`: runs that stand for a
-    training that is counted already, one line each."""
+    training that is counted already, one line each; `cited`: published rows, in tables of their own below."""
     runs = [run for section in sections for entry in section.entries for run in entry.runs]
     return page.render(
         "comparison.html.j2",
@@ -64,6 +66,8 @@ def render(
             part(number, section, gallery)
             for number, (section, gallery) in enumerate(zip(sections, galleries, strict=True), 1)
         ],
+        cited=[(name, Table(*published.table(own), f"cited-{name}")) for name, own in published.by_data(cited).items()],
+        said=published.SAID,
         environment=environment(runs),
         versions=versions(runs),
     )

@@ -16,6 +16,7 @@ from inspection import clusters, explanation, retrieving
 from reporting import comparison, comparison_page, page
 from reporting.comparison_page import Gallery
 from reporting.exemplars import ClusterSurvey
+from reporting.published import Cited, of
 from tests.reporting.test_comparison import finished
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +53,8 @@ def comparison_of(name: str, folder: Path) -> str:
     sections[0].entries[0].published, sections[0].entries[0].source = {"kmeans/miou": 20.0}, name
     shown = {name: [page.picture(noise(), name)]}
     galleries = [Gallery(shown, page.legend([name], [(1, 2, 3)]), [name]), Gallery(shown, missing=[name])]
-    return comparison_page.render(name, sections, galleries, [name], [name])
+    cited = [Cited(name, name, name, {"linear_miou": name}, {name: "3.0"}, name, name, name)]
+    return comparison_page.render(name, sections, galleries, [name], [name], cited)
 
 
 def clusters_of(name: str, folder: Path) -> str:
@@ -138,6 +140,14 @@ def test_names_that_hold_markup_are_text(kind, tmp_path):
     shown = [text for text in evil.texts if "alert(1)" in text and "\\u003c" not in text]
     whole = EVIL.replace("/", "_") if kind == "explain" else EVIL
     assert all(EVIL in text or whole in text or "%7B%7B" in text for text in shown)
+
+
+def test_published_rows_stand_apart_and_are_marked():
+    rows = of("cocostuff27")
+    text = comparison_page.render("T", [], [], [], [], rows)
+    assert "<h2>Cited: cocostuff27</h2>" in text
+    assert text.count("<i>cited</i>") == len(rows)
+    assert text.index("Cited: cocostuff27") < text.index("Environment")
 
 
 def test_a_missing_value_ends_and_is_no_hole_in_the_page():

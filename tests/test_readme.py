@@ -1,4 +1,4 @@
-"""The walk-throughs of the README, followed word for word in a copy of the tree."""
+"""The walk-throughs of the README and of docs/, followed word for word in a copy of the tree."""
 
 import csv
 import re
@@ -6,7 +6,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +13,8 @@ from PIL import Image
 
 import run as entry
 from tests.conftest import small_words
+from tests.support.pages import PAGES, ROOT, blocks
 
-ROOT = Path(entry.__file__).parent
 FILES = {
     "class ColourBlind": "lightning_modules/colour_blind.py",
     "name: colour_blind": "configs/method/colour_blind.yaml",
@@ -23,19 +22,20 @@ FILES = {
 }
 
 
-def blocks() -> list[str]:
-    return re.findall(r"```(?:python|yaml)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-
-
-def test_the_readme_holds_the_walk_throughs():
+def test_the_pages_hold_the_walk_throughs():
     for mark in FILES:
-        assert sum(mark in block for block in blocks()) == 1, mark
+        assert sum(mark in block for block in blocks("python|yaml")) == 1, mark
 
 
-def test_targets_of_the_readme_exist():
+def test_targets_of_the_pages_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    for target in re.findall(r"`?make ([a-z-]+)", (ROOT / "README.md").read_text()):
-        assert target in targets | {"it"}, target
+    for page in PAGES:
+        for target in re.findall(r"`make ([a-z-]+)|^make ([a-z-]+)", page.read_text(), re.M):
+            assert set(target) <= targets | {""}, (page, target)
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
 
 
 def commands_of(section: str) -> list[str]:
@@ -80,7 +80,7 @@ def test_a_method_and_a_data_set_from_the_readme_train(tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "*.egg-info", "__pycache__"))
     for mark, name in FILES.items():
-        (copy / name).write_text(next(block for block in blocks() if mark in block))
+        (copy / name).write_text(next(block for block in blocks("python|yaml") if mark in block))
     stripes = (copy / "configs" / "data" / "folder.yaml").read_text().replace("name: folder", "name: stripes")
     (copy / "configs" / "data" / "stripes.yaml").write_text(stripes)
     words = ["method=colour_blind", "data=stripes", "data.train_size=96", "data.eval_size=96", "data.batch_size=8"]

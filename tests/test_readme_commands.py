@@ -1,4 +1,8 @@
-"""Every command of the README and of docs/terminal.md runs, through make, with made-up files and small trainings."""
+"""Every command of the README and of docs/ runs, through make, with made-up files and small trainings.
+
+Recipes with their large networks are `slow`; those that the pages of methods and docs/reproduce.md name, a row each, are
+put together here and not run.
+"""
 
 import re
 import shlex
@@ -7,6 +11,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -18,8 +23,8 @@ from tests.conftest import Run, small_words
 from tests.datamodules import trees
 from tests.datamodules.pictures import noise, save
 from tests.released import released_files
+from tests.support.pages import PAGES, ROOT, commands
 
-ROOT = Path(entry.__file__).parent
 SIZES = [
     "data.train_count=12", "data.val_count=2",
     "data.workers=0", "data.train_size=64", "data.eval_size=64", "data.batch_size=4", "data.eval_batch_size=2",
@@ -28,12 +33,15 @@ SIZES = [
 ]  # fmt: skip
 
 
-def commands() -> list[str]:
-    """Lines of the pages' blocks that begin with make or python, without their remarks."""
-    text = "".join((ROOT / page).read_text() for page in ("README.md", "docs/terminal.md"))
-    blocks = re.findall(r"```[a-z]*\n(.*?)```", text, re.S)
-    lines = [line for block in blocks for line in block.splitlines()]
-    return [line.split(" #")[0].strip() for line in lines if re.match(r"(make|python run\.py) [a-z]", line)]
+def is_recipe(command: str) -> bool:
+    """A published setting, or one of the project's own."""
+    return bool(re.search(r"\bexperiment=", command, re.I))
+
+
+GUIDES = [page for page in PAGES if page.name != "reproduce.md" and page.parent.name != "methods"]
+GUIDED = commands(GUIDES)
+ALL = commands()
+RUN = [command for command in ALL if command in GUIDED or not is_recipe(command)]
 
 
 def marked(command: str) -> object:
@@ -59,7 +67,7 @@ class World:
             trees.coco(self.root / "data" / "coco")
         if "mine.yaml" in command:
             shutil.copy(ROOT / "launch" / "site.yaml", self.root / "mine.yaml")
-        for name in re.findall(r"\bruns/([a-z]+)", command):
+        for name in dict.fromkeys(re.findall(r"\bruns/([a-z]+)", command)):
             method = "dino" if "backbone.safetensors" in command else "hsg" if "levels=all" in command else "stego"
             shutil.copytree(self.small_run(method).folder, self.root / "runs" / name)
         self.released(command)
@@ -125,11 +133,16 @@ def parts_of(command: str) -> tuple[str, list[str]]:
     return (words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])
 
 
+def unreachable(*_: object, **__: object) -> None:
+    """The hub, for a machine without a network."""
+    raise ConnectionError("no network")
+
+
 PROGRAMS = {"run.py": entry.main, "launch.sweep": sweep.main, "launch.submit": submit.main}
 
 
 @pytest.mark.train
-@pytest.mark.parametrize("command", [marked(command) for command in commands() if command != "make test"])
+@pytest.mark.parametrize("command", [marked(command) for command in RUN if not re.match("make (test|docs|lint|setup)", command)])
 def test_it_runs(command, small_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     program, words = parts_of(World(tmp_path, small_run).make(command))
@@ -143,12 +156,24 @@ def test_it_runs(command, small_run, tmp_path, monkeypatch):
         words = [words[0], *made_small(program, words[1:])]
     elif words[0] == "eval" and "imports" in command:
         words += ["data.eval_size=64", "data.workers=0", "evaluation.crf=none", "evaluation.kmeans.pictures=2"]
+    from_hub = words[0] == "weights" and len(words) > 1 and "backbone.weights" not in command
+    if from_hub:
+        for name in ("hf_hub_download", "get_hf_file_metadata", "try_to_load_from_cache"):
+            monkeypatch.setattr(huggingface_hub, name, unreachable)
     code = PROGRAMS[program](words)
     incomplete = words[0] == "data" and any("root=" in word for word in words)  # the made-up tree lacks most pictures
-    assert code == (2 if incomplete else 0)
+    assert code == (2 if incomplete or from_hub else 0)
+
+
+@pytest.mark.parametrize("command", [command for command in ALL if command not in RUN])
+def test_it_is_a_recipe(command):
+    program, (verb, *words) = parts_of(re.sub(r"<[a-z ]+>", "file.pth", command))
+    assert program == "run.py"
+    assert verb in ("train", "pseudo")
+    config.compose(words)
 
 
 def test_the_commands_are_found():
-    found = [line.replace("python run.py", "make").split()[1] for line in commands()]
+    found = [line.replace("python run.py", "make").split()[1] for line in ALL]
     assert len(found) >= 30
     assert set(found) > {"train", "predict", "eval", "compare", "sweep", "slurm", "data", "retrieve", "pseudo"}

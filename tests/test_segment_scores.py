@@ -6,7 +6,7 @@ from tests.support.scores import score
 
 FROM_RANDOM = ["experiment=segsort_scenes"]
 SEGSORT = (20.0, 26.0)
-"""val/kmeans/miou of SegSort from random weights, mean of seeds 0, 1, 2, as recorded; see README."""
+"""val/kmeans/miou of SegSort from random weights, mean of seeds 0, 1, 2, as recorded; see docs/results.md."""
 UNTRAINED = 8.0
 """Points of mIoU that it must lose where nothing is learned, so with random weights."""
 FINE, COARSE = (38.0, 45.0), (28.0, 42.0)

@@ -8,7 +8,7 @@ import pytest
 from tests.support.scores import score
 
 BANDS = {"deep_spectral": (23.5, 27.0), "normalized_cut": (20.5, 25.0), "transfgu": (20.5, 25.5)}
-"""As recorded; see README. k-means on the same features is at 22.8."""
+"""As recorded; see docs/results.md. k-means on the same features is at 22.8."""
 OVER_BASELINE = 1.0
 """Points by which Deep Spectral must beat val/kmeans/miou of the baseline."""
 

@@ -1,4 +1,4 @@
-"""`export`: the program of torch.export, used by the script of the README, against `predict`."""
+"""`export`: the program of torch.export, used by the script of docs/your_pictures.md, against `predict`."""
 
 import re
 import subprocess
@@ -14,7 +14,7 @@ import run
 from tests.conftest import run_small
 
 pytestmark = pytest.mark.train
-README = Path(run.__file__).parent / "README.md"
+PAGE = Path(run.__file__).parent / "docs" / "your_pictures.md"
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def many(tmp_path_factory) -> Path:
 def test_the_script_of_the_readme_gives_the_labels_of_predict(which, request, tmp_path):
     checkpoint = request.getfixturevalue(which)
     script = next(
-        code for code in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "torch.export" in code
+        code for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S) if "torch.export" in code
     )
     assert len(script.strip().splitlines()) <= 20
     rng = np.random.default_rng(0)

@@ -67,7 +67,7 @@ PARALLEL = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train pseudo eval predict retrieve clusters explain compare export import-checkpoint data weights list show-config doctor sweep slurm test test-fast test-ddp test-slurm \
-	test-slow test-realdata test-gpu reference bench lint published lock clean
+	test-slow test-realdata test-gpu reference bench lint published docs lock clean
 
 help: ## this page
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | awk -F'\t' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -183,6 +183,9 @@ lint: $(READY) ## ruff; import-linter: which room may import which (pyproject.to
 
 published: $(READY) ## docs/published.md from configs/published.csv, what papers report
 	@$(PY) -m reporting.published
+
+docs: $(READY) ## README and docs/ as a site, in build/docs; a dead link ends it
+	@$(PY) -m docs.links && $(PY) -m mkdocs build --strict --quiet
 
 lock: ## requirements.lock from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --extra dev --universal --no-emit-index-url --no-header --no-annotate -q -o requirements.lock

@@ -1,6 +1,6 @@
 """Do the links of README.md and docs/ lead somewhere? Files, headings (`#…`), and no page that the site's nav lacks.
 
-    python -m docs.links
+python -m docs.links
 """
 
 import re

@@ -5,7 +5,7 @@ import pytest
 from tests.support.scores import score
 
 BAND = (24.5, 28.0)
-"""val/cluster/miou of Hidden Positives with the bundled backbone, mean of seeds 0, 1, 2, as recorded; see docs/results.md."""
+"""val/cluster/miou of Hidden Positives with the bundled backbone, mean of seeds 0, 1, 2 (docs/results.md)."""
 OF_KMEANS = (22.0, 23.6)
 """val/kmeans/miou of the baseline on the same backbone."""
 MARGIN_OF_CORE = 7.0

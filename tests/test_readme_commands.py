@@ -1,7 +1,7 @@
 """Every command of the README and of docs/ runs, through make, with made-up files and small trainings.
 
-Recipes with their large networks are `slow`; those that the pages of methods and docs/reproduce.md name, a row each, are
-put together here and not run.
+Recipes with their large networks are `slow`; those that the pages of methods and docs/reproduce.md
+name, a row each, are put together here and not run.
 """
 
 import re
@@ -46,7 +46,9 @@ RUN = [command for command in ALL if command in GUIDED or not is_recipe(command)
 
 def marked(command: str) -> object:
     """Sweeps and comparisons train several times, recipes have large networks."""
-    slow = re.search(r"make sweep|compare methods|compare METHODS|EXPERIMENT|backbone=dino|imports/stego", command)
+    slow = re.search(
+        r"make sweep|compare methods|compare METHODS|EVAL=|EXPERIMENT|backbone=dino|imports/stego", command
+    )
     return pytest.param(command, marks=pytest.mark.slow) if slow else command
 
 
@@ -142,7 +144,9 @@ PROGRAMS = {"run.py": entry.main, "launch.sweep": sweep.main, "launch.submit": s
 
 
 @pytest.mark.train
-@pytest.mark.parametrize("command", [marked(command) for command in RUN if not re.match("make (test|docs|lint|setup)", command)])
+@pytest.mark.parametrize(
+    "command", [marked(command) for command in RUN if not re.match("make (test|docs|lint|setup)", command)]
+)
 def test_it_runs(command, small_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     program, words = parts_of(World(tmp_path, small_run).make(command))

@@ -14,7 +14,7 @@ from tests.support.scores import AS_CLASS_TOKENS, score, stage_score
 pytestmark = pytest.mark.realdata
 
 CAMVID_BAND, COCO_BAND = (29.0, 34.5), (11.0, 14.0)
-"""val/cluster/miou of Hidden Positives, mean of seeds 0, 1, 2, as recorded; see docs/results.md."""
+"""val/cluster/miou of Hidden Positives, mean of seeds 0, 1, 2 (docs/results.md)."""
 COCO_ALONE_BAND, COCO_ALONE_LINE = (12.0, 14.6), (14.0, 15.9)
 """On coco200's own 100 training pictures: Hidden Positives, and k-means on the same features, which is not beaten."""
 MARGIN_OVER_BASELINE = 3.0
@@ -22,7 +22,7 @@ MARGIN_OVER_BASELINE = 3.0
 MARGIN_OF_CORE = 10.0
 """Points of mIoU that it must lose there without its contrastive term."""
 TRANSFGU_BANDS = {"camvid": (29.5, 34.5), "coco200": (11.0, 15.0)}
-"""val/own/miou of TransFGU, mean of seeds 0, 1, 2, as recorded; see docs/results.md. The baseline's k-means is not above."""
+"""val/own/miou of TransFGU, mean of seeds 0, 1, 2 (docs/results.md). The baseline's k-means is not above."""
 CONCEPTS_BAND, MARGIN_OF_POOLED = (12.0, 16.5), 6.0
 """mIoU of TransFGU's concept maps on coco200's labelled training pictures, mean of seeds 0, 1, 2, as recorded; and what
 is lost where the pooled token of a network without a class token is treated as one."""

@@ -41,9 +41,7 @@ def many(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("which", ["checkpoint", "convolutional", "many"])
 def test_the_script_of_the_readme_gives_the_labels_of_predict(which, request, tmp_path):
     checkpoint = request.getfixturevalue(which)
-    script = next(
-        code for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S) if "torch.export" in code
-    )
+    script = next(code for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S) if "torch.export" in code)
     assert len(script.strip().splitlines()) <= 20
     rng = np.random.default_rng(0)
     (tmp_path / "in").mkdir()

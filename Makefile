@@ -185,7 +185,7 @@ published: $(READY) ## docs/published.md from configs/published.csv, what papers
 	@$(PY) -m reporting.published
 
 docs: $(READY) ## README and docs/ as a site, in build/docs; a dead link ends it
-	@$(PY) -m docs.links && $(PY) -m mkdocs build --strict --quiet
+	@$(PY) -m docs.links && NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 lock: ## requirements.lock from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --extra dev --universal --no-emit-index-url --no-header --no-annotate -q -o requirements.lock

@@ -62,8 +62,9 @@ $(error $(WRONG): $(if $(MAKECMDGOALS),is no word of make $(MAKECMDGOALS); $(if 
 endif
 endif
 
-# A file of tests is one job: its tests share their trainings. A job is one thread.
-PARALLEL = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile
+# A file of tests is one job: its tests share their trainings. Long files come first (tests/conftest.py). A job is one
+# thread.
+PARALLEL = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train pseudo eval predict retrieve clusters explain compare export import-checkpoint data weights list show-config doctor sweep slurm test test-fast test-ddp test-slurm \
@@ -146,8 +147,8 @@ doctor: $(READY) ## versions, CUDA, faiss, disk, W&B: ok, or what to do
 test: $(READY) ## all tests but slow, gpu, realdata and slurm ones (each has a target of its own); JOBS=2 at a time
 	$(PARALLEL) -m "not slow and not gpu and not realdata and not slurm"
 
-test-fast: $(READY) ## unit tests only: no training runs, no second process
-	$(PY) -m pytest -q -m "not slow and not gpu and not realdata and not slurm and not ddp and not train"
+test-fast: $(READY) ## unit tests only: no training runs, no second process; JOBS=2 at a time
+	$(PARALLEL) -m "not slow and not gpu and not realdata and not slurm and not ddp and not train"
 
 test-ddp: $(READY) ## tests with two real processes
 	$(PY) -m pytest -q -m "ddp and not gpu and not slurm"

@@ -135,6 +135,7 @@ def waiting(folder: Path, path: Path) -> tuple[list[str], subprocess.Popen]:
     return command, process
 
 
+@pytest.mark.ddp
 @pytest.mark.skipif(sys.platform != "linux", reason="the signal at a parent's death is Linux's")
 def test_a_killed_sweep_takes_its_trial_along(stand_in):
     _, process = waiting(stand_in, write(stand_in / "s.yaml", seed=[60, 1]))
@@ -147,6 +148,7 @@ def test_a_killed_sweep_takes_its_trial_along(stand_in):
     raise AssertionError("the trial runs on")
 
 
+@pytest.mark.ddp
 def test_a_signal_stops_the_trial_and_the_sweep_and_the_same_command_goes_on(stand_in):
     command, process = waiting(stand_in, write(stand_in / "s.yaml", seed=[60, 1]))
     process.send_signal(signal.SIGUSR1)

@@ -56,6 +56,7 @@ log.info("behind it")
 """
 
 
+@pytest.mark.ddp
 def test_everything_else_goes_above_the_bar():
     code, written = in_terminal([sys.executable, "-c", SCRIPT], ROOT)
     assert code == 0, written

@@ -3,10 +3,13 @@
 import csv
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +47,12 @@ def run_two(method: str, parent: Path, *more: str, processes: int = 2, script: s
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return parent / "two"
+
+
+@pytest.fixture(scope="module")
+def small_two(tmp_path_factory) -> Callable[[str], Path]:
+    """The folder of the small run of a method by two processes, trained once; whoever changes it takes a copy."""
+    return cache(lambda method: run_two(method, tmp_path_factory.mktemp("two")))
 
 
 NOT_COMPARED = re.compile(r"^kmeans_probe\.|^hierarchy\.|\.qkv\.bias$")
@@ -100,11 +109,11 @@ def with_held_norms(parent: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Run,
 @pytest.mark.parametrize(
     "method", [pytest.param(name, marks=pytest.mark.slow) if name in IN_TEST_SLOW else name for name in METHODS]
 )
-def test_two_processes_equal_one(method, small_run, tmp_path, monkeypatch):
+def test_two_processes_equal_one(method, small_run, small_two, tmp_path, monkeypatch):
     if method == "hsg":
         one, folder = with_held_norms(tmp_path, monkeypatch)
     else:
-        one, folder = small_run(method), run_two(method, tmp_path)
+        one, folder = small_run(method), small_two(method)
     expect_equal(folder, one)
     expect_equal_losses(folder, one)
     metrics = read_json(folder / "metrics.json")
@@ -158,9 +167,9 @@ def test_ranks_without_a_valid_pixel_wait_for_nobody(tmp_path):
     expect_equal(run_two("hidden_positives", tmp_path, *data), one)
 
 
-def test_both_processes_skip_a_damaged_checkpoint(small_run, tmp_path):
+def test_both_processes_skip_a_damaged_checkpoint(small_two, small_run, tmp_path):
     """last.ckpt is cut; both go on from best.ckpt, and the first one puts the damaged file aside."""
-    folder = run_two("kmeans_baseline", tmp_path)
+    folder = shutil.copytree(small_two("kmeans_baseline"), tmp_path / "two")
     (folder / "metrics.json").unlink()
     last = folder / "checkpoints" / "last.ckpt"
     last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])

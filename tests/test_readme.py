@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from tests.support.pages import PAGES, ROOT, blocks
 FILES = {
     "class ColourBlind": "lightning_modules/colour_blind.py",
     "name: colour_blind": "configs/method/colour_blind.yaml",
+    "class PatchBank": "lightning_modules/patch_bank.py",
+    "name: patch_bank": "configs/method/patch_bank.yaml",
     "class StripesDataModule": "datamodules/stripes.py",
 }
 
@@ -74,13 +77,35 @@ def test_own_pictures_become_named_segments(tmp_path, monkeypatch):
     assert "cluster 7" not in rows[0]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_method_and_a_data_set_from_the_readme_train(tmp_path):
-    copy = tmp_path / "copy"
+def tree_with_the_examples(parent: Path) -> Path:
+    """A copy of the tree with the files of the walk-throughs at their places."""
+    copy = parent / "copy"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "*.egg-info", "__pycache__"))
     for mark, name in FILES.items():
         (copy / name).write_text(next(block for block in blocks("python|yaml") if mark in block))
+    return copy
+
+
+@pytest.mark.train
+@pytest.mark.timeout(600)
+def test_a_method_with_a_bank_keeps_what_every_method_must(tmp_path):
+    """The tests of every method find it in the copy: labels shuffled, the same bits; killed and resumed, the same
+    weights."""
+    copy = tree_with_the_examples(tmp_path)
+    chosen = "patch_bank and (labels_never_reach or killed_run_goes_on)"
+    words = ["-q", "-p", "no:cacheprovider", "tests/lightning_modules/test_methods.py", "-k", chosen]
+    done = subprocess.run([sys.executable, "-m", "pytest", *words], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert "2 passed" in done.stdout
+    refused = [sys.executable, "run.py", "train", "method=patch_bank", "method.ema=2"]
+    said = subprocess.run(refused, cwd=copy, capture_output=True, text=True)
+    assert (said.returncode, said.stderr.strip()) == (2, "error: method.ema=2: expected a number from 0 to 1")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_method_and_a_data_set_from_the_readme_train(tmp_path):
+    copy = tree_with_the_examples(tmp_path)
     stripes = (copy / "configs" / "data" / "folder.yaml").read_text().replace("name: folder", "name: stripes")
     (copy / "configs" / "data" / "stripes.yaml").write_text(stripes)
     words = ["method=colour_blind", "data=stripes", "data.train_size=96", "data.eval_size=96", "data.batch_size=8"]

@@ -87,13 +87,10 @@ class Sweep:
         Draw i is the same whatever the number is, so a sweep can be prolonged. Raises ConfigError without a number.
         """
         parameters = self.tree["parameters"]
-        number = self.tree.get("run_cap") if number is None else number
         if self.tree["method"] == "grid":
             options = [spec["values"] if "values" in spec else [spec["value"]] for spec in parameters.values()]
             grid = [dict(zip(parameters, values, strict=True)) for values in itertools.product(*options)]
-            return grid[:number]
-        if number is None:
-            raise ConfigError(f"{self.path}: run_cap: is needed with method: {self.tree['method']}; or say TRIALS=…")
+            return grid[: self.tree.get("run_cap") if number is None else number]
         from common.chance import numpy_generator  # imports torch, and a wrong word shall end without
 
         return [
@@ -101,8 +98,29 @@ class Sweep:
                 key: draw(spec, numpy_generator(0, f"sweep.{key}", index))
                 for key, spec in parameters.items()
             }
-            for index in range(number)
+            for index in range(self.number(number))
         ]  # fmt: skip
+
+    def number(self, asked: int | None) -> int:
+        """How many trials are drawn: `asked`, or `run_cap`. Raises ConfigError without both."""
+        number = self.tree.get("run_cap") if asked is None else asked
+        if number is None:
+            raise ConfigError(f"{self.path}: run_cap: is needed with method: {self.tree['method']}; or say TRIALS=…")
+        return number
+
+    def ends(self) -> list[dict[str, Any]]:
+        """Values that show whether a range is right before anything is drawn from it: its ends, every listed value."""
+        options = []
+        for spec in self.tree["parameters"].values():
+            listed = spec.get("values") or ([spec["value"]] if "value" in spec else [])
+            ends = [spec[key] if isinstance(spec[key], int) and spec["distribution"] == "int_uniform"
+                    else rounded(spec, spec[key]) for key in ("min", "max") if key in spec]  # fmt: skip
+            options.append(listed or ends or [spec.get("mu", DEFAULTS["mu"])])
+        size = max(map(len, options))
+        return [
+            dict(zip(self.tree["parameters"], (own[min(place, len(own) - 1)] for own in options), strict=True))
+            for place in range(size)
+        ]
 
 
 def read_keys(path: Path, model: str, empty: bool = False) -> dict[str, Any]:
@@ -245,9 +263,16 @@ def draw(spec: dict[str, Any], rng: np.random.Generator) -> Any:
         value = math.exp(rng.uniform(math.log(spec["min"]), math.log(spec["max"])))
     else:
         value = float(rng.uniform(spec["min"], spec["max"]))
-    if kind.startswith("q_"):
-        return round(value / spec["q"]) * spec["q"]
-    return float(f"{value:.6g}")  # readable in tables and names; six digits are more than a setting needs
+    return rounded(spec, value)
+
+
+def rounded(spec: dict[str, Any], value: float) -> float:
+    """A number as a trial has it: with `q` the nearest step, as W&B rounds it, else six digits: readable in tables and
+    names, and more than a setting needs."""
+    if spec["distribution"].startswith("q_"):
+        step = spec.get("q", DEFAULTS["q"])
+        return round(value / step) * step
+    return float(f"{value:.6g}")
 
 
 def word(key: str, value: Any) -> str:

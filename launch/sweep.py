@@ -2,7 +2,8 @@
 
 `python -m launch.sweep sweep=hidden_positives [offline=true] [trials=20] [part=0/8] data=… key=value …`. Here every
 trial is a run folder below `<run.dir>/sweeps/<name>/`, trained by a process of its own. The same command goes on:
-finished trials are not run again, a trial that was killed is resumed.
+finished trials are not run again, a trial that was killed is resumed. With method: bayes Optuna proposes the trials
+(`launch.bayes`), and every process with the same words works on the same sweep.
 """
 
 import csv
@@ -13,9 +14,11 @@ import subprocess
 import sys
 import time
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
@@ -51,19 +54,66 @@ class LocalSweep(Queue):
         of_ranges = hashlib.sha256(repr((ranges, same)).encode()).hexdigest()[:6]
         folder = (parent / "sweeps" / f"{sweep.path.stem}-{of_ranges}").resolve()
         super().__init__("sweep", folder, [], sweep.target)
-        for index, values in enumerate(sweep.trials(trials)):
-            own = [space.word(key, value) for key, value in values.items()]
-            cfg = config.compose([*same, *own])  # a wrong key or value ends before the first trial
-            if not index:
-                from datamodules.folder import expect_apart  # imports torch, and a wrong word shall end without
+        self.shared, self.study = same, None
+        ahead = sweep.ends() if sweep.tree["method"] == "bayes" else sweep.trials(trials)
+        cfgs = [self.configured(values) for values in ahead]  # a wrong key or value ends before the first trial
+        from datamodules.folder import expect_apart  # imports torch, and a wrong word shall end without
 
-                expect_apart(cfg, **{"run.dir": parent})
-            name = f"{index:03d}-{mark(cfg)}"
-            run_words = [*same, *own, f"run.dir={self.folder}", f"run.name={name}"]
-            self.trials.append(Trial(index, values, run_words, self.folder / name))
+        expect_apart(cfgs[0], **{"run.dir": parent})
+        if sweep.tree["method"] != "bayes":
+            for index, (values, cfg) in enumerate(zip(ahead, cfgs, strict=True)):
+                self.add(index, values, cfg)
+            return
+        from launch.bayes import Study  # Optuna is imported where it is used alone
+
+        self.study = Study(sweep, self.folder, sweep.number(trials))
+        self.gather()
+
+    def configured(self, values: dict[str, Any]) -> DictConfig:
+        """The configuration of a trial with these values. Raises ConfigError."""
+        return config.compose([*self.shared, *(space.word(key, value) for key, value in values.items())])
+
+    def add(self, index: int, values: dict[str, Any], cfg: DictConfig) -> Trial:
+        """One more trial."""
+        name = f"{index:03d}-{mark(cfg)}"
+        own = [space.word(key, value) for key, value in values.items()]
+        run_words = [*self.shared, *own, f"run.dir={self.folder}", f"run.name={name}"]
+        self.trials.append(Trial(index, values, run_words, self.folder / name))
+        return self.trials[-1]
+
+    def gather(self) -> None:
+        """Of a study: the trials that it has by now, whichever process runs them."""
+        found = {trial.index: trial for trial in self.trials}
+        for index, (values, failed) in self.study.known().items():
+            trial = found.get(index) or self.add(index, values, self.configured(values))
+            if failed and trial.state == "waiting":
+                trial.look(self.target)
+                if trial.state == "waiting":
+                    trial.state, trial.note = "failed", f"as said in {trial.log}"
+
+    @property
+    def number(self) -> int:
+        """How many trials there are in all, with those that are not proposed yet."""
+        return len(self.trials) if self.study is None else max(self.study.number, len(self.trials))
+
+    def turns(self, mine: list[Trial]) -> Iterator[Trial]:
+        """Of a study: what it hands out, and every end is told to it."""
+        if self.study is None:
+            yield from mine
+            return
+        while (taken := self.study.take()) is not None:
+            index, values = taken
+            trial = next((item for item in self.trials if item.index == index), None)
+            if trial is None:
+                trial = self.add(index, values, self.configured(values))
+                self.watch.add(trial)
+            yield trial
+            self.study.tell(index, trial.score if trial.state == "finished" else None)
 
     def ranked(self) -> list[Trial]:
         """All trials, the best first; those without a score after those with one."""
+        if self.study is not None:
+            self.gather()
         for trial in self.trials:
             if trial.state == "waiting":
                 trial.look(self.sweep.target)
@@ -172,8 +222,9 @@ def swept(words: list[str]) -> int:
     local = LocalSweep(sweep, rest, trials)
     if not part:
         print(f"run here: {reason}")
-    if sweep.tree["method"] == "bayes":
-        print("method bayes needs W&B's server; here the same ranges are drawn from at random")
+    if local.study is not None:
+        first, parts = 0, 1  # the study hands out the trials, to every process that asks
+        print("method bayes: Optuna proposes the trials from the scores of those before (optuna.journal)")
     if "early_terminate" in sweep.tree:
         print("early_terminate is done by W&B's server; here every trial runs to its end")
     started = time.perf_counter()

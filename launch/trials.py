@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -48,6 +49,8 @@ class Queue:
     def __init__(self, title: str, folder: Path, trials: list[Trial], target: str | None) -> None:
         self.title, self.folder, self.trials, self.target = title, folder, trials, target
         self.process: subprocess.Popen | None = None
+        self.shared: list[str] = []
+        """Words of all trainings, where there is none yet to be asked for them."""
         self.watch = watch.Watch(trials)
         self.asked = 0
 
@@ -59,21 +62,30 @@ class Queue:
         self.folder.mkdir(parents=True, exist_ok=True)
         mine = self.trials[part::parts]
         print(
-            f"{self.title} {self.folder}: {len(self.trials)} trials"
-            + (f", {len(mine)} of them here" if parts > 1 else ""),
+            f"{self.title} {self.folder}: {self.number} trials" + (f", {len(mine)} of them here" if parts > 1 else ""),
             flush=True,
         )
         for trial in mine:
             trial.look(self.target)
-        with screen.showing(watch.mode(mine[0].words if mine else [])):
+        with screen.showing(watch.mode(mine[0].words if mine else self.shared)):
             return self.run_all(mine)
+
+    @property
+    def number(self) -> int:
+        """How many trials there are in all."""
+        return len(self.trials)
+
+    def turns(self, mine: list[Trial]) -> Iterator[Trial]:
+        """The trials to run, one after the other; what is behind a `yield` is done when that trial has ended, and is
+        left where it was stopped."""
+        yield from mine
 
     def run_all(self, mine: list[Trial]) -> int:
         """Run these trials; as `run`."""
-        self.watch = watch.Watch(mine)
+        self.watch = watch.Watch(mine, max(self.number - len(self.trials), 0))
         former = {number: signal.signal(number, self.forward) for number in (signal.SIGUSR1, signal.SIGTERM)}
         try:
-            for trial in mine:
+            for trial in self.turns(mine):
                 trial.look(self.target)  # another share of the array may have trained it meanwhile
                 if trial.state == "finished":
                     print(f"{self.watch.name(trial)}: is finished ({trial.folder})", flush=True)
@@ -86,7 +98,7 @@ class Queue:
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
-        return 1 if any(trial.state == "failed" for trial in mine) else 0
+        return 1 if any(trial.state == "failed" for trial in self.watch.trials) else 0
 
     def train(self, trial: Trial) -> int:
         """One trial in a process of its own; its output goes into `<trial>.log`. Returns its exit code, for a process

@@ -20,14 +20,20 @@ EVERY = 0.5
 class Watch:
     """Looks at the trials of one queue, as many as run here."""
 
-    def __init__(self, trials: Sequence[Trial]) -> None:
-        self.trials = list(trials)
+    def __init__(self, trials: Sequence[Trial], open_ones: int = 0) -> None:
+        """`open_ones`: how many trials will come that are not known yet."""
+        self.trials, self.open_ones = list(trials), open_ones
         self.started = 0.0
         self.state: dict[str, Any] = {}
 
     def name(self, trial: Trial) -> str:
         """`[3/9] hidden_positives seed 0`."""
-        return f"[{self.trials.index(trial) + 1}/{len(self.trials)}] {trial.name}"
+        return f"[{self.trials.index(trial) + 1}/{len(self.trials) + self.open_ones}] {trial.name}"
+
+    def add(self, trial: Trial) -> None:
+        """One of the open trials is known now."""
+        self.trials.append(trial)
+        self.open_ones = max(self.open_ones - 1, 0)
 
     def variables(self, trial: Trial) -> dict[str, str]:
         """What a training is told: where to say how far it is, and how long the closing work of earlier ones took."""
@@ -48,6 +54,7 @@ class Watch:
         """Seconds until all trainings are done, as those that are finished took; None where nothing is known yet."""
         known = [item for item in self.trials if item.state == "finished" and item.seconds]
         waiting = [item for item in self.trials if item.state == "waiting" and item is not running]
+        waiting += [running] * self.open_ones if running is not None else []
         current = self.state.get("left") if running is not None else 0.0
         whole = None if current is None or running is None else time.perf_counter() - self.started + current
         total = 0.0

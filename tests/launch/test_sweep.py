@@ -110,7 +110,7 @@ def test_shares_of_a_job_array_make_one_sweep(stand_in, capsys):
     assert "3 trials, 2 of them here" in capsys.readouterr().out
 
 
-def test_bayes_is_drawn_at_random_here_and_says_so(stand_in, capsys, monkeypatch):
+def test_bayes_runs_here_without_a_key_and_can_be_prolonged(stand_in, capsys, monkeypatch):
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(stand_in / "none"))
@@ -118,7 +118,7 @@ def test_bayes_is_drawn_at_random_here_and_says_so(stand_in, capsys, monkeypatch
     assert sweep.main([f"sweep={path}", f"run.dir={stand_in}", "trials=2"]) == 0
     out = capsys.readouterr().out
     assert "run here: no key of W&B was found\n" in out
-    assert "method bayes needs W&B's server; here the same ranges are drawn from at random\n" in out
+    assert "method bayes: Optuna proposes the trials from the scores of those before (optuna.journal)\n" in out
     assert len(rows(stand_in)) == 2
     assert sweep.main([f"sweep={path}", f"run.dir={stand_in}", "trials=3"]) == 0
     assert len(rows(stand_in)) == 3  # prolonged, in the same folder

@@ -1,0 +1,246 @@
+"""What each figure shows. `FIGURES`: a function for every method, by its name."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.chance import numpy_generator
+from datamodules.base.regions import RegionPlan, provide
+from docs.figures import drawing
+from docs.figures.drawing import Cell, Grid
+from docs.figures.runs import FOLDER, Seen, staged, trained, untrained
+from engine.stages.panels import cell as stage_cell
+from evaluation import readout
+from grouping import spectral
+from grouping.regions import over_segment
+from lightning_modules.base.relations import Seen as Picture
+from lightning_modules.families.graph_cuts import patch_features
+from models.vit.masking import block_masks
+from pseudo_labels.views import Segments, Shades, Soft, Strongest
+
+VAL, TRAIN = [1, 4, 7], [3, 20, 41]
+"""Pictures of the scenes that figures are of."""
+
+
+def kmeans_baseline() -> Grid:
+    """Features, their clusters, and those of colours."""
+    deep = trained("kmeans_baseline", "trainer.max_steps=1")
+    colour = trained("kmeans_baseline", "trainer.max_steps=1", "method.features=colour", name="kmeans_baseline_colours")
+    batch = deep.batch("val", VAL)
+    codes, _ = read(deep, batch["image"])
+    maps = [codes_of_clusters(seen, batch["image"]) for seen in (deep, colour)]
+    grid = Grid(["picture", "features\n(3 components)", "clusters of\nfeatures", "clusters of\ncolours", "truth"])
+    for row, features in enumerate(drawing.components(codes)):
+        clusters = [drawing.truth(own[row], deep.meta) for own in maps]
+        grid.rows.append([*pair(deep, batch, row, features, *clusters)])
+    return grid
+
+
+def hidden_positives() -> Grid:
+    """Positives of a patch in its own and in another picture, of both kinds, and its neighbourhood."""
+    seen = trained("hidden_positives")
+    columns = ["the patch", "agnostic,\nsame picture", "agnostic,\nanother", "specific,\nsame picture"]
+    grid = Grid([*columns, "specific,\nanother", "its\nneighbours"])
+    batch, places = seen.batch("train", list(range(8))), ((0, 0.66, 0.3), (1, 0.3, 0.6), (4, 0.8, 0.5))
+    for row, down, along in places:
+        order = [row, *(i for i in range(8) if i != row)]
+        pictures = [looked_at(seen, batch["image"][i]) for i in order]
+        found = {item.name: item.maps for item in seen.model.relations(pictures, (down, along))}
+        shown = [drawing.picture(item.image) for item in pictures]
+        side = len(shown[0])
+        cells = [Cell(shown[0], (along * side, down * side))]
+        for kind in ("agnostic", "specific"):
+            masks = found[f"positives_{kind}"]
+            most = max(range(1, len(masks)), key=lambda i, masks=masks: int(masks[i].sum()))
+            cells += [drawing.lit(shown[i], masks[i]) for i in (0, most)]
+        cells.append(drawing.shades(found["neighbourhood"][0].nan_to_num(0.0)))
+        grid.rows.append(cells)
+    return grid
+
+
+def stego() -> Grid:
+    """Cosines of a patch to its own, a near and another picture, of features and of codes."""
+    seen = trained("stego")
+    index, other, down, along = 0, 20, 0.28, 0.5
+    pooled = [seen.model.features(seen.batch("train", [i])["image"]).concat().mean((2, 3))[0] for i in range(60)]
+    unit = F.normalize(torch.stack(pooled), dim=1)
+    near = int((unit @ unit[index]).topk(2).indices[1])
+    batch = seen.batch("train", [index, near, other])
+    features = seen.model.features(batch["image"])
+    codes = seen.model.embed(features)
+    grid = Grid(["the picture", "a near picture", "another picture"])
+    shown = [drawing.picture(image) for image in batch["image"]]
+    grid.rows.append([Cell(shown[0], (along * len(shown[0]), down * len(shown[0]))), *shown[1:]])
+    for maps in (features.concat(), codes):
+        rows = F.normalize(maps, dim=1)
+        row, column = int(down * rows.shape[2]), int(along * rows.shape[3])
+        cosines = torch.einsum("d,bdhw->bhw", rows[0, :, row, column], rows)
+        grid.rows.append([drawing.shades(own, 0.0, 1.0) for own in cosines])
+    return grid
+
+
+def dino() -> Grid:
+    """Crops of a step, hidden patches, and features before and after the training of the bundled weights."""
+    seen, random = untrained("dino", "backbone.weights=bundled"), untrained("dino", "backbone.weights=none")
+    batch = seen.views(TRAIN)
+    large = [batch[f"global{number}"] for number in (0, 1)]
+    side, dense = large[0].shape[-1], seen.cfg.method.dense
+    cells = side // seen.model.backbone.stride
+    draw = numpy_generator(0, "figures.mask", 0)
+    masks = block_masks(draw, len(TRAIN), (cells, cells), 1.0, tuple(dense.mask_share))
+    maps = [drawing.components(own.model.features(batch["image"]).concat()) for own in (random, seen)]
+    grid = Grid(
+        ["picture", "a large\ncrop", "another", "what the\nstudent sees", "random\nfeatures", "the teacher's\nfeatures"]
+    )
+    for row in range(len(TRAIN)):
+        crops = [drawing.picture(view[row]) for view in large]
+        hidden = drawing.lit(crops[0], torch.from_numpy(~masks[row]))
+        grid.rows.append([drawing.picture(batch["image"][row]), *crops, hidden, *(own[row] for own in maps)])
+    return grid
+
+
+def segsort() -> Grid:
+    """Contour regions, two windows of the picture with the same regions, and the codes of pixels."""
+    seen = trained("segsort")
+    data = seen.data
+    data.regions = provide(
+        RegionPlan("scenes-train", data.source("train"), seen.model.regions, over_segment, FOLDER / "regions", 0)
+    )
+    batch = seen.views(TRAIN)
+    codes = drawing.components(read(seen, batch["image"])[0])
+    grid = Grid(
+        ["picture", "its contour\nregions", "a window", "its regions", "another", "its regions", "codes of\npixels"]
+    )
+    for row in range(len(TRAIN)):
+        count = int(batch["regions"][row].max()) + 1
+        cells = [drawing.picture(batch["image"][row]), regions(batch["regions"][row], count)]
+        for name in ("view0", "view1"):
+            cells += [drawing.picture(batch[name][row]), regions(batch[f"{name}.regions"][row], count)]
+        grid.rows.append([*cells, codes[row]])
+    return grid
+
+
+def hsg() -> Grid:
+    """The levels of the hierarchy of a picture."""
+    seen = trained("hsg")
+    batch = seen.batch("val", VAL)
+    with torch.inference_mode():
+        levels = seen.model.levels(batch["image"], batch["valid"])
+    grid = Grid(["picture", "segments", "fine groups", "coarse groups", "truth"])
+    for row in range(len(VAL)):
+        grid.rows.append(pair(seen, batch, row, *(drawing.ids(level[row]) for level in levels)))
+    return grid
+
+
+def deep_spectral() -> Grid:
+    """Eigenvectors, segments and pseudo-labels of training pictures."""
+    seen = untrained("deep_spectral", "data.train_count=200")
+    found = staged(seen)
+    views = {f"eigenvector {number}": Shades(found["eigenvectors"], number - 1) for number in (2, 3, 4)}
+    views |= {"segments": Segments(found["regions"], None, False), "pseudo-labels": seen.model.labels(found)}
+    return of_stage(seen, views, {"pseudo-labels": seen.cfg.method.num_clusters})
+
+
+def normalized_cut() -> Grid:
+    """Cuts by colours and by features, and the classes of the regions."""
+    seen = untrained("normalized_cut", "data.train_count=200")
+    found = staged(seen)
+    views = {}
+    for kind, name in (("colour", "colours"), ("deep", "features")):
+        views[f"{name}:\nsecond vector"] = Shades(found[f"eigenvectors_{kind}"], 1)
+        views[f"{name}:\nsegments"] = Segments(found[f"regions_{kind}"], None, False)
+    views["classes"] = seen.model.labels(found, "_deep")
+    return of_stage(seen, views, {"classes": seen.cfg.method.num_clusters})
+
+
+def tokencut() -> Grid:
+    """The graph of a patch, the second eigenvector, its two sides and the object."""
+    seen = untrained("tokencut")
+    settings = seen.cfg.method
+    batch = seen.batch("train", TRAIN)
+    with torch.no_grad():
+        maps = patch_features(seen.model.backbone, batch["image"])
+        affinity = spectral.threshold_affinity(maps.flatten(2).mT, settings.tau, settings.eps, settings.binary)
+        size = tuple(maps.shape[-2:])
+        cut = spectral.token_cut(affinity, size, solver=settings.solver, side=settings.side)
+        masks, boxes = seen.model.objects(batch["image"])
+    grid = Grid(["picture", "joined to\nthe cross", "second\neigenvector", "its two\nsides", "the object", "truth"])
+    for row in range(len(TRAIN)):
+        shown = drawing.picture(batch["image"][row])
+        scale, seed = len(shown) / size[0], int(cut.seeds[row])
+        joined = drawing.lit(shown, affinity[row, seed].unflatten(0, size) > settings.eps)
+        point = (seed % size[1] + 0.5) * scale, (seed // size[1] + 0.5) * scale
+        found = Cell(drawing.lit(shown, masks[row]), box=boxes[row].tolist())
+        cells = [Cell(joined, point), drawing.shades(cut.vectors[row]), drawing.ids(cut.bipartition[row].long()), found]
+        grid.rows.append(pair(seen, batch, row, *cells))
+    return grid
+
+
+def transfgu() -> Grid:
+    """Concept maps, the pseudo-labels that they make, and what the student learned of them."""
+    seen = trained("transfgu")
+    found, count = staged(seen), seen.cfg.method.num_clusters
+    batch = seen.batch("train", TRAIN)
+    own = readout.predict(read(seen, batch["image"])[1]["own"], tuple(batch["image"].shape[-2:]))
+    views = {f"concept\nmap {rank + 1}": Strongest(found["maps"], rank) for rank in range(3)}
+    views["pseudo-\nlabels"] = Soft(found["maps"])
+    grid = of_stage(seen, views, {"pseudo-\nlabels": count})
+    grid.columns = [*grid.columns[:-1], "the student", "truth"]
+    for row, cells in enumerate(grid.rows):
+        cells.insert(-1, drawing.ids(own[row], count))
+    return grid
+
+
+FIGURES: dict[str, Callable[[], Grid]] = {
+    draw.__name__: draw
+    for draw in (
+        deep_spectral, dino, hidden_positives, hsg, kmeans_baseline, normalized_cut, segsort, stego, tokencut, transfgu,
+    )
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------- what several figures share
+
+
+def pair(seen: Seen, batch: dict, row: int, *cells: object) -> list:
+    """The picture, some cells, the truth."""
+    return [drawing.picture(batch["image"][row]), *cells, drawing.truth(batch["label"][row], seen.meta)]
+
+
+def of_stage(seen: Seen, views: dict, counts: dict[str, int]) -> Grid:
+    """Views of an offline stage of training pictures; `counts`: ids of a view that mean the same in every picture."""
+    grid, source = Grid(["picture", *views, "truth"]), seen.data.source("train")
+    for index in TRAIN:
+        image, label = source.read(index)
+        cells = []
+        for name, view in views.items():
+            found = stage_cell(view, index, image.shape[:2])
+            cells.append(found if found.ndim == 3 else drawing.ids(found, counts.get(name)))
+        grid.rows.append([image, *cells, drawing.truth(torch.from_numpy(label), seen.meta)])
+    return grid
+
+
+@torch.inference_mode()
+def read(seen: Seen, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Codes, and the score maps of every probe."""
+    return seen.model.read(images)
+
+
+def codes_of_clusters(seen: Seen, images: Tensor) -> Tensor:
+    """The class that each pixel's k-means cluster was matched to; -1: none."""
+    clusters = readout.predict(read(seen, images)[1]["kmeans"], tuple(images.shape[-2:]))
+    return torch.as_tensor(seen.checkpoint["labelfree"]["clusters"]["kmeans"])[clusters]
+
+
+@torch.inference_mode()
+def looked_at(seen: Seen, image: Tensor) -> Picture:
+    """A picture as `relations` wants it."""
+    features = seen.model.features(image[None])
+    return Picture("", image, tuple(image.shape[-2:]), features, seen.model.embed(features))
+
+
+def regions(maps: Tensor, count: int) -> object:
+    """Region ids in colours, dark outside of the picture."""
+    return drawing.ids(maps.where((maps >= 0) & (maps < count), -1), count)

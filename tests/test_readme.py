@@ -22,6 +22,8 @@ FILES = {
     "class PatchBank": "lightning_modules/patch_bank.py",
     "name: patch_bank": "configs/method/patch_bank.yaml",
     "class StripesDataModule": "datamodules/stripes.py",
+    "class GardenDataModule": "datamodules/garden.py",
+    "name: garden": "configs/data/garden.yaml",
 }
 
 
@@ -100,6 +102,58 @@ def test_a_method_with_a_bank_keeps_what_every_method_must(tmp_path):
     refused = [sys.executable, "run.py", "train", "method=patch_bank", "method.ema=2"]
     said = subprocess.run(refused, cwd=copy, capture_output=True, text=True)
     assert (said.returncode, said.stderr.strip()) == (2, "error: method.ema=2: expected a number from 0 to 1")
+
+
+def garden(root: Path) -> Path:
+    """Fifteen photos of bed, lawn and path under a strip without label; photo 0 has a colour of no table, photo 3 no
+    label, and photo 7 is cut in half."""
+    colours = np.array([(120, 70, 20), (60, 160, 60), (180, 180, 180), (0, 0, 0), (9, 9, 9)], np.uint8)
+    (root / "photos").mkdir(parents=True)
+    (root / "truth").mkdir()
+    for i in range(15):
+        values = np.arange(60)[None].repeat(48, 0) // 20
+        Image.fromarray(colours[values]).save(root / "photos" / f"p_{i:04d}.jpg")
+        values[:4] = 3
+        values[4:6] = 4 if i == 0 else values[4:6]
+        if i != 3:
+            Image.fromarray(colours[values]).save(root / "truth" / f"gt_{i:04d}.png")
+    cut = root / "photos" / "p_0007.jpg"
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    return root
+
+
+GARDEN = """
+import sys
+sys.path.insert(0, ".")
+import config, run
+from datamodules.base.module import load_datamodule
+words = ["data=garden", f"data.root={sys.argv[1]}"]
+module = load_datamodule("garden")(config.compose(words))
+for split in ("train", "val"):
+    source = module.build_source(split)
+    print(split, len(source), len(source.labelled()))
+picture, label = source.read(0)
+print([label[row].reshape(3, 20)[:, 0].tolist() for row in (0, 5, 6, 47)], sorted(set(label.flat)) == [0, 1, 2, 255])
+sys.exit(run.main(["train", *words, *sys.argv[2:]]))
+"""
+
+
+@pytest.mark.train
+@pytest.mark.timeout(600)
+def test_a_data_set_of_listed_files_is_read_and_trained_on(tmp_path):
+    copy, root = tree_with_the_examples(tmp_path), garden(tmp_path / "garden")
+    words = ["method=kmeans_baseline", "backbone=tiny", "trainer=cpu", "trainer.max_steps=4", "trainer.progress=none"]
+    words += ["data.train_size=48", "data.eval_size=48", "data.batch_size=4", "data.workers=0", "run.dir=runs"]
+    words += ["evaluation.kmeans.restarts=1", "evaluation.panels=0"]
+    command = [sys.executable, "-c", GARDEN, str(root), *words]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["train 12 11", "val 3 3"]
+    assert lines[2] == "[[255, 255, 255], [255, 255, 255], [0, 1, 2], [0, 1, 2]] True"
+    page = next(block for block in blocks("text") if "photos/p_0007.jpg" in block)
+    for said in page.splitlines():
+        assert done.stderr.count(f"{root}/{said}") == 1, said
 
 
 @pytest.mark.slow

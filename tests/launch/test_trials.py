@@ -63,7 +63,7 @@ def test_a_trial_that_does_not_listen_yet_ends_with_the_code_of_one_that_does(ki
     assert queue(folder, 60).run() == code
     assert "stopped in trial t0; the same command goes on" in capsys.readouterr().out
     assert signal.getsignal(kind) == before
-    assert queue(folder, 60).run() == 0
+    assert queue(folder, 0).run() == 0
 
 
 def run_quietly(folder: Path, seconds: float, name: str) -> None:

@@ -252,7 +252,7 @@ class Backbone(nn.Module):
         )
         self.net.load_state_dict({named[key]: tensor for key, tensor in fitted.state.items()}, strict=True)
         below = f" under {fitted.prefix}" if fitted.prefix else ""
-        bundled = f"see models/bundled/{self.name}.md" if cfg.weights == "bundled" else None
+        bundled = f"see models/pretrained/bundled/{self.name}.md" if cfg.weights == "bundled" else None
         _log_once(
             logging.INFO,
             f"backbone {self.name}: {self.network}, weights {cfg.weights}{below}; "

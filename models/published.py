@@ -80,13 +80,13 @@ def overview() -> Iterator[str]:
         cfg = config.compose([f"backbone={name}"]).backbone
         found = origin(cfg)
         state = "here" if found.file is not None else "name a file" if cfg.weights is None else "not here"
-        yield f"{name:<22} {state:<12} {found.licence:<16} {cfg.get('pretraining') or 'see models/bundled'}"
+        yield f"{name:<22} {state:<12} {found.licence:<16} {cfg.get('pretraining') or 'see models/pretrained/bundled'}"
 
 
 def report(cfg: DictConfig, fetch: bool = False) -> Iterator[str]:
     """All of it, line by line. `fetch`: download what is missing first. Raises WeightsError, see `examine`."""
     found = origin(cfg)
-    yield f"{cfg.name}: {cfg.get('pretraining') or 'see models/bundled'}"
+    yield f"{cfg.name}: {cfg.get('pretraining') or 'see models/pretrained/bundled'}"
     yield from describe(found, ask_hub(found) if found.file is None else {})
     if fetch and cfg.weights == "hub" and found.file is None:
         weights.expect_acknowledged((cfg.licence, found.record.get("license")), cfg.timm, cfg.acknowledge_licence)

@@ -1,5 +1,6 @@
 """`run.py weights`, and weights that are missing: exact lines, before any picture is read."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -108,6 +109,14 @@ def test_the_sum_of_a_published_file_is_compared_where_it_is_known(tmp_path):
         list(published.report(settings(*own, "backbone.sha256=" + "0" * 64)))
     own[1] = "backbone.published_file=other.safetensors"  # a file of another name may be another one
     assert "as published" not in list(published.report(settings(*own, "backbone.sha256=" + "0" * 64)))[-1]
+
+
+def test_what_is_pointed_at_is_there(capsys):
+    root = Path(run.__file__).parent
+    for words in ([], ["backbone=tiny"]):
+        assert run.main(["weights", *words]) == 0
+        pointed = re.findall(r"see (models/\S+)", capsys.readouterr().out)
+        assert [(root / place).is_dir() for place in pointed] == [True]
 
 
 def test_every_preset_has_a_line(capsys):

@@ -262,7 +262,8 @@ def test_the_bundled_tiny_is_complete_small_and_says_where_it_comes_from(caplog)
         model = Backbone(OmegaConf.load(PRESETS / "tiny.yaml"))
     assert (backbone.weights.BUNDLED / "tiny.safetensors").stat().st_size < 4_000_000
     assert (backbone.weights.BUNDLED / "tiny.md").is_file()
-    assert caplog.messages[-1].endswith("pre-training: see models/bundled/tiny.md; licence: that of this project")
+    said = "pre-training: see models/pretrained/bundled/tiny.md; licence: that of this project"
+    assert caplog.messages[-1].endswith(said)
     random = Backbone(make_cfg(**{**OmegaConf.load(PRESETS / "tiny.yaml"), "weights": "none"}))
     images = torch.rand(1, 3, 64, 64)
     assert not torch.allclose(model.features(images).map, random.features(images).map, atol=0.1)

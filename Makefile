@@ -178,8 +178,8 @@ bench: $(READY) ## [ARGS=…]: time and memory beside the plain formulation; pic
 	@$(PY) -m benchmarks.evaluation
 	@$(PY) -m benchmarks.scaling
 
-lint: $(READY) ## ruff; import-linter: which room may import which (pyproject.toml)
-	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+lint: $(READY) ## ruff; links of the pages; import-linter: which room may import which (pyproject.toml)
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m docs.links
 	@$(PY) -c "from importlinter.cli import lint_imports_command as lint; lint()" --no-logo --no-cache
 
 published: $(READY) ## docs/published.md from configs/published.csv, what papers report

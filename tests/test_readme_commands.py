@@ -35,7 +35,7 @@ SIZES = [
 
 def is_recipe(command: str) -> bool:
     """A published setting, or one of the project's own."""
-    return bool(re.search(r"\bexperiment=", command, re.I))
+    return bool(re.search(r"\b(train|pseudo)\b.*\bexperiment=", command, re.I))
 
 
 GUIDES = [page for page in PAGES if page.name != "reproduce.md" and page.parent.name != "methods"]
@@ -47,7 +47,8 @@ RUN = [command for command in ALL if command in GUIDED or not is_recipe(command)
 def marked(command: str) -> object:
     """Sweeps and comparisons train several times, recipes have large networks."""
     slow = re.search(
-        r"make sweep|compare methods|compare METHODS|EVAL=|EXPERIMENT|backbone=dino|imports/stego", command
+        r"make sweep|compare methods|compare METHODS|EVAL=|(train|pseudo).*EXPERIMENT|backbone=dino|imports/stego",
+        command,
     )
     return pytest.param(command, marks=pytest.mark.slow) if slow else command
 

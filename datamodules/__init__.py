@@ -1,1 +1,2 @@
-"""Data sets: pictures in, batches out. One file a data set; base/ is what they share."""
+"""Data sets: pictures in, batches out. One file a data set (scenes/ a folder); base/ is what they share, files/ reads
+pictures, own/ looks into people's own folders."""

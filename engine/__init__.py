@@ -1,1 +1,1 @@
-"""Runs: folders, callbacks, and the functions behind the commands of run.py."""
+"""Runs: folders, checkpoints, callbacks, offline stages; training and evaluating, and what `list` and `doctor` say."""

@@ -1,1 +1,1 @@
-"""The shared evaluation: probes, their read-out, matching, scores, pictures and tables."""
+"""The shared evaluation: probes, their read-out, matching and scores. Pictures and tables of them are reporting/."""

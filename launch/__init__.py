@@ -1,1 +1,1 @@
-"""Jobs on a SLURM cluster, and sweeps of trials. Both start `run.py`; nothing imports them."""
+"""The words of the commands, and what starts many runs: comparisons, sweeps, SLURM jobs. Only run.py imports it."""

@@ -85,3 +85,10 @@ def test_names_of_data_sets_that_are_here_are_ours():
     assert {"cocostuff27", "cityscapes27", "potsdam3", "pascal_voc", "kitti", "coco81"} <= ours & {
         row.data for row in published.rows()
     }
+
+
+def test_every_row_has_as_many_fields_as_the_header():
+    """An unquoted comma would cut a caution short in silence."""
+    with published.FILE.open(newline="", encoding="utf-8") as handle:
+        header, *rest = csv.reader(handle)
+    assert {len(row) for row in rest} == {len(header)}

@@ -1,11 +1,8 @@
 """`clusters` and `predict` with names: files as a user finds and edits them, exact errors."""
 
 import csv
-import html
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -18,6 +15,7 @@ import run
 from inference import naming, predicting
 from inference.overviews import Areas, present
 from inspection import cluster_count
+from tests.support.browser import probed
 
 pytestmark = pytest.mark.train
 
@@ -99,17 +97,7 @@ addEventListener("load", async () => {
 
 @pytest.mark.timeout(240)
 def test_names_are_edited_in_a_browser(named, folder, tmp_path):
-    browser = shutil.which("chromium")
-    if browser is None:
-        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
-    page = tmp_path / "page.html"
-    page.write_text((folder / "index.html").read_text().replace("</body>", f"{EDITING}</body>"))
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--dump-dom"]
-    command += [f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=5000", f"file://{page}"]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    title = re.search("<title>(.*?)</title>", shown.stdout, re.S)
-    assert title, shown.stderr[-2000:]
-    seen = json.loads(html.unescape(title.group(1)))
+    seen = probed((folder / "index.html").read_text(), EDITING, tmp_path)
     assert seen["heading"] == 'wet "sand": no # <b>'
     assert seen["refused"]  # a cluster without a name
     (tmp_path / "names.yaml").write_text(seen["yaml"])

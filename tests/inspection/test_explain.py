@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from lightning_modules.base.relations import Seen, cell
 from reporting import embedding
 from reporting.figures import Spot
 from tests.conftest import Run, run_small
+from tests.support.browser import probed
 
 FIGURES = ["attention.png", "embedding.png", "labels.png", "similarity.png"]
 OF_HP = ["neighbourhood.png", "positives_agnostic.png", "positives_specific.png"]
@@ -330,17 +330,8 @@ addEventListener("load", () => {
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("width", [1200, 400])
 def test_the_page_in_a_browser(written, tmp_path, width):
-    browser = shutil.which("chromium")
-    if browser is None:
-        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
-    path = tmp_path / "probe.html"
-    path.write_text((written("hidden_positives") / "index.html").read_text().replace("</body>", f"{PROBE}</body>"))
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--dump-dom"]
-    command += [f"--user-data-dir={tmp_path}/profile", f"--window-size={width},900", "--virtual-time-budget=5000"]
-    done = subprocess.run([*command, f"file://{path}"], capture_output=True, text=True, timeout=200)
-    title = re.search("<title>(.*?)</title>", done.stdout, re.S)
-    assert title, done.stderr[-2000:]
-    seen = json.loads(title.group(1).replace("&quot;", '"'))
+    page = (written("hidden_positives") / "index.html").read_text()
+    seen = probed(page, PROBE, tmp_path, width)
     assert (seen["images"], seen["broken"], seen["rows"]) == (7, 0, 12)
     assert seen["wide"] <= seen["window"]
     assert seen["legible"] > 0.99  # figures scroll by themselves and are not made too small to read

@@ -4,7 +4,6 @@ import csv
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import run
 from engine.records import recipes
 from launch import compare, trials
 from tests.conftest import small_words
+from tests.support.browser import probed
 
 PROBE = """
 <script>
@@ -97,18 +97,7 @@ def test_a_run_without_its_checkpoint_is_compared_and_its_pictures_are_missed(gi
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("width", [1200, 400])
 def test_the_page_in_a_browser(given, tmp_path, width):
-    browser = shutil.which("chromium")
-    if browser is None:
-        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
-    page = report(given, tmp_path / "report")
-    path = tmp_path / "probe.html"
-    path.write_text(page.replace("</body>", f"{PROBE}</body>"))
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--dump-dom"]
-    command += [f"--user-data-dir={tmp_path}/profile", f"--window-size={width},900", "--virtual-time-budget=5000"]
-    done = subprocess.run([*command, f"file://{path}"], capture_output=True, text=True, timeout=200)
-    title = re.search("<title>(.*?)</title>", done.stdout, re.S)
-    assert title, done.stderr[-2000:]
-    seen = json.loads(title.group(1).replace("&quot;", '"'))
+    seen = probed(report(given, tmp_path / "report"), PROBE, tmp_path, width)
     values = [float(value) for value in seen["down"]]
     assert values == sorted(values, reverse=True)
     assert len(values) == 2

@@ -281,6 +281,11 @@ def show(metrics: dict) -> None:
 
 
 HELP = {"help", "-h", "--help"}
+ROOMS = (
+    "labelfree", "common", "datamodules", "engine", "evaluation", "grouping", "inference", "inspection", "launch",
+    "lightning_modules", "losses", "models", "pseudo_labels", "released", "reporting", "retrieval",
+)  # fmt: skip
+"""Whose lines are said, beside the warnings of everyone; those of libraries that inform are not."""
 
 
 def explain_words(asked: list[str]) -> None:
@@ -299,16 +304,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     console.prepare()
-    for room in (
-        "labelfree",
-        "engine",
-        "datamodules",
-        "models",
-        "evaluation",
-        "retrieval",
-        "lightning_modules",
-        "losses",
-    ):
+    for room in ROOMS:
         logging.getLogger(room).setLevel(logging.INFO)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 

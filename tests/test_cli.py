@@ -1,12 +1,14 @@
 """The words of run.py as a user types them: exit codes, one-line errors, and files that come out."""
 
 import json
+import logging
 import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +47,15 @@ def test_no_words_shows_the_commands(capsys):
     assert code == 2
     for command in run.COMMANDS:
         assert f"  run.py {command}" in out
+
+
+def test_every_room_is_heard():
+    """Where a command has put its pages is said by the room that wrote them."""
+    assert run.main(["version"]) == 0
+    rooms = tomllib.loads((Path(run.__file__).parent / "pyproject.toml").read_text())["tool"]["importlinter"][
+        "root_packages"
+    ]
+    assert [room for room in rooms if not logging.getLogger(f"{room}.file").isEnabledFor(logging.INFO)] == []
 
 
 def test_unknown_command(capsys):

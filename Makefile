@@ -46,17 +46,25 @@ GROUPS = $(if $(DATA),data=$(DATA)) $(if $(BACKBONE),backbone=$(BACKBONE)) \
 WORDS = $(if $(EXPERIMENT),experiment=$(EXPERIMENT)) $(if $(METHOD),method=$(METHOD)) $(GROUPS) $(if $(SEED),seed=$(SEED)) $(if $(NAME),run.name="$(NAME)") $(ARGS)
 
 # A variable on make's command line that no target of this call takes ends here, before anything is made or trained: a
-# misspelt SEED would train seed 0. What a target takes are the capitals before a = in its line of help.
+# misspelt SEED would train seed 0. What a target takes are the capitals before a = in its line of help. So does a word
+# that is no target: `make train stego` would train the default method first.
 HERE := $(dir $(firstword $(MAKEFILE_LIST)))
+PYTHON = $(firstword $(wildcard $(PY)) $(PYTHON3))
+near = $(shell PYTHONPATH=$(HERE) $(PYTHON) -c 'import sys; from common.errors import did_you_mean as near; print(near(sys.argv[1], sys.argv[2:]))' \
+	$(1) $(2) 2>/dev/null | grep 'did you mean' | tr -d '?')
+TARGETS := $(shell grep -oE '^[a-z-]+:' $(firstword $(MAKEFILE_LIST)) | tr -d :)
+STRANGE := $(firstword $(filter-out $(TARGETS) $(VENV)/.ready,$(MAKECMDGOALS)))
+ifneq ($(STRANGE),)
+UNNAMED := make alone lists them; other words have a name before them, as in make train METHOD=stego
+$(error $(STRANGE): is no target of make; $(or $(call near,$(STRANGE),$(TARGETS)),$(UNNAMED)))
+endif
 EVERYWHERE := PY VENV PYTHON3 SHELL
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(filter-out -%,$(name))))
 ifneq ($(GIVEN),)
 TAKEN := $(shell for goal in $(or $(MAKECMDGOALS),help); do sed -n "s/^$$goal:.*\#\# //p" $(firstword $(MAKEFILE_LIST)); done | grep -oE '[A-Z][A-Z0-9_]*=' | tr -d = | sort -u)
 WRONG := $(firstword $(filter-out $(TAKEN) $(EVERYWHERE),$(GIVEN)))
 ifneq ($(WRONG),)
-PYTHON := $(firstword $(wildcard $(PY)) $(PYTHON3))
-NEAR := $(shell PYTHONPATH=$(HERE) $(PYTHON) -c 'import sys; from common.errors import did_you_mean as near; print(near(sys.argv[1].upper(), sys.argv[2:]))' \
-	$(WRONG) $(TAKEN) 2>/dev/null | grep 'did you mean' | tr -d '?')
+NEAR := $(call near,$(shell echo '$(WRONG)' | tr a-z A-Z),$(TAKEN))
 $(error $(WRONG): $(if $(MAKECMDGOALS),is no word of make $(MAKECMDGOALS); $(if $(findstring .,$(WRONG)),settings go into ARGS="$(WRONG)=…",$(or $(NEAR),it \
 	takes $(or $(TAKEN),none); variables of the environment stand before make)),name a target first, as in make train METHOD=stego))
 endif

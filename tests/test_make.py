@@ -65,6 +65,14 @@ def test_a_word_that_no_target_takes_is_refused():
     assert refused("METHOD=stego") == "METHOD: name a target first, as in make train METHOD=stego"
 
 
+def test_a_word_that_is_no_target_is_refused_before_anything_is_made():
+    assert refused("train", "stego") == (
+        "stego: is no target of make; make alone lists them; other words have a name before them, as in make train "
+        "METHOD=stego"
+    )
+    assert refused("traim", "METHOD=stego") == "traim: is no target of make; did you mean train"
+
+
 def test_what_stands_in_the_environment_is_taken_but_for_the_name():
     shown = make("train", SEED="3", METHOD="stego", NAME="host", EDITOR="vi", OMP_NUM_THREADS="1").stdout.split()
     assert shown == ["python", "run.py", "train", "method=stego", "seed=3"]

@@ -184,5 +184,5 @@ SHOWN = ("point", "patch", "grid", "probe", "method", "checkpoint", "confidence"
 def figure(folder: Path, section: Section) -> tuple[page.Picture, int]:
     """The figure of a section, and the width below which it does not become, px."""
     with opened(folder / section.figure) as image:
-        shown = page.picture(image.convert("RGB"), section.title, lossless=section.lossless)
+        shown = page.picture(image.convert("RGBA"), section.title, lossless=section.lossless)
         return shown, min(image.width, LEGIBLE)

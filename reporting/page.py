@@ -77,15 +77,15 @@ def numeric(text: str) -> Cell:
 
 
 def picture(image: np.ndarray | Image.Image, alt: str, width: int | None = None, lossless: bool = False) -> Picture:
-    """A picture (uint8 [H,W,3]) to carry inside a page: jpeg, or png where `lossless` (id maps)."""
+    """A picture (uint8 [H,W,3] or an image) to carry inside a page: jpeg, webp where it lets the paper through (RGBA),
+    or png where `lossless` (id maps)."""
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    buffer = BytesIO()
+    buffer, kind = BytesIO(), "png" if lossless else "webp" if image.mode == "RGBA" else "jpeg"
     if lossless:
-        image.quantize(255).save(buffer, "png", optimize=True) if image.mode == "RGB" else image.save(buffer, "png")
+        image.quantize(255).save(buffer, kind, optimize=True) if image.mode == "RGB" else image.save(buffer, kind)
     else:
-        image.save(buffer, "jpeg", quality=86)
+        image.save(buffer, kind, quality=86)
     data = base64.b64encode(buffer.getvalue()).decode()
-    kind = "png" if lossless else "jpeg"
     wide = image.width if width is None else width
     return Picture(f"data:image/{kind};base64,{data}", alt, wide, round(wide * image.height / image.width))
 

@@ -17,8 +17,9 @@ from PIL import Image
 import run
 from inspection import clusters, explaining, explanation
 from lightning_modules.base.relations import Seen, cell
-from reporting import embedding
+from reporting import embedding, figures
 from reporting.figures import Spot
+from reporting.page import inlined
 from tests.conftest import Run, run_small
 from tests.support.browser import probed
 
@@ -66,6 +67,19 @@ def images(page: str) -> int:
     return page.count("<img ")
 
 
+def test_the_ink_of_figures_is_read_on_the_light_and_on_the_dark_page():
+    def light(colour: str) -> float:
+        parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return float(np.dot([0.2126, 0.7152, 0.0722], linear)) + 0.05  # WCAG's relative luminance
+
+    papers = re.findall("--paper: (#[0-9a-f]+)", inlined("style.css"))
+    assert len(papers) == 2
+    for paper in ("#ffffff" if own == "#fff" else own for own in papers):
+        values = sorted([light(paper), light(figures.INK)])
+        assert values[1] / values[0] > 4, paper
+
+
 @pytest.mark.train
 @pytest.mark.parametrize(
     ("method", "expected"), [("hidden_positives", FIGURES + OF_HP), ("kmeans_baseline", FIGURES)], ids=str
@@ -75,7 +89,9 @@ def test_a_page_with_its_figures_that_needs_no_network(method, expected, written
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     assert names == sorted([*expected, "explain.json", "index.html"])
     for name in expected:
-        assert np.asarray(Image.open(folder / name).convert("L")).std() > 10, name
+        with Image.open(folder / name) as figure:
+            assert np.asarray(figure.convert("L")).std() > 10, name
+            assert figure.getpixel((0, 0))[3] == 0, f"{name} has a paper of its own, a white box on a dark page"
     page = (folder / "index.html").read_text()
     assert not re.search(r"""(src|href)=["']?(http|//|file)|@import|url\(""", page)
     assert images(page) == len(expected)

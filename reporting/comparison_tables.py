@@ -4,6 +4,7 @@ import csv
 import re
 from collections.abc import Sequence
 from io import StringIO
+from typing import Any
 
 from common.names import shown
 from evaluation import headline
@@ -59,9 +60,19 @@ def length(entry: Entry) -> list[str]:
     return [" to ".join(map(str, dict.fromkeys([steps[0], steps[-1]]))), str(entry.first.config["data.batch_size"])]
 
 
+def told(section: Section) -> dict[str, Any]:
+    """The protocol without keys that ask for nothing (`data.label_values {}`)."""
+    own = {key.removeprefix("protocol/"): value for key, value in section.protocol.items()}
+    return {key: value for key, value in own.items() if value not in ASKS_NOTHING}
+
+
 def protocol_text(section: Section) -> str:
     """The protocol in one line."""
-    return ", ".join(f"{key.removeprefix('protocol/')} {value}" for key, value in section.protocol.items())
+    return ", ".join(f"{key} {value}" for key, value in told(section).items())
+
+
+ASKS_NOTHING = (None, "", "auto", {}, [])
+"""Values of keys that leave everything to the data."""
 
 
 def markdown(sections: Sequence[Section], title: str, cited: Sequence[Cited] = ()) -> str:
@@ -146,8 +157,8 @@ def caption(section: Section, stage: str = "val") -> str:
     """What the table shows, in words, without the places of any files."""
     datas = dict.fromkeys(run.metrics["data"] for entry in section.entries for run in entry.runs)
     backbones = dict.fromkeys(run.metrics["backbone"] for entry in section.entries for run in entry.runs)
-    told = {key: value for key, value in section.protocol.items() if key not in LEFT_OUT}
-    protocol = ", ".join(f"{key.removeprefix('protocol/').replace('_', ' ')} {value}" for key, value in told.items())
+    kept = {key: value for key, value in told(section).items() if key not in LEFT_OUT}
+    protocol = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in kept.items())
     text = (
         f"Unsupervised segmentation on {', '.join(datas)} with {', '.join(backbones)}: {STAGES[stage].lower()} in "
         f"percent, mean of n seeds, ± standard deviation where n is at least {FEW}. Bold: ahead of all others by more "

@@ -75,6 +75,14 @@ def test_another_protocol_is_another_section_and_has_a_name(other, difference):
     assert comparison_tables.escape(difference) in comparison_tables.latex([first, second], "T")
 
 
+def test_a_protocol_leaves_out_keys_that_ask_for_nothing():
+    config = {"data.label_values": {}, "data.value_range": None, "data.label_suffix": "", "data.images": "auto"}
+    (section,) = comparison.arrange([finished(config=config)])
+    said = "clusters 12, crop none, crf False"
+    assert f"Protocol: data.name scenes, data.val_count 5, {said}.\n" in comparison_tables.markdown([section], "T")
+    assert comparison_tables.caption(section).endswith(f"Protocol: data.val count 5, {said}.")
+
+
 def test_training_differs_without_another_protocol():
     runs = [finished(), finished("hp", config={"data.train_size": 64}), finished(config={"trainer.max_steps": 9})]
     (section,) = comparison.arrange(runs)

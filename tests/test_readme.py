@@ -14,6 +14,7 @@ from PIL import Image
 
 import run as entry
 from tests.conftest import small_words
+from tests.datamodules.pictures import save
 from tests.support.pages import PAGES, ROOT, blocks
 
 FILES = {
@@ -24,6 +25,7 @@ FILES = {
     "class StripesDataModule": "datamodules/stripes.py",
     "class GardenDataModule": "datamodules/garden.py",
     "name: garden": "configs/data/garden.yaml",
+    "class HarbourDataModule": "datamodules/harbour.py",
 }
 
 
@@ -122,6 +124,12 @@ def garden(root: Path) -> Path:
     return root
 
 
+TINY = [
+    "backbone=tiny", "trainer=cpu", "trainer.max_steps=4", "trainer.progress=none", "data.train_size=48",
+    "data.eval_size=48", "data.batch_size=4", "data.workers=0", "run.dir=runs", "evaluation.kmeans.restarts=1",
+    "evaluation.panels=0",
+]  # fmt: skip
+
 GARDEN = """
 import sys
 sys.path.insert(0, ".")
@@ -142,10 +150,7 @@ sys.exit(run.main(["train", *words, *sys.argv[2:]]))
 @pytest.mark.timeout(600)
 def test_a_data_set_of_listed_files_is_read_and_trained_on(tmp_path):
     copy, root = tree_with_the_examples(tmp_path), garden(tmp_path / "garden")
-    words = ["method=kmeans_baseline", "backbone=tiny", "trainer=cpu", "trainer.max_steps=4", "trainer.progress=none"]
-    words += ["data.train_size=48", "data.eval_size=48", "data.batch_size=4", "data.workers=0", "run.dir=runs"]
-    words += ["evaluation.kmeans.restarts=1", "evaluation.panels=0"]
-    command = [sys.executable, "-c", GARDEN, str(root), *words]
+    command = [sys.executable, "-c", GARDEN, str(root), "method=kmeans_baseline", *TINY]
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
@@ -154,6 +159,40 @@ def test_a_data_set_of_listed_files_is_read_and_trained_on(tmp_path):
     page = next(block for block in blocks("text") if "photos/p_0007.jpg" in block)
     for said in page.splitlines():
         assert done.stderr.count(f"{root}/{said}") == 1, said
+
+
+HARBOUR = """
+import sys
+sys.path.insert(0, ".")
+import run
+assert run.main(["data", "name=harbour"]) == 0
+assert run.main(["data", "name=harbour", f"root={sys.argv[1]}"]) == 2
+sys.exit(run.main(["train", "data=harbour", f"data.root={sys.argv[1]}", *sys.argv[2:]]))
+"""
+
+
+@pytest.mark.train
+@pytest.mark.timeout(600)
+def test_a_set_in_its_official_layout_is_checked_and_trained_on(tmp_path):
+    """The mask of one photo is missing: the check names its folder, and the photo is trained on."""
+    copy, root = tree_with_the_examples(tmp_path), tmp_path / "downloads"
+    lines = (copy / "configs" / "data" / "camvid.yaml").read_text().replace("name: camvid", "name: harbour")
+    kept = [line for line in lines.splitlines(keepends=True) if not line.startswith("eval_split:")]
+    (copy / "configs" / "data" / "harbour.yaml").write_text("".join(kept))
+    for split, count in (("train", 12), ("val", 4)):
+        for i in range(count):
+            values = (np.arange(60)[None].repeat(48, 0) // 15).astype(np.uint8)
+            save(root / "harbour-1.0" / "photos" / split / f"{i:04d}.jpg", np.dstack([values * 60] * 3))
+            save(root / "harbour-1.0" / "masks" / split / f"{i:04d}_mask.png", values)
+    (root / "harbour-1.0" / "masks" / "train" / "0004_mask.png").unlink()
+    command = [sys.executable, "-c", HARBOUR, str(root), "method=kmeans_baseline", *TINY]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    page = next(block for block in blocks("text") if "get harbour-1.0.zip" in block)
+    assert page in done.stdout
+    assert "fetch    harbour-1.0.zip: photos/ and masks/\n" in done.stdout
+    assert "harbour: train of 12 pictures (11 with a label)" in done.stderr
+    assert {"water", "quay", "ship"} <= set(re.findall(r"[a-z]+", done.stdout + done.stderr))
 
 
 @pytest.mark.slow

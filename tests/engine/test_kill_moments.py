@@ -1,21 +1,17 @@
 """SIGKILL at named and at random moments of a training, each followed by a start that ends as if nothing had been."""
 
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import run
+from tests.support.processes import ROOT, ran
 
 
 def survived(*words: str) -> str:
     """The last line of the kill test in a process of its own, on one thread."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.kill_moments", *words],
-        cwd=Path(run.__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "tests.engine.kill_moments", *words]
+    done = ran(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=1500)
     assert done.returncode in (0, 1), done.stderr[-3000:]
     print(done.stdout)
     return done.stdout.splitlines()[-1]

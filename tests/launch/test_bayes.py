@@ -15,6 +15,7 @@ import yaml
 from common.errors import ConfigError
 from launch import bayes, space, sweep, trials
 from launch.bayes import JOURNAL, Study
+from tests.support.processes import Program
 
 STAND_IN = """
 import json, math, pathlib, sys, time
@@ -124,7 +125,7 @@ def test_a_killed_sweep_goes_on_with_no_trial_lost_or_doubled(stand_in):
     path = write(stand_in / "s.yaml", run_cap=3)
     killed, whole = stand_in / "killed", stand_in / "whole"
     (stand_in / "wait").touch()
-    process = subprocess.Popen(command(stand_in, killed), stdout=subprocess.DEVNULL)
+    process = Program(command(stand_in, killed))
     while process.poll() is None and not list(killed.glob("sweeps/*/*/ready")):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -145,7 +146,7 @@ def test_two_processes_share_one_sweep(stand_in, capsys):
     path = write(stand_in / "s.yaml", parameters={**PARAMETERS, "seed": {"min": 4, "max": 9}})
     (stand_in / "pause").write_text("0.5")
     runs = stand_in / "runs"
-    other = subprocess.Popen(command(stand_in, runs, "part=0/2"), stdout=subprocess.PIPE, text=True)
+    other = Program(command(stand_in, runs, "part=0/2"))
     while other.poll() is None and not starts(runs):
         time.sleep(0.01)
     assert sweep.main(["offline=true", f"sweep={path}", f"run.dir={runs}", "part=1/2"]) == 0

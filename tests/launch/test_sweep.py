@@ -14,6 +14,7 @@ import yaml
 
 from launch import sweep, trials
 from tests.conftest import small_words
+from tests.support.processes import Program, ran
 
 STAND_IN = """
 import json, os, pathlib, signal, sys, time
@@ -124,12 +125,12 @@ def test_bayes_runs_here_without_a_key_and_can_be_prolonged(stand_in, capsys, mo
     assert len(rows(stand_in)) == 3  # prolonged, in the same folder
 
 
-def waiting(folder: Path, path: Path) -> tuple[list[str], subprocess.Popen]:
+def waiting(folder: Path, path: Path) -> tuple[list[str], Program]:
     """The command of a sweep, and its process once the trial of seed 60 waits."""
     code = f"import pathlib, sys; from launch import sweep, trials; trials.ROOT = pathlib.Path({str(folder)!r}); "
     code += "sys.exit(sweep.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "offline=true", f"sweep={path}", f"run.dir={folder}"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = Program(command)
     while process.poll() is None and not list(folder.glob("sweeps/*/*/ready")):
         time.sleep(0.01)
     return command, process
@@ -156,7 +157,7 @@ def test_a_signal_stops_the_trial_and_the_sweep_and_the_same_command_goes_on(sta
     assert process.returncode == 85, out
     assert re.search(r"stopped in trial 000-\w{6}; the same command goes on\n", out)
     assert [row["state"] for row in rows(stand_in)] == ["stopped", "waiting"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = ran(command, timeout=60)
     assert done.returncode == 0, done.stderr
     assert [(row["seed"], row["state"]) for row in rows(stand_in)] == [("60", "finished"), ("1", "finished")]
 

@@ -1,6 +1,7 @@
 """A stage as it runs: found again, gone on with after a kill, the same on two processes, refused where it cannot be."""
 
 import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from engine.stages.stage import pseudo
 from pseudo_labels.steps import MapStep, new_record, whole_patches
 from tests.conftest import small_words
 from tests.pseudo_labels.stages import Classes, Dark, files, first, stage
+from tests.support.processes import ROOT, ran
 
 pytestmark = pytest.mark.train
 
@@ -285,15 +287,9 @@ except common.errors.LabelfreeError as error:
 
 
 def run_two(tmp_path, fails: bool):
-    import subprocess
-    import sys
-    from pathlib import Path
-
-    import run as entry
-
     script = tmp_path / "two.py"
-    script.write_text(TWO.format(root=str(Path(entry.__file__).parent), folder=str(tmp_path / "two"), fails=fails))
-    return subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=200)
+    script.write_text(TWO.format(root=str(ROOT), folder=str(tmp_path / "two"), fails=fails))
+    return ran([sys.executable, str(script)], timeout=200)
 
 
 @pytest.mark.ddp

@@ -1,1 +1,1 @@
-"""What tests of several rooms use: two processes, a terminal, mean scores."""
+"""What tests of several rooms use: programs and ranks in processes, a terminal, pages, mean scores."""

@@ -1,6 +1,5 @@
 """Two real gloo processes on this machine, for tests of what ranks do together."""
 
-import multiprocessing
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +9,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from tests.support.processes import serve
+
 
 def on_two_ranks(work: Callable[..., Any], *args: Any, start: str = "forkserver") -> list[Any]:
     """What `work(rank, *args)`, a function of a module, returned on ranks 0 and 1.
 
-    start: `fork` for arguments and patches that cannot be pickled, else `forkserver`, which inherits no threads.
+    start: `fork` for arguments and patches that cannot be pickled, else `forkserver`, which inherits no threads and has
+    imported everything.
     """
-    multiprocessing.set_forkserver_preload(["torchmetrics"])  # torch and more, imported once and not once a process
+    serve()
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(_rank, args=(work, args, folder), nprocs=2, start_method=start)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(2)]

@@ -5,23 +5,22 @@ import os
 import pty
 import re
 import struct
-import subprocess
 import termios
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.support.processes import Program
+
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def in_terminal(command: Sequence[str], folder: Path, columns: int = 110) -> tuple[int, str]:
-    """(exit code, everything that was written) of a command in a pseudo-terminal."""
+    """(exit code, everything that was written) of a Python program in a pseudo-terminal."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
     environment = {**os.environ, "TERM": "xterm-256color", "OMP_NUM_THREADS": "1"}
-    streams = {"stdin": subprocess.DEVNULL, "stdout": slave, "stderr": slave}
-    process = subprocess.Popen(command, cwd=folder, env=environment, **streams)
-    os.close(slave)
+    program = Program(command, cwd=folder, env=environment, out=os.ttyname(slave), err=os.ttyname(slave))
     parts: list[bytes] = []
 
     def read() -> None:
@@ -36,7 +35,8 @@ def in_terminal(command: Sequence[str], folder: Path, columns: int = 110) -> tup
 
     reader = threading.Thread(target=read)
     reader.start()
-    code = process.wait(timeout=280)
+    code = program.wait(timeout=280)
+    os.close(slave)  # it was held open until the program had it
     reader.join(timeout=10)
     os.close(master)
     return code, b"".join(parts).decode(errors="replace")

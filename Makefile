@@ -31,6 +31,8 @@ DRY ?=
 SWEEP ?= $(METHOD)
 TRIALS ?=
 OFFLINE ?=
+DEVICE ?=
+SCALE ?=
 JOBS ?= 2
 VENV ?= .venv
 ifeq ($(origin PY), undefined)
@@ -76,7 +78,7 @@ PARALLEL = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile --no-
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train pseudo eval predict retrieve clusters explain compare export import-checkpoint data weights list show-config doctor sweep slurm test test-fast test-ddp test-slurm \
-	test-slow test-realdata test-gpu reference bench lint published docs lock clean
+	test-slow test-realdata test-gpu reference bench bench-gpu lint published docs lock clean
 
 help: ## this page
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | awk -F'\t' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -176,7 +178,7 @@ test-gpu: $(READY) ## tests that need a GPU
 reference: $(READY) ## DIR=folder [ARGS=…]: replay the authors' numbers
 	@$(PY) -m tests.reference $(DIR) $(ARGS)
 
-bench: $(READY) ## [ARGS=…]: time and memory beside the plain formulation; pictures per second by batch and processes
+bench: $(READY) ## [ARGS=…]: time and memory beside the plain formulation; pictures per second by batch and processes; every step beside its floor
 	@$(PY) -m benchmarks.hidden_positives $(ARGS)
 	@$(PY) -m benchmarks.search
 	@$(PY) -m benchmarks.stego
@@ -185,6 +187,10 @@ bench: $(READY) ## [ARGS=…]: time and memory beside the plain formulation; pic
 	@$(PY) -m benchmarks.concepts
 	@$(PY) -m benchmarks.evaluation
 	@$(PY) -m benchmarks.scaling
+	@$(PY) -m benchmarks.steps
+
+bench-gpu: $(READY) ## [DEVICE=cuda] [SCALE=full] [ARGS=…]: in eight minutes on a GPU: its tests, every method's step; DEVICE=cpu SCALE=tiny tries it all
+	@$(PY) -m benchmarks.gpu --device $(or $(DEVICE),cuda) --scale $(or $(SCALE),full) $(ARGS)
 
 lint: $(READY) ## ruff; links of the pages; import-linter: which room may import which (pyproject.toml)
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m docs.links

@@ -154,7 +154,7 @@ def _in_child(piece: Piece, function: str, threads: int, repeats: int, allocator
 
 def _measure(module: str, function: str, settings: dict[str, Any], repeats: int) -> Side:
     work = getattr(importlib.import_module(module), function)(**settings)
-    before = _start_memory()
+    before = start_memory()
     answer = work()
     seconds = []
     for _ in range(repeats):
@@ -162,7 +162,7 @@ def _measure(module: str, function: str, settings: dict[str, Any], repeats: int)
         answer = work()
         _wait()
         seconds.append(time.perf_counter() - start)
-    mib = (_peak_memory() - before) / 2**20
+    mib = (peak_memory() - before) / 2**20
     return Side(statistics.median(seconds) * getattr(work, "factor", 1.0), mib, float(answer))
 
 
@@ -178,20 +178,21 @@ def _status(key: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)
 
 
-def _start_memory() -> int:
-    """What is in use now, in bytes; the record of the peak starts anew."""
-    if torch.cuda.is_available():
+def start_memory(gpu: bool | None = None) -> int:
+    """What is in use now, in bytes; the record of the peak starts anew. `gpu`: of a GPU; None: where there is one."""
+    if torch.cuda.is_available() if gpu is None else gpu:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the set-up
     except OSError:
-        return max(_status("VmRSS"), _peak_memory())
+        return max(_status("VmRSS"), peak_memory(False))
     return _status("VmRSS")
 
 
-def _peak_memory() -> int:
-    if torch.cuda.is_available():
+def peak_memory(gpu: bool | None = None) -> int:
+    """The most that was in use since `start_memory`, in bytes."""
+    if torch.cuda.is_available() if gpu is None else gpu:
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

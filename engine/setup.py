@@ -135,6 +135,7 @@ def build_model(cfg: DictConfig, meta: ClassMeta, linear_probe: bool = True) -> 
     search.configure(cfg.search.backend)
     if cfg.trainer.threads is not None:
         torch.set_num_threads(cfg.trainer.threads)
+    torch.set_float32_matmul_precision(cfg.trainer.matmul)
     return registry.method_class(cfg.method.name)(cfg, meta, linear_probe)
 
 

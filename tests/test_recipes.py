@@ -85,6 +85,17 @@ def test_one_step(name, tmp_path):
     assert ("val/cluster_crf/miou" in metrics) == (crf == "dense")
 
 
+@pytest.mark.parametrize("name", config.names("experiment"))
+def test_pictures_of_a_recipe_are_whole_patches(name):
+    """`test_one_step` has sizes of its own; a transformer refuses others than multiples of its patches."""
+    cfg = config.compose([f"experiment={name}"])
+    patch = re.search(r"patch(\d+)", cfg.backbone.timm)
+    multiple = cfg.backbone.create.get("patch_size") or (int(patch[1]) if patch else 1)
+    for key in ("train_size", "eval_size"):
+        sides = cfg.data[key]
+        assert not [side for side in ([sides] if isinstance(sides, int) else sides) if side % multiple], key
+
+
 def test_every_recipe_names_its_figure_and_its_source():
     for name in config.names("experiment"):
         facts = config.load_group("experiment", name)["figure"]

@@ -190,7 +190,7 @@ def refill_plain(pool: int, dim: int, backbone: str, size: int) -> Callable[[], 
     def work() -> float:
         rows = []
         for batch in images.split(8):
-            codes = head(network.features(batch).map)
+            codes = head(network.features(batch).concat())
             chosen = torch.randint(codes[0, 0].numel(), (len(batch),), generator=generator).to(DEVICE)
             rows.append(F.normalize(codes.flatten(2)[torch.arange(len(batch), device=DEVICE), :, chosen], dim=1))
         torch.cat(rows)

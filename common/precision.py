@@ -15,7 +15,8 @@ float32 (float64 where it says so), and each piece sees to it itself, so that it
 
 TF32 is not free here: positives are strict comparisons of cosines, and 10 bits of mantissa choose others. `exact` keeps
 it out where comparisons, labels or neighbours follow, also where `trainer.matmul=high` lets the other matrix products
-have it; convolutions on a GPU have torch's own default (TF32). Convolutional backbones run in channels-last memory (`models/backbone.py`).
+have it; convolutions on a GPU have torch's own default (TF32). Convolutional backbones run in channels-last memory
+(`models/backbone.py`).
 
 float16 has no autocast with loss scaling on a CPU: `usable` names what is used in its place.
 """

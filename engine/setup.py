@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 import config
 from common.errors import CheckpointError, ConfigError
 from common.files import expect_checkpoint
-from common.machine import cores
+from common.machine import cores, has_wandb_key
 from common.precision import usable
 from common.spec import ClassMeta
 from datamodules.base import SegmentationDataModule
@@ -227,14 +227,6 @@ def wandb_logger(cfg: DictConfig, folder: Path) -> StepLogger:
     if rank_zero_only.rank == 0:
         stored.write_text(logger.experiment.id)
     return logger
-
-
-def has_wandb_key() -> bool:
-    """True where W&B would not have to ask: a key in the environment or in the netrc file."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    return netrc.is_file() and "wandb" in netrc.read_text(errors="ignore")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ import config
 from common.ending import ended
 from common.errors import ConfigError
 from common.files import whole
+from common.machine import has_wandb_key
 from engine.records.identity import mark
 from evaluation import headline
 from launch import space
@@ -145,8 +146,6 @@ def headline_of(sweep: Sweep, words: list[str]) -> str:
 
 def why_here(offline: bool) -> str | None:
     """Why the trials are run here and not by W&B; None where W&B can be asked."""
-    from engine.setup import has_wandb_key
-
     if offline:
         return "OFFLINE"
     if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):

@@ -4,39 +4,12 @@ import platform
 import resource
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common import about
-
-PACKAGES = (
-    "torch",
-    "lightning",
-    "timm",
-    "torchmetrics",
-    "kornia",
-    "faiss-gpu",
-    "faiss-cpu",
-    "omegaconf",
-    "wandb",
-    "numpy",
-    "scipy",
-    "scikit-image",
-)
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of the packages that numbers depend on."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+from common import about, machine
 
 
 def git_commit() -> str | None:
@@ -76,7 +49,7 @@ def describe(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "labelfree": about.signature(),
-        "versions": versions(),
+        "versions": machine.versions(),
         "git_commit": commit,
         "seed": seed,
         "device": f"{device.type}: {name}",

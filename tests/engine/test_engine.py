@@ -116,14 +116,3 @@ def test_wandb_without_a_key_logs_offline_and_asks_nothing(tmp_path, monkeypatch
     stored = (run.folder / "wandb_id").read_text()
     assert offline[0].name.endswith(stored)  # a resumed run would go on under this id
     assert (run.folder / "metrics.csv").is_file()
-
-
-def test_a_key_is_found_in_the_environment_and_in_netrc(tmp_path, monkeypatch):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert not setup.has_wandb_key()
-    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x\n")
-    assert setup.has_wandb_key()
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    monkeypatch.setenv("WANDB_API_KEY", "x")
-    assert setup.has_wandb_key()

@@ -168,10 +168,10 @@ def data(words: list[str]) -> None:
     keys |= {} if root is None else {"data.root": root}
     group = [] if name is None else [f"data={name}"]
     cfg = config.compose([*group, *(f"{key}={value}" for key, value in keys.items())])
-    from datamodules.base import inventory
+    from datamodules import inventory
 
     for line in inventory.names() if name is None else inventory.describe(cfg):
-        print(line)
+        print(line, flush=True)
     for line in () if name is None else inventory.examine(cfg, rebuild):
         print(line)
 

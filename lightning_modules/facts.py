@@ -1,16 +1,14 @@
 """What methods say of themselves, read from their source: no method is imported for it, and with it no torch."""
 
 import ast
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import config
-from common import about
+from common import about, source
 from common.errors import ConfigError, did_you_mean
 
-BASE = "UnsupervisedSegmenter"
+BASE, STAGED = "UnsupervisedSegmenter", "StagedSegmenter"
 
 
 @dataclass(frozen=True)
@@ -23,6 +21,8 @@ class Facts:
     headline: str
     uses_labels: bool | None
     trains: bool | None
+    staged: bool
+    """Whether it has an offline stage, which `run.py pseudo` runs alone."""
 
     @property
     def remark(self) -> str:
@@ -36,10 +36,11 @@ def facts(name: str) -> Facts:
     if name not in config.names("method"):
         raise ConfigError(f"method={name}: no such method; {did_you_mean(name, config.names('method'))}")
     module = about.module_of("lightning_modules", name)
-    found = [node.name for node in source(module).body if isinstance(node, ast.ClassDef) and is_method(module, node)]
+    nodes = [node for node in source.tree(module).body if isinstance(node, ast.ClassDef)]
+    found = [node for node in nodes if inherits(module, node, BASE)]
     expect_one(name, len(found))
-    values = {key: declared(module, found[0], key) for key in ("title", "headline", "uses_labels", "trains")}
-    return Facts(summary=summary(module), **values)
+    values = {key: declared(module, found[0].name, key) for key in ("title", "headline", "uses_labels", "trains")}
+    return Facts(summary=source.summary(module), **values, staged=inherits(module, found[0], STAGED))
 
 
 def expect_one(name: str, found: int) -> None:
@@ -50,62 +51,9 @@ def expect_one(name: str, found: int) -> None:
         )
 
 
-@cache
-def source(module: str) -> ast.Module:
-    """The syntax tree of a module of this project. Raises ConfigError where there is none, or no Python in it."""
-    path = about.ROOT / module.replace(".", "/")
-    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    try:
-        return ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"no Python: {error}"
-        raise ConfigError(f"{path.relative_to(about.ROOT)}: cannot be read ({reason})") from None
-
-
-def summary(module: str) -> str:
-    """The first line of a module's docstring."""
-    return (ast.get_docstring(source(module)) or "").partition("\n")[0]
-
-
-def find(module: str, name: ast.expr | str) -> tuple[str, ast.ClassDef] | None:
-    """The class that a name (or `module.name`) means in a module, through imports from this project; else None."""
-    if isinstance(name, ast.Attribute):
-        place = modules(module).get(ast.unparse(name.value))
-        return None if place is None else find(place, name.attr)
-    name = name.id if isinstance(name, ast.Name) else name
-    for node in source(module).body:
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            return module, node
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_modules."):
-            for alias in node.names:
-                if (alias.asname or alias.name) == name:
-                    return find(node.module, alias.name)
-    return None
-
-
-def modules(module: str) -> dict[str, str]:
-    """The modules of methods that a module imports, by the names that it knows them by."""
-    found = {}
-    for node in source(module).body:
-        if isinstance(node, ast.ImportFrom) and node.module == "lightning_modules":
-            found |= {alias.asname or alias.name: f"lightning_modules.{alias.name}" for alias in node.names}
-        if isinstance(node, ast.Import):
-            names = (alias for alias in node.names if alias.name.startswith("lightning_modules."))
-            found |= {alias.asname or alias.name: alias.name for alias in names}
-    return found
-
-
-def lineage(module: str, node: ast.ClassDef) -> Iterator[tuple[str, ast.ClassDef]]:
-    """A class and those it inherits from, the nearest first, as far as they are of this project."""
-    yield module, node
-    for base in node.bases:
-        found = find(module, base)
-        if found is not None:
-            yield from lineage(*found)
-
-
-def is_method(module: str, node: ast.ClassDef) -> bool:
-    return any(item.name == BASE for _, item in lineage(module, node))
+def inherits(module: str, node: ast.ClassDef, base: str) -> bool:
+    """Whether a class is `base`, or one of its heirs."""
+    return any(item.name == base for _, item in source.lineage(module, node))
 
 
 def declared(module: str, name: str, key: str) -> Any:
@@ -113,21 +61,13 @@ def declared(module: str, name: str, key: str) -> Any:
 
     As in the base, a class that defines `scores` has `own` for its headline unless it says otherwise.
     """
-    for _, node in lineage(*find(module, name)):
-        if f"self.{key}" in stored(node):
+    for _, node in source.lineage(*source.find(module, name)):
+        methods = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
+        if f"self.{key}" in source.stored(node) or key in methods:
             return None
-        for statement in node.body:
-            if isinstance(statement, ast.FunctionDef) and statement.name == key:
-                return None
-            targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
-            if any(isinstance(target, ast.Name) and target.id == key for target in targets) and statement.value:
-                return ast.literal_eval(statement.value)
-        if key == "headline" and any(isinstance(item, ast.FunctionDef) and item.name == "scores" for item in node.body):
+        value = source.value(node, key)
+        if value is not None:
+            return ast.literal_eval(value)
+        if key == "headline" and "scores" in methods:
             return "own"
     return None
-
-
-@cache
-def stored(node: ast.ClassDef) -> set[str]:
-    """Everything that a class assigns to, as it is written; walked once, because each fact of each heir asks for it."""
-    return {ast.unparse(item) for item in ast.walk(node) if isinstance(getattr(item, "ctx", None), ast.Store)}

@@ -26,7 +26,7 @@ from common import chance
 from common.errors import ConfigError, did_you_mean, one_of
 from models.features import Features
 from models.output_stride import OutputStrides
-from models.pretrained import weights
+from models.pretrained import origins, weights
 from models.pretrained.folding import fold_batch_norms
 from models.vit import attention as layers
 from models.vit import positions
@@ -222,8 +222,8 @@ class Backbone(nn.Module):
         own = {"none": "none (random weights)", "bundled": "that of this project"}
         self.licence: str = own.get(cfg.weights) or cfg.licence or card or "unknown"
         if cfg.weights != "none":
-            weights.expect_acknowledged((cfg.licence, card), self.network, cfg.acknowledge_licence)
-        return weights.locate(cfg.weights, self.name, cfg.get("published_file"))
+            origins.expect_acknowledged((cfg.licence, card), self.network, cfg.acknowledge_licence)
+        return origins.locate(cfg.weights, self.name, cfg.get("published_file"))
 
     def _load(
         self, cfg: DictConfig, source: str | Path, seed: int, whole: nn.Module, published: dict[str, Any]
@@ -440,12 +440,19 @@ def pads_by_size(module: nn.Module) -> bool:
     return isinstance(module, Conv2dSame)
 
 
-def outline(cfg: DictConfig) -> tuple[dict[str, Any], int]:
-    """timm's record of the published weights, and the numbers in the whole network; no memory is taken for it."""
+def outline(cfg: DictConfig) -> tuple[dict[str, Any], int, int]:
+    """timm's record of the published weights, the numbers in the network as it is published, and those without its
+    classifier, which no backbone uses; no memory is taken for it."""
     _expect_known(cfg.timm)
     with torch.device("meta"):
         whole = _create(cfg.timm, **(_plain(cfg.create) or {}))
-    return dict(whole.pretrained_cfg), sum(value.numel() for value in whole.parameters())
+        published = _numbers(whole)
+        whole.reset_classifier(0)
+    return dict(whole.pretrained_cfg), published, _numbers(whole)
+
+
+def _numbers(network: nn.Module) -> int:
+    return sum(value.numel() for value in network.parameters())
 
 
 def _expect_known(name: str) -> None:

@@ -1,7 +1,7 @@
 """`run.py weights`: where a backbone's weights come from, under which terms, whether they are here, and are they right.
 
 Sizes and sums are those of the file that is here, or of the hub where there is a network; none is kept by hand but
-`backbone.sha256`, for files that no hub has.
+`backbone.sha256`, for files that no hub has. timm, and torch with it, is imported where a network is asked for.
 """
 
 import hashlib
@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 import config
 from common.errors import WeightsError
-from models.backbone import Backbone, outline
-from models.pretrained import weights
+from models.pretrained import origins
 
 CHUNK = 1 << 22
 
@@ -28,8 +26,10 @@ class Origin:
 
     network: str
     licence: str
-    numbers: int
+    published: int
     """Trained numbers of the network as it is published."""
+    numbers: int
+    """Those without its classifier, which no backbone uses."""
     hub_id: str | None
     """Repository on the Hugging Face hub, for `weights: hub`."""
     url: str | None
@@ -50,47 +50,63 @@ class Origin:
 
 def origin(cfg: DictConfig) -> Origin:
     """Of the keys of `configs/backbone/*.yaml`. Nothing is downloaded. Raises ConfigError for an unknown network."""
-    record, numbers = outline(cfg)
-    licence = {"none": "none (random weights)", "bundled": "that of this project"}.get(cfg.weights)
+    from models.backbone import outline
+
+    record, published, numbers = outline(cfg)
     known = cfg.get("sha256")
-    hub_id = url = file = None
+    hub_id = url = None
+    file = here(cfg, record)
     if cfg.weights == "hub":
         hub_id, url = record.get("hf_hub_id") or None, record.get("url") or None
-        file = weights.cached(record)
         known = known or named_sum(file)
-        place = f"{hub_cache()} (HF_HOME moves it)" if hub_id else str(Path(torch.hub.get_dir()) / "checkpoints")
+        place = f"{hub_cache()} (HF_HOME moves it)" if hub_id else str(origins.address_folder())
     elif cfg.weights == "bundled":
-        file, place = weights.locate("bundled", cfg.name, None), "comes with this project"
+        place = "comes with this project"
     elif cfg.weights == "none":
         place = "nowhere: random and seeded"
     else:
         place = "anywhere; name it with backbone.weights=<file>"
-        if cfg.weights is not None:
-            file = Path(weights.locate(cfg.weights, cfg.name, cfg.get("published_file")))
+        if file is not None:
             known = known if file.name == str(cfg.get("published_file")).split(" ")[0] else None
     return Origin(
-        cfg.timm, licence or cfg.licence or record.get("license") or "unknown", numbers, hub_id, url,
-        weights.hub_names(record), cfg.get("published_file"), file, known, place, record,
+        cfg.timm, licence_of(cfg) or record.get("license") or "unknown", published, numbers, hub_id, url,
+        origins.hub_names(record), cfg.get("published_file"), file, known, place, record,
     )  # fmt: skip
+
+
+def licence_of(cfg: DictConfig) -> str | None:
+    """What the configuration says of the licence; None where timm's card says it."""
+    return {"none": "none (random weights)", "bundled": "that of this project"}.get(cfg.weights) or cfg.licence
+
+
+def here(cfg: DictConfig, record: dict[str, Any]) -> Path | None:
+    """The file of the weights on this machine; None without. `record`: what timm knows of the tag.
+
+    Raises WeightsError for a file that is named and missing.
+    """
+    if cfg.weights == "hub":
+        return origins.cached(record)
+    return None if cfg.weights in (None, "none") else Path(origins.locate(cfg.weights, cfg.name, None))
 
 
 def overview() -> Iterator[str]:
     """A line for each backbone of `configs/backbone/`."""
     for name in config.names("backbone"):
-        cfg = config.compose([f"backbone={name}"]).backbone
-        found = origin(cfg)
-        state = "here" if found.file is not None else "name a file" if cfg.weights is None else "not here"
-        yield f"{name:<22} {state:<12} {found.licence:<16} {cfg.get('pretraining') or 'see models/pretrained/bundled'}"
+        cfg = OmegaConf.create(config.load_group("backbone", name))
+        file = here(cfg, {"hf_hub_id": origins.hub_repository(cfg.timm)})
+        state = "here" if file is not None else "name a file" if cfg.weights is None else "not here"
+        licence = licence_of(cfg) or "see its card"
+        yield f"{name:<22} {state:<12} {licence:<16} {cfg.get('pretraining') or 'see models/pretrained/bundled'}"
 
 
 def report(cfg: DictConfig, fetch: bool = False) -> Iterator[str]:
     """All of it, line by line. `fetch`: download what is missing first. Raises WeightsError, see `examine`."""
-    found = origin(cfg)
     yield f"{cfg.name}: {cfg.get('pretraining') or 'see models/pretrained/bundled'}"
+    found = origin(cfg)
     yield from describe(found, ask_hub(found) if found.file is None else {})
     if fetch and cfg.weights == "hub" and found.file is None:
-        weights.expect_acknowledged((cfg.licence, found.record.get("license")), cfg.timm, cfg.acknowledge_licence)
-        weights.fetch(cfg.timm, found.record)
+        origins.expect_acknowledged((cfg.licence, found.record.get("license")), cfg.timm, cfg.acknowledge_licence)
+        origins.fetch(cfg.timm, found.record)
         found = origin(cfg)
     yield from examine(cfg, found)
 
@@ -100,19 +116,22 @@ def expect_here(cfg: DictConfig) -> None:
 
     Raises ConfigError for terms that nobody accepted, WeightsError for a file that is missing and cannot be fetched.
     """
-    source = weights.locate(cfg.weights, cfg.name, cfg.get("published_file"))
+    source = origins.locate(cfg.weights, cfg.name, cfg.get("published_file"))
     if source == "hub":
-        record, _ = outline(cfg)
-        weights.expect_acknowledged((cfg.licence, record.get("license")), cfg.timm, cfg.acknowledge_licence)
-        weights.fetch(cfg.timm, record)
+        from models.backbone import outline
+
+        record, *_ = outline(cfg)
+        origins.expect_acknowledged((cfg.licence, record.get("license")), cfg.timm, cfg.acknowledge_licence)
+        origins.fetch(cfg.timm, record)
 
 
 def describe(found: Origin, asked: dict[str, Any]) -> Iterator[str]:
     """What the weights are, where they come from and belong, under which terms. `asked`: what the hub said."""
-    yield f"network  {found.network} of timm, {found.numbers / 1e6:.1f} million numbers"
+    whole = "" if found.numbers == found.published else " without its classifier"
+    yield f"network  {found.network} of timm, {found.numbers / 1e6:.1f} million numbers{whole}"
     yield f"licence  {found.licence}" + (
         "; it restricts use: read its terms, then set backbone.acknowledge_licence=true"
-        if weights.RESTRICTED.search(found.licence)
+        if origins.RESTRICTED.search(found.licence)
         else ""
     )
     if found.hub_id:
@@ -124,7 +143,7 @@ def describe(found: Origin, asked: dict[str, Any]) -> Iterator[str]:
     if asked:
         yield f"size     {mebibytes(asked['size'])}, sha256 {asked['sha256']}, as the hub says"
     elif found.file is None and found.place and found.hub_id:
-        yield f"size     about {mebibytes(4 * found.numbers)} (the hub was not reached, so its sum is unknown here)"
+        yield f"size     about {mebibytes(4 * found.published)} (the hub was not reached, so its sum is unknown here)"
     yield f"goes to  {found.place}"
 
 
@@ -140,13 +159,15 @@ def examine(cfg: DictConfig, found: Origin) -> Iterator[str]:
                 f"backbone.weights=hub: {found.network} is not here yet; `run.py weights backbone={cfg.name} "
                 "fetch=true` fetches it where there is a network, and so does the first training"
             )
-        weights.locate(cfg.weights, cfg.name, found.published_file)  # raises: a file must be named
+        origins.locate(cfg.weights, cfg.name, found.published_file)  # raises: a file must be named
     own = sha256(found.file)
     if found.sha256 is not None and not own.startswith(found.sha256):
         raise WeightsError(
             f"{found.file}: sha256 {own} is not that of the published file, {found.sha256}; it is damaged or another "
             "one: delete it and fetch it again"
         )
+    from models.backbone import Backbone
+
     Backbone(cfg)
     held = ", as published" if found.sha256 is not None else ""
     yield f"ok       {found.file}: {mebibytes(found.file.stat().st_size)}, sha256 {own}{held}; fits the network"
@@ -165,7 +186,7 @@ def named_sum(file: Path | None) -> str | None:
     if file is None:
         return None
     blob = file.resolve().name
-    return blob if re.fullmatch("[0-9a-f]{64}", blob) else weights.stated_sum(file.name)
+    return blob if re.fullmatch("[0-9a-f]{64}", blob) else origins.stated_sum(file.name)
 
 
 def ask_hub(found: Origin) -> dict[str, Any]:

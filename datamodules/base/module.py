@@ -23,9 +23,10 @@ from datamodules.base.decoded import DecodedStore
 from datamodules.base.label_map import ForeignIds
 from datamodules.base.regions import RegionFiles
 from datamodules.base.transforms import Geometry
+from datamodules.facts import available
 from datamodules.files import reading
 
-__all__ = ["SegmentationDataModule", "Source", "available", "load_datamodule"]
+__all__ = ["SegmentationDataModule", "Source", "load_datamodule"]
 
 
 class Source(Protocol):
@@ -380,13 +381,6 @@ class SegmentationDataModule(L.LightningDataModule):
             foreign.sync()
         for broken in self.broken.values():
             broken.sync()
-
-
-def available() -> list[str]:
-    """Names of the data sets: the files of `datamodules` that have a yaml in configs/data."""
-    configs = about.ROOT / "configs" / "data"
-    found = [path.stem for path in (about.ROOT / "datamodules").iterdir() if path.suffix == ".py" or path.is_dir()]
-    return sorted(name for name in found if (configs / f"{name}.yaml").exists())
 
 
 def load_datamodule(name: str) -> type[SegmentationDataModule]:

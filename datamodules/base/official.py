@@ -18,19 +18,9 @@ from common.files import no_folder
 from datamodules.base.label_map import LabelMap
 from datamodules.base.listed import Entry, ListedSource, entries_below
 from datamodules.base.module import SegmentationDataModule
+from datamodules.facts import Facts
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Where a data set comes from. Home pages only; what lies behind a registration is not linked."""
-
-    title: str
-    home: str
-    terms: str
-    downloads: tuple[str, ...]
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

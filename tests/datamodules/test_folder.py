@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from common.errors import ConfigError, DataError
-from datamodules.base.module import available, load_datamodule
+from datamodules.base.module import load_datamodule
+from datamodules.facts import available
 from datamodules.files.opening import ENDINGS
 from datamodules.folder import FolderDataModule, pictures_below
 from datamodules.own import label_look

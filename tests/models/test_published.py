@@ -10,12 +10,13 @@ import torch
 
 import config
 import run
+from common.errors import WeightsError
 from datamodules.base import SegmentationDataModule
 from models import published
 from models.backbone import Backbone
-from models.pretrained import weights
+from models.pretrained import origins
 
-BUNDLED = Path(weights.BUNDLED) / "tiny.safetensors"
+BUNDLED = Path(origins.BUNDLED) / "tiny.safetensors"
 
 
 def settings(*words: str):
@@ -56,7 +57,7 @@ def hub_settings():
 def test_weights_of_the_hub_are_described_fetched_and_held_against_their_sum(hub):
     fetched, blob = hub
     cfg = hub_settings()
-    with pytest.raises(weights.WeightsError) as error:
+    with pytest.raises(WeightsError) as error:
         list(published.report(cfg))
     assert str(error.value) == (
         "backbone.weights=hub: vit_tiny_patch16_224.augreg_in21k is not here yet; `run.py weights backbone=tiny "
@@ -73,9 +74,7 @@ def test_weights_of_the_hub_are_described_fetched_and_held_against_their_sum(hub
     damaged = bytearray(blob.read_bytes())
     damaged[-1] ^= 1
     blob.write_bytes(damaged)
-    with pytest.raises(
-        weights.WeightsError, match=r"is not that of the published file, .* delete it and fetch it again"
-    ):
+    with pytest.raises(WeightsError, match=r"is not that of the published file, .* delete it and fetch it again"):
         list(published.report(cfg))
 
 
@@ -105,7 +104,7 @@ def test_the_sum_of_a_published_file_is_compared_where_it_is_known(tmp_path):
     own = [f"backbone.weights={tmp_path}/best.safetensors", "backbone.published_file=best.safetensors"]
     right = list(published.report(settings(*own, f"backbone.sha256={published.sha256(BUNDLED)}")))
     assert ", as published; fits the network" in right[-1]
-    with pytest.raises(weights.WeightsError, match="is not that of the published file"):
+    with pytest.raises(WeightsError, match="is not that of the published file"):
         list(published.report(settings(*own, "backbone.sha256=" + "0" * 64)))
     own[1] = "backbone.published_file=other.safetensors"  # a file of another name may be another one
     assert "as published" not in list(published.report(settings(*own, "backbone.sha256=" + "0" * 64)))[-1]

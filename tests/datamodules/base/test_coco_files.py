@@ -7,8 +7,8 @@ import pytest
 
 import config as configuration
 from datamodules.base import coco_files
-from datamodules.base.inventory import examine
 from datamodules.cocostuff27 import coarse_map
+from datamodules.inventory import examine
 from tests.datamodules import trees
 from tests.datamodules.pictures import save
 

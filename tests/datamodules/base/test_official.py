@@ -13,8 +13,9 @@ import config as configuration
 from common.errors import ConfigError, DataError
 from common.spec import IGNORE
 from datamodules.base import coco_files
-from datamodules.base.module import available, load_datamodule
+from datamodules.base.module import load_datamodule
 from datamodules.base.official import OfficialDataModule
+from datamodules.facts import available
 from tests.datamodules import trees
 from tests.datamodules.pictures import noise, save
 

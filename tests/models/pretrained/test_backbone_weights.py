@@ -260,8 +260,8 @@ def test_the_bundled_tiny_is_complete_small_and_says_where_it_comes_from(caplog)
     backbone._log_once.cache_clear()
     with caplog.at_level("INFO"):
         model = Backbone(OmegaConf.load(PRESETS / "tiny.yaml"))
-    assert (backbone.weights.BUNDLED / "tiny.safetensors").stat().st_size < 4_000_000
-    assert (backbone.weights.BUNDLED / "tiny.md").is_file()
+    assert (backbone.origins.BUNDLED / "tiny.safetensors").stat().st_size < 4_000_000
+    assert (backbone.origins.BUNDLED / "tiny.md").is_file()
     said = "pre-training: see models/pretrained/bundled/tiny.md; licence: that of this project"
     assert caplog.messages[-1].endswith(said)
     random = Backbone(make_cfg(**{**OmegaConf.load(PRESETS / "tiny.yaml"), "weights": "none"}))

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from common.errors import ConfigError, WeightsError
-from models.pretrained import weights
+from models.pretrained import origins, weights
 
 NET = OrderedDict(
     [
@@ -182,26 +182,26 @@ def test_a_bare_tensor_is_refused(tmp_path):
 
 
 def test_locate_words_and_files(tmp_path, monkeypatch):
-    assert weights.locate("hub", "tiny", None) == "hub"
-    assert weights.locate("none", "tiny", None) == "none"
+    assert origins.locate("hub", "tiny", None) == "hub"
+    assert origins.locate("none", "tiny", None) == "none"
     (tmp_path / "w.pth").touch()
-    assert weights.locate(str(tmp_path / "w.pth"), "tiny", None) == tmp_path / "w.pth"
-    monkeypatch.setattr(weights, "BUNDLED", tmp_path)
+    assert origins.locate(str(tmp_path / "w.pth"), "tiny", None) == tmp_path / "w.pth"
+    monkeypatch.setattr(origins, "BUNDLED", tmp_path)
     (tmp_path / "other.safetensors").touch()
-    assert weights.locate("bundled", "other", None) == tmp_path / "other.safetensors"
+    assert origins.locate("bundled", "other", None) == tmp_path / "other.safetensors"
     with pytest.raises(WeightsError) as error:
-        weights.locate("bundled", "tiny", None)
+        origins.locate("bundled", "tiny", None)
     assert str(error.value) == (
         "backbone.weights=bundled: no weights of tiny come with this version (bundled: other); "
         "set backbone.weights to hub, to a file, or to none (random and seeded)"
     )
     with pytest.raises(WeightsError) as error:
-        weights.locate("bundeld", "tiny", None)
+        origins.locate("bundeld", "tiny", None)
     assert str(error.value) == (
         "backbone.weights=bundeld: no such file; give a .pth, .pt or .safetensors file, or bundled, hub, none"
     )
     with pytest.raises(WeightsError) as error:
-        weights.locate(None, "dino_vits8_300ep", "dino_deitsmall8_300ep_pretrain.pth of the DINO release")
+        origins.locate(None, "dino_vits8_300ep", "dino_deitsmall8_300ep_pretrain.pth of the DINO release")
     assert str(error.value) == (
         "backbone.weights=null: the weights of dino_vits8_300ep come from a file; get "
         "dino_deitsmall8_300ep_pretrain.pth of the DINO release and set backbone.weights=<file>"
@@ -213,17 +213,17 @@ def test_locate_words_and_files(tmp_path, monkeypatch):
 )
 def test_restricted_licences_need_acknowledgement(licence):
     with pytest.raises(ConfigError) as error:
-        weights.expect_acknowledged(("apache-2.0", licence), "net.tag", False)
+        origins.expect_acknowledged(("apache-2.0", licence), "net.tag", False)
     assert str(error.value) == (
         f"backbone.acknowledge_licence=false: the weights of net.tag come under {licence}, which restricts "
         "their use; read its terms, then set backbone.acknowledge_licence=true"
     )
-    weights.expect_acknowledged((licence,), "net.tag", True)
+    origins.expect_acknowledged((licence,), "net.tag", True)
 
 
 @pytest.mark.parametrize("licence", ["apache-2.0", "mit", "bsd-3-clause", None, "not stated by its authors"])
 def test_open_licences_pass(licence):
-    weights.expect_acknowledged((licence,), "net.tag", False)
+    origins.expect_acknowledged((licence,), "net.tag", False)
 
 
 def test_failed_download_is_one_clear_line(monkeypatch):

@@ -1,39 +1,47 @@
 """`run.py data`: what a data set consists of, where it comes from, and what of it is there."""
 
-import sys
 from collections.abc import Iterator
 
 from omegaconf import DictConfig
 
 from common.errors import DataError
-from datamodules.base.module import SegmentationDataModule, available, load_datamodule
-from datamodules.base.official import OfficialDataModule
+from datamodules import facts
+from datamodules.facts import Facts
 
 
 def names() -> Iterator[str]:
     """A line for each data set."""
-    for name in available():
-        yield f"{name:<14} {_title(load_datamodule(name))}"
+    for name in facts.available():
+        yield f"{name:<14} {title(name)}"
 
 
-def _title(kind: type[SegmentationDataModule]) -> str:
-    if issubclass(kind, OfficialDataModule):
-        return kind.facts.title
-    return (sys.modules[kind.__module__].__doc__ or "").strip().split("\n")[0]
+def title(name: str) -> str:
+    """A published data set as its release calls it, another one as the first line of its file says."""
+    known = facts_of(name)
+    return facts.summary(name) if known is None else known.title
+
+
+def facts_of(name: str) -> Facts | None:
+    """`facts.facts`; asks the class where its source does not tell, which imports torch."""
+    try:
+        return facts.facts(name)
+    except ValueError:
+        from datamodules.base.module import load_datamodule
+
+        return load_datamodule(name).facts
 
 
 def describe(cfg: DictConfig) -> Iterator[str]:
-    """What to fetch, from where, under which terms, and the layout that is read."""
-    kind = load_datamodule(cfg.data.name)
-    yield f"{cfg.data.name}: {_title(kind)}"
-    if not issubclass(kind, OfficialDataModule):
+    """What to fetch, from where, under which terms."""
+    yield f"{cfg.data.name}: {title(cfg.data.name)}"
+    known = facts_of(cfg.data.name)
+    if known is None:
         return
-    facts = kind.facts
-    yield f"home     {facts.home}"
-    yield f"terms    {facts.terms}"
-    for text in facts.downloads:
+    yield f"home     {known.home}"
+    yield f"terms    {known.terms}"
+    for text in known.downloads:
         yield f"fetch    {text}"
-    for text in facts.notes:
+    for text in known.notes:
         yield f"note     {text}"
 
 
@@ -41,6 +49,9 @@ def examine(cfg: DictConfig, rebuild: bool = False) -> Iterator[str]:
     """A line for each part: ok or missing. Without a folder: what it has to hold. Raises DataError at the end
     where something is missing, or at once where there is no such folder.
     """
+    from datamodules.base.module import load_datamodule  # imports torch, which `describe` does without
+    from datamodules.base.official import OfficialDataModule
+
     module = load_datamodule(cfg.data.name)(cfg)
     if not isinstance(module, OfficialDataModule):
         module.setup()

@@ -121,9 +121,9 @@ clusters: $(READY) ## CKPT=… [SWEEP=6..40 | K=8] [ARGS=…]: what each cluster
 explain: $(READY) ## CKPT=… IMAGE=… POINT=x,y [ARGS=…]: why the patch at a pixel is what it is, as pngs and html
 	@$(PY) run.py explain ckpt="$(CKPT)" image="$(IMAGE)" point=$(POINT) $(ARGS)
 
-compare: $(READY) ## METHODS="a b" SEEDS="0 1 2" [DATA= BACKBONE= TRAINER= STEPS= NAME= ARGS=] or RUNS="runs/a runs/b" [EVAL="evaluation.crf=dense"] [PUBLISHED=cocostuff27]: trains what is missing, or scores anew; one table, one page
+compare: $(READY) ## METHODS="a b" SEEDS="0 1 2" [DATA= BACKBONE= TRAINER= STEPS= NAME= ARGS=] or RUNS="runs/a runs/b" [EVAL="evaluation.crf=dense"] [CKPT=best] [PUBLISHED=cocostuff27]: trains what is missing, or scores anew; one table, one page
 	@$(PY) run.py compare $(if $(METHODS),methods="$(METHODS)") $(if $(SEEDS),seeds="$(SEEDS)") $(if $(RUNS),runs="$(RUNS)") \
-		$(if $(EVAL),eval="$(EVAL)") $(if $(PUBLISHED),published="$(PUBLISHED)") $(if $(NAME),name="$(NAME)") $(GROUPS) $(ARGS)
+		$(if $(EVAL),eval="$(EVAL)") $(if $(CKPT),checkpoint="$(CKPT)") $(if $(PUBLISHED),published="$(PUBLISHED)") $(if $(NAME),name="$(NAME)") $(GROUPS) $(ARGS)
 
 export: $(READY) ## CKPT=… OUTPUT=….pt2 [ARGS=…]: backbone, head and centroids as one torch.export program
 	@$(PY) run.py export ckpt="$(CKPT)" output="$(OUTPUT)" $(ARGS)

@@ -370,16 +370,19 @@ def restore(tree: dict[str, Any], tokens: Iterable[str] = ()) -> DictConfig:
     mappings = {key: value for key, value in known.items() if value == {}}  # a whole one may be given anew
     known = Known(mappings | flatten(base), known.rules)
     for key, raw in words.items():
-        if key in WORDS:
-            raise ConfigError(
-                f"{key}={raw}: a checkpoint keeps its {key}; only values such as data.root can be changed"
-            )
-        expect_known(key, known)
-        if key.startswith(("method.", "backbone.")) and key not in CHANGEABLE:
-            raise ConfigError(f"{key}={raw}: a checkpoint keeps its {key.split('.')[0]}; it fits its weights alone")
+        expect_changeable(key, raw, known)
         OmegaConf.update(base, key, checked(key, parse_value(key, raw, known), known), merge=False)
     check(base)
     return freeze(base)
+
+
+def expect_changeable(key: str, raw: str, known: Known) -> None:
+    """Raises ConfigError for a word that the configuration of a checkpoint lacks, or that its weights depend on."""
+    if key in WORDS:
+        raise ConfigError(f"{key}={raw}: a checkpoint keeps its {key}; only values such as data.root can be changed")
+    expect_known(key, known)
+    if key.startswith(("method.", "backbone.")) and key not in CHANGEABLE:
+        raise ConfigError(f"{key}={raw}: a checkpoint keeps its {key.split('.')[0]}; it fits its weights alone")
 
 
 def current(tree: dict[str, Any]) -> dict[str, Any]:

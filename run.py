@@ -18,9 +18,12 @@ def train(words: list[str]) -> None:
     import config
 
     cfg = config.compose(words)
+    from engine import ahead
+
+    ahead.expect_training(cfg)
+    say_default(words)
     from engine.training import train as run
 
-    say_default(words)
     show(run(cfg))
 
 
@@ -40,6 +43,9 @@ def pseudo(words: list[str]) -> None:
     named = config.parse_words(words)
     output = named.pop("output", None)
     cfg = config.compose([f"{key}={value}" for key, value in named.items()])
+    from engine import ahead
+
+    ahead.expect_stage(cfg)
     from engine.stages.stage import pseudo as run
 
     run(cfg, Path(output) if output else None)
@@ -50,6 +56,10 @@ def evaluate(words: list[str]) -> None:
     from launch.words import of_checkpoint
 
     named, rest = of_checkpoint(words, "ckpt")
+    import config
+    from engine import ahead
+
+    ahead.expect_evaluation(config.parse_words(rest))
     from engine.evaluating import evaluate as run
 
     show(run(Path(named["ckpt"]), rest))
@@ -63,11 +73,13 @@ def predict(words: list[str]) -> None:
     paths = [Path(named[name]) for name in ("ckpt", "input", "output")]
     if named["levels"] not in (None, "all"):
         raise ConfigError(f"levels={named['levels']}: expected all, or no such word")
+    from inference import asked
+
+    asked.expect_pictures(*paths[1:])
+    asked.expect_names(named["names"])
     from inference.levels import predict_levels
-    from inference.predicting import expect_apart
     from inference.predicting import predict as run
 
-    expect_apart(*paths[1:])
     if named["levels"]:
         predict_levels(*paths, rest)
     run(*paths, rest, named["names"])
@@ -79,6 +91,9 @@ def retrieve(words: list[str]) -> None:
 
     named, rest = of_checkpoint(words, "ckpt", "image", optional=("k", "output"))
     nearest = 8 if named["k"] is None else whole_number("k", named["k"], "the nearest segments of each segment")
+    from inference.asked import expect_picture
+
+    expect_picture(Path(named["image"]))
     from inspection.retrieving import retrieve as run
 
     run(Path(named["ckpt"]), Path(named["image"]), nearest, maybe_path(named["output"]), rest)
@@ -89,6 +104,12 @@ def explain(words: list[str]) -> None:
     from launch.words import of_checkpoint
 
     named, rest = of_checkpoint(words, "ckpt", "image", "point", optional=("output", "names"))
+    from inference.asked import expect_names, expect_picture
+    from inspection.asked import parse_point
+
+    parse_point(named["point"])
+    expect_picture(Path(named["image"]))
+    expect_names(named["names"])
     from inspection.explaining import explain as run
 
     folder = maybe_path(named["output"])
@@ -113,6 +134,9 @@ def clusters(words: list[str]) -> None:
 
         run(Path(named["ckpt"]), number, rest)
     elif sweep is not None:
+        from inspection.asked import numbers
+
+        numbers(sweep)
         from inspection.cluster_count import sweep as run
 
         run(Path(named["ckpt"]), sweep, rest)
@@ -123,7 +147,7 @@ def clusters(words: list[str]) -> None:
 
 
 def compare(words: list[str]) -> None:
-    """compare methods="a b" seeds="0 1 2" [data=… key=value …] | runs="…" [eval="…"] [published=…]: one table"""
+    """compare methods="a b" seeds="0 1 2" [key=value …] | runs="…" [eval="…"] [checkpoint=…] [published=…]: a table"""
     import config
     from launch import asked
 
@@ -140,6 +164,10 @@ def export(words: list[str]) -> None:
     from launch.words import of_checkpoint
 
     named, rest = of_checkpoint(words, "ckpt", "output", optional=("names",))
+    from inference.asked import expect_names, expect_program
+
+    expect_program(Path(named["output"]))
+    expect_names(named["names"])
     from inference.exporting import export as run
 
     run(Path(named["ckpt"]), Path(named["output"]), rest, named["names"])
@@ -147,12 +175,17 @@ def export(words: list[str]) -> None:
 
 def import_checkpoint(words: list[str]) -> None:
     """import-checkpoint from=stego|hp file=… output=….ckpt [data=…] [key=value …]: the authors' checkpoint as ours"""
+    import config
     from launch.words import take
 
     named, rest = take(words, "from", "file", "output")
+    origin, file, output = named["from"], Path(named["file"]), Path(named["output"])
+    from released import asked
+
+    asked.expect(origin, file, output, config.parse_words(rest))
     from released.importing import import_checkpoint as run
 
-    run(named["from"], Path(named["file"]), Path(named["output"]), rest)
+    run(origin, file, output, rest)
 
 
 def data(words: list[str]) -> None:
@@ -173,7 +206,7 @@ def data(words: list[str]) -> None:
     for line in inventory.names() if name is None else inventory.describe(cfg):
         print(line, flush=True)
     for line in () if name is None else inventory.examine(cfg, rebuild):
-        print(line)
+        print(line, flush=True)
 
 
 def weights(words: list[str]) -> None:
@@ -188,9 +221,10 @@ def weights(words: list[str]) -> None:
     from models import published
 
     if not words:
-        print("\n".join(published.overview()))
-        return
-    for line in published.report(cfg, fetch):
+        lines = published.overview()
+    else:
+        lines = published.report(cfg, fetch)
+    for line in lines:
         print(line, flush=True)
 
 

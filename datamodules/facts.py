@@ -2,10 +2,14 @@
 
 import ast
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from common import about, source
+from common.errors import ConfigError, DataError
+from common.files import no_folder
 
 
 @dataclass(frozen=True)
@@ -69,3 +73,27 @@ def evaluated(module: str, value: ast.expr) -> Facts:
 def literals(given: list[ast.keyword]) -> dict[str, Any]:
     """Arguments by name. Raises ValueError where one is no plain value."""
     return {item.arg: ast.literal_eval(item.value) for item in given if item.arg is not None}
+
+
+def expect_root(name: str, data: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a data set reads folders and none is named, DataError for one that is not there.
+
+    data: its keys, of which `root` and `train_roots` are looked at where they are.
+    """
+    if not (published := is_published(name)) and name != "folder":
+        return
+    remedy = f"; `run.py data name={name}` says what to fetch and where it belongs" if published else ""
+    if "root" in data and not data["root"]:
+        raise ConfigError(f"data.root: data={name} needs a folder of pictures; set data.root=<folder>{remedy}")
+    roots = [("data.root", data.get("root")), *(("data.train_roots", root) for root in data.get("train_roots") or ())]
+    for key, root in roots:
+        if root and not (path := Path(root).expanduser()).is_dir():
+            raise DataError(f"{key}={path}: {no_folder(path)}{remedy}")
+
+
+def is_published(name: str) -> bool:
+    """Whether a data set states where it comes from."""
+    try:
+        return facts(name) is not None
+    except ValueError:
+        return True

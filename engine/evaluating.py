@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 import config
 from common.errors import ConfigError
 from datamodules.base import SegmentationDataModule
-from engine import setup
+from engine import ahead, setup
 from engine.callbacks import screen
 from engine.callbacks.panel_keeper import PanelKeeper
 from engine.callbacks.progress import TrainingProgress
@@ -45,8 +45,7 @@ def evaluate(checkpoint_path: Path, tokens: list[str], into: Path | None = None)
     setup.begin()
     checkpoint = setup.read_checkpoint(checkpoint_path)
     named = config.parse_words(tokens)
-    if "logger" in named:
-        raise ConfigError(f"logger={named['logger']}: eval writes its scores into the run folder only")
+    ahead.expect_evaluation(named)
     alone = {"trainer.accelerator": "auto", "trainer.devices": 1, "trainer.num_nodes": 1, "trainer.strategy": "auto"}
     stored_cfg = config.changed(config.restore(checkpoint["labelfree"]["config"]), alone)
     cfg = config.restore(config.plain(stored_cfg), tokens)

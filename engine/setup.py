@@ -22,7 +22,7 @@ from common.precision import usable
 from common.spec import ClassMeta
 from datamodules.base import SegmentationDataModule
 from datamodules.base.module import load_datamodule
-from engine import checkpoints, slurm
+from engine import ahead, checkpoints, slurm
 from engine.callbacks.wandb_rows import StepLogger
 from engine.checkpoints import WholeCheckpointIO
 from engine.records import environment
@@ -107,12 +107,8 @@ def build_data(cfg: DictConfig) -> tuple[DictConfig, SegmentationDataModule]:
 
 def expect_room(trainer: DictConfig) -> None:
     """Raises ConfigError for more threads, or more processes on CPUs, than the cores of this machine can serve."""
+    ahead.expect_threads(trainer)
     count = cores()
-    if trainer.threads is not None and trainer.threads > count:
-        raise ConfigError(
-            f"trainer.threads={trainer.threads}: this machine has {count} cores for this process; set {count} at most, "
-            "or null"
-        )
     on_gpus = trainer.accelerator != "cpu" and torch.cuda.is_available()
     if not on_gpus and trainer.devices != "auto" and trainer.devices > PROCESSES_A_CORE * count:
         raise ConfigError(

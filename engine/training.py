@@ -11,12 +11,12 @@ from omegaconf import DictConfig
 
 import config
 from common import about, distributed
-from common.errors import CheckpointError, ConfigError, LabelfreeError
+from common.errors import CheckpointError, LabelfreeError
 from common.files import cache_folder, copy_whole
 from common.names import of_results
 from datamodules.base import SegmentationDataModule
 from datamodules.folder import expect_apart
-from engine import backbone_file, checkpoints, closing, phases, setup
+from engine import ahead, backbone_file, checkpoints, closing, phases, setup
 from engine.callbacks import screen, selection
 from engine.callbacks.panel_keeper import PanelKeeper
 from engine.callbacks.preemption import Preemption
@@ -50,11 +50,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 def _train(cfg: DictConfig) -> dict[str, Any]:
     commit = environment.git_commit()
     setup.begin()
-    if cfg.evaluation.resolutions:
-        raise ConfigError(
-            f"evaluation.resolutions={list(cfg.evaluation.resolutions)}: training evaluates at data.eval_size alone; "
-            "leave it out, and give it to `run.py eval ckpt=…` afterwards"
-        )
+    ahead.expect_training(cfg)
     cfg, data = setup.build_data(cfg)
     folder = open_run(cfg)
     expect_apart(cfg, **{"run.dir": folder.path.parent, "cache.dir": cache_folder(cfg)})

@@ -19,7 +19,7 @@ from datamodules.base.resizing import INTERPOLATIONS
 from datamodules.files import ranges
 from engine import setup
 from evaluation import readout
-from inference import naming
+from inference import asked, naming
 from lightning_modules.base import UnsupervisedSegmenter
 from models.backbone import pads_by_size
 
@@ -57,8 +57,7 @@ def export(checkpoint_path: Path, output: Path, tokens: list[str], names: str | 
     H and W may be any multiples of `multiple` from `smallest` to `largest`. The program is checked against the model on
     a size that it was not traced with before it is kept. Raises ConfigError where the network cannot be exported.
     """
-    if output.suffix != ".pt2":
-        raise ConfigError(f"output={output}: expected a file that ends in .pt2, which torch.export.load reads")
+    asked.expect_program(output)
     setup.begin()
     checkpoint = setup.read_checkpoint(checkpoint_path)
     cfg = config.restore(checkpoint["labelfree"]["config"], tokens)

@@ -13,13 +13,14 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from common.errors import CheckpointError, ConfigError
-from common.files import no_file, write_text
+from common.files import write_text
 from common.formats import trees
 from common.names import shown
 from common.palette import default_palette
 from common.spec import ClassMeta
 from engine import setup
 from evaluation.probes import clusters_of
+from inference.asked import expect_names
 from lightning_modules.base import UnsupervisedSegmenter
 from reporting import panels
 
@@ -122,10 +123,7 @@ def write(path: Path, legend: Legend, probe: str, values: Tensor) -> None:
 
 def load(path: Path) -> dict[str, Any]:
     """The content of a names file. Raises ConfigError where it is none."""
-    if not path.is_file():
-        raise ConfigError(
-            f"names={path}: {no_file(path)}; `run.py clusters ckpt=…` writes one to edit, names=none: without"
-        )
+    expect_names(str(path))
     try:
         content = trees.yaml_of(path)
     except trees.TreeError as error:

@@ -27,7 +27,7 @@ from datamodules.folder import FolderSource, pictures_below
 from engine import setup
 from evaluation import readout
 from evaluation.crf import as_bytes
-from inference import naming, windows
+from inference import asked, naming, windows
 from inference.naming import Legend
 from inference.overviews import Areas, Overview, overlays_page
 from lightning_modules.base import UnsupervisedSegmenter
@@ -57,7 +57,7 @@ def predict(
     checkpoint = setup.read_checkpoint(checkpoint_path)
     cfg = config.restore(checkpoint["labelfree"]["config"], tokens)
     pictures = pictures_below(source, data=cfg.data)
-    expect_apart(source, output)
+    asked.expect_apart(source, output)
     model = setup.restore_model(checkpoint, cfg)
     probe = naming.choose_probe(cfg, model)
     legend = naming.legend_for(checkpoint_path, checkpoint, model, probe, names)
@@ -100,12 +100,6 @@ def predict(
     unread = f", {missed} could not be read" if missed else ""
     log.info("%d pictures in %s%s; look at %s", done, output, unread, output / "overlays.html")
     return content
-
-
-def expect_apart(source: Path, output: Path) -> None:
-    """Raises ConfigError where the output would be read as pictures with the next call."""
-    if source.resolve() in (output.resolve(), *output.resolve().parents):
-        raise ConfigError(f"output={output}: lies in the input folder and would be read as pictures; name another")
 
 
 def whole_pictures(

@@ -3,7 +3,6 @@
 import csv
 import logging
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from datamodules.base import SegmentationDataModule
 from engine import checkpoints
 from evaluation import criteria, readout
 from inference import naming
+from inspection import asked
 from inspection.clusters import clusters, read_out, restore
 from lightning_modules.base import UnsupervisedSegmenter
 from reporting import panels
@@ -35,8 +35,6 @@ log = logging.getLogger(__name__)
 
 POINTS, PAIRED = 20000, 2000
 """Codes that are clustered, and those of them that all pairs are formed of (silhouette)."""
-MOST = 36
-"""Numbers of clusters tried at most; a longer range is tried at even steps."""
 PICTURES, COLUMNS = 4, 6
 """Pictures that are shown, and the numbers of clusters that each is shown at, spread over the range."""
 CRITERIA = {
@@ -71,7 +69,7 @@ def sweep(checkpoint_path: Path, text: str, tokens: list[str]) -> list[dict[str,
     Returns a row a K: `clusters` and the columns of CRITERIA. Nothing of it reads a label, and nothing of it knows
     which classes a person wants. Raises ConfigError for a range that is none.
     """
-    wanted = numbers(text)
+    wanted = asked.numbers(text)
     cfg, data, model, _ = restore(checkpoint_path, tokens)
     points, shown = codes(cfg, data, model)
     if len(points) < 2 * wanted[-1]:
@@ -178,15 +176,6 @@ def side_by_side(path: Path, shown: list[Seen], columns: dict[int, Tensor]) -> N
         for one in shown
     ]
     panels.save(path, rows, ClassMeta(), groups=list(maps), cell=230)
-
-
-def numbers(text: str) -> list[int]:
-    """`6..40` -> the numbers of clusters to try. Raises ConfigError."""
-    found = re.fullmatch(r"(\d+)\.\.(\d+)", text)
-    first, last = map(int, found.groups()) if found else (0, 0)
-    if not 2 <= first < last:
-        raise ConfigError(f"sweep={text}: expected a range of numbers of clusters from 2 on, as in sweep=6..40")
-    return list(range(first, last + 1, -(-(last - first + 1) // MOST)))
 
 
 def codes(cfg: DictConfig, data: SegmentationDataModule, model: UnsupervisedSegmenter) -> tuple[Tensor, list[Seen]]:

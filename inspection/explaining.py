@@ -1,7 +1,6 @@
 """`run.py explain`: why a patch of a picture is in its cluster, and what it is held together with."""
 
 import logging
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from datamodules.files import ranges
 from datamodules.folder import expect_apart
 from inference import naming
 from inference.naming import Legend
-from inspection import explanation
+from inspection import asked, explanation
 from inspection.clusters import restore
 from inspection.explanation import View
 from inspection.retrieving import one_picture
@@ -46,7 +45,7 @@ def explain(
         ConfigError: the point has another form or lies outside; UMAP is asked for and not installed.
         DataError: the picture cannot be read.
     """
-    where, source = parse_point(point), one_picture(image)
+    where, source = asked.parse_point(point), one_picture(image)
     cfg, data, model, checkpoint = restore(checkpoint_path, tokens)
     expect_apart(cfg, output=output)
     source.read_with(ranges.kept(cfg.data))
@@ -81,16 +80,6 @@ def explain(
     write_text(folder / "index.html", explanation.page_of(folder, content, cfg, len(others), sections))
     log.info("%s: %s shows why", content["clusters"][0]["name"], folder / "index.html")
     return content
-
-
-def parse_point(text: str) -> tuple[int, int]:
-    """`120,80` -> (120, 80). Raises ConfigError."""
-    if not re.fullmatch(r"-?\d+,-?\d+", text):
-        raise ConfigError(
-            f"point={text}: expected x,y, two whole numbers of pixels from the top left, as in point=120,80"
-        )
-    x, y = text.split(",")
-    return int(x), int(y)
 
 
 def expect_inside(point: tuple[int, int], image: Path, height: int, width: int) -> None:

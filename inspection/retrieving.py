@@ -19,7 +19,7 @@ from torch import Tensor
 import config
 from common import precision
 from common.errors import ConfigError, DataError
-from common.files import make_output, no_file, write_text
+from common.files import make_output, write_text
 from common.names import of_results
 from datamodules.base import shapes
 from datamodules.base.listed import Entry
@@ -31,6 +31,7 @@ from engine import setup
 from evaluation.readout import upsample_ids
 from evaluation.retrieval import SegmentRetrieval
 from grouping.segments import prototypes
+from inference.asked import expect_picture
 from lightning_modules.base import UnsupervisedSegmenter
 from reporting import page, panels
 from retrieval import search
@@ -112,8 +113,7 @@ def retrieve(checkpoint_path: Path, image: Path, k: int, output: Path | None, to
 
 def one_picture(path: Path) -> FolderSource:
     """A source of one picture, without label. Raises DataError where the file is none."""
-    if not path.is_file():
-        raise DataError(f"image={path}: {no_file(path)}; name one picture")
+    expect_picture(path)
     if not is_picture(path.name):
         raise DataError(f"image={path}: is no picture by its name; name a jpg or png file")
     return FolderSource([Entry(path.stem, str(path))])

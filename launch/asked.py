@@ -1,14 +1,21 @@
 """What a comparison is asked for, read and checked before anything heavy is imported: a wrong word answers at once."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import config
 from common.errors import ConfigError
+from engine import ahead
 from launch.submit import count
+from launch.trials import part_of
+from launch.words import expect_fitting
 from reporting import published
 
-OWN_WORDS = ("methods", "runs", "seeds", "name", "part", "eval", "published")
+OWN_WORDS = ("methods", "runs", "seeds", "name", "part", "eval", "checkpoint", "published")
+CHECKPOINTS = ("last", "best")
+ANEW = ("evaluation.", "data.", "trainer.", "search.")
+"""Beginnings of the keys that finished runs may be scored anew with."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,15 @@ class Asked:
     """Those of the trainings, with `a:key` for method `a` alone."""
     cited: list[published.Cited]
     """Published rows that stand below the measured ones."""
+    scoring: list[str]
+    """Words that finished runs are scored anew with."""
+    checkpoint: str | None
+    """Which of their checkpoints is scored anew; None: the one that their scores are of."""
+
+    @property
+    def anew(self) -> list[str]:
+        """The words that say how finished runs are scored anew; none where they are taken as they are."""
+        return self.scoring + ([f"checkpoint={self.checkpoint}"] if self.checkpoint else [])
 
     @property
     def parent(self) -> Path:
@@ -51,9 +67,34 @@ def read(named: dict[str, str]) -> Asked:
         if ":" in key and key.partition(":")[0] not in methods:
             raise ConfigError(f"{key}={words[key]}: {key.partition(':')[0]} is none of methods={' '.join(methods)}")
     seeds = [count("seeds", word, 0) for word in named.get("seeds", "0").split()]
+    if not re.fullmatch(r"[\w][\w.+-]*", name := named.get("name", "runs")):
+        raise ConfigError(f"name={name}: expected a plain folder name")
+    part_of(named.get("part"))
+    checkpoint = named.get("checkpoint")
+    if checkpoint not in (None, *CHECKPOINTS):
+        raise ConfigError(f"checkpoint={checkpoint}: expected {' or '.join(CHECKPOINTS)}, the one that is scored anew")
     cited = published.of(named["published"]) if "published" in named else []
-    asked = Asked(methods, seeds, folders, words, cited)
+    asked = Asked(methods, seeds, folders, words, cited, scoring_words(named.get("eval", "")), checkpoint)
+    for folder in map(Path, folders):
+        if not (folder / "metrics.json").is_file():
+            raise ConfigError(
+                f"runs: {folder} holds no finished run (metrics.json is missing); finish it, or leave it out"
+            )
+        expect_fitting(folder / "config.yaml", asked.scoring)
     for method in methods:
         own = asked.words_of(method)
-        config.compose([f"method={method}", *(f"{key}={value}" for key, value in own.items())])
+        cfg = config.compose([f"method={method}", *(f"{key}={value}" for key, value in own.items())])
+        ahead.expect_inputs(cfg)
+        config.restore(config.plain(cfg), asked.scoring)
     return asked
+
+
+def scoring_words(text: str) -> list[str]:
+    """`eval="evaluation.crf=dense data.eval_size=448"` as words. Raises ConfigError."""
+    words = text.split()
+    for key, value in config.parse_words(words).items():
+        if not key.startswith(ANEW):
+            raise ConfigError(f"eval: {key}={value}: scores finished runs anew; it takes keys of {', '.join(ANEW)}")
+        if key == "evaluation.resolutions":
+            raise ConfigError(f"eval: {key}={value}: a table has one resolution; name it with data.eval_size")
+    return words

@@ -3,21 +3,21 @@
 `methods="a b" seeds="0 1 2" data=… key=value …`, or `runs="runs/a runs/b"`, or both. `a:key=value` is a word for method
 `a` alone. A finished run of the same configuration below `run.dir` is taken as it is, whoever trained it; the others
 are trained one after the other. The same command goes on where it was stopped. `part=i/n`: one share of a job array.
-`eval="evaluation.crf=dense"` scores all of them anew from their checkpoints, once, in place of training them again.
+`eval="evaluation.crf=dense"` scores all of them anew from their checkpoints, once, in place of training them again;
+`checkpoint=best` those of the best step, in place of the last.
 `published=cocostuff27` puts what publications report on a data set below, in tables of its own.
 """
 
 import csv
 import hashlib
 import logging
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import config
-from common.errors import ConfigError, LabelfreeError
+from common.errors import LabelfreeError
 from common.files import write_text
 from datamodules.folder import expect_apart
 from engine.records import recipes, run_folder
@@ -40,24 +40,20 @@ class Comparison(Queue):
 
     def __init__(self, named: dict[str, str]) -> None:
         asked = read(named)
-        self.cited = asked.cited
+        self.request = asked
         words, methods, seeds, folders, parent = asked.words, asked.methods, asked.seeds, asked.folders, asked.parent
-        self.words = finished_runs.scoring_words(named.get("eval", ""))
-        told = (sorted(words.items()), methods, seeds, folders, *[sorted(self.words)] * bool(self.words))
+        told = (sorted(words.items()), methods, seeds, folders, *[sorted(asked.anew)] * bool(asked.anew))
         own_mark = hashlib.sha256(repr(told).encode()).hexdigest()[:6]
         title = named.get("name") or f"{'+'.join(methods)[:60] or 'runs'}-{own_mark}"
-        if not re.fullmatch(r"[\w][\w.+-]*", title):
-            raise ConfigError(f"name={title}: expected a plain folder name")
         super().__init__("comparison", parent / "compare" / title, [], None)
         self.given = [Path(folder) for folder in folders]
         for folder in self.given:  # what cannot be compared ends before the first training
-            finished_runs.expect_words(read_run(folder), self.words)
+            finished_runs.expect_words(read_run(folder), asked.scoring)
         finished = Stored(parent, self.given)
         for method in methods:
             own = asked.words_of(method)
             for seed in dict.fromkeys(seeds):
                 self.trials.append(trial(len(self.trials), method, seed, own, parent, finished))
-                config.restore(config.plain(config.compose(self.trials[-1].words)), self.words)
 
     def finished(self) -> list[Finished]:
         """All runs that are there: the given ones first, each once."""
@@ -67,14 +63,14 @@ class Comparison(Queue):
         return [read_run(folder) for folder in dict.fromkeys(path.resolve() for path in [*self.given, *done])]
 
     def scored(self, runs: list[Finished]) -> tuple[list[Finished], list[str]]:
-        """The runs with their scores under the words of `eval`, and a line for each that could not be scored."""
+        """The runs with the scores that were asked for anew, and a line for each that could not be scored."""
         found, failed = [], []
-        for run in runs if self.words else ():
+        for run in runs if self.request.anew else ():
             try:
-                found.append(finished_runs.scored_anew(run, self.words))
+                found.append(finished_runs.scored_anew(run, self.request.scoring, self.request.checkpoint))
             except LabelfreeError as error:
                 failed.append(f"{run.metrics['method']}, seed {run.metrics['seed']}, {run.shown}: {error}")
-        return (found, failed) if self.words else (runs, [])
+        return (found, failed) if self.request.anew else (runs, [])
 
     def missing(self) -> list[str]:
         """A line for every training that is not finished."""
@@ -186,8 +182,8 @@ def main(words: list[str]) -> int:
     if not runs:
         raise LabelfreeError(f"compare: no training ended, so there is nothing to compare; first: {missing[0]}")
     title = named.get("name") or ", ".join(dict.fromkeys(run.metrics["method"] for run in runs))
-    title += f" ({' '.join(queue.words)})" if queue.words else ""
-    sections = report(queue.folder, f"Comparison: {title}", runs, missing, queue.cited)
-    sys.stdout.write(comparison_tables.markdown(sections, f"Comparison: {title}", queue.cited))
+    title += f" ({' '.join(queue.request.anew)})" if queue.request.anew else ""
+    sections = report(queue.folder, f"Comparison: {title}", runs, missing, queue.request.cited)
+    sys.stdout.write(comparison_tables.markdown(sections, f"Comparison: {title}", queue.request.cited))
     print(f"\n{queue.folder / 'index.html'}; table.md, table.tex and table.csv are beside it")
     return code

@@ -18,8 +18,6 @@ from reporting.report import LAST_STEP
 
 log = logging.getLogger("labelfree.compare")
 
-ANEW = ("evaluation.", "data.", "trainer.", "search.")
-"""Beginnings of the keys that finished runs may be scored anew with."""
 FILES = ("metrics.json", "config.yaml", "environment.json")
 """Of a finished run."""
 KEPT = ("selection/rule", "selection/uses_labels", "train_images_per_second")
@@ -72,32 +70,23 @@ def read_evaluation(folder: Path) -> Finished:
     )
 
 
-def scoring_words(text: str) -> list[str]:
-    """`eval="evaluation.crf=dense data.eval_size=448"` as words. Raises ConfigError."""
-    words = text.split()
-    for key, value in config.parse_words(words).items():
-        if not key.startswith(ANEW):
-            raise ConfigError(f"eval: {key}={value}: scores finished runs anew; it takes keys of {', '.join(ANEW)}")
-        if key == "evaluation.resolutions":
-            raise ConfigError(f"eval: {key}={value}: a table has one resolution; name it with data.eval_size")
-    return words
-
-
 def expect_words(run: Finished, words: Sequence[str]) -> None:
     """Raises ConfigError where a run cannot be scored anew with these words."""
     config.restore(stored((run.tables or run.folder) / "config.yaml"), words)
 
 
-def scored_anew(run: Finished, words: Sequence[str]) -> Finished:
+def scored_anew(run: Finished, words: Sequence[str], checkpoint: str | None = None) -> Finished:
     """The run with the scores of its checkpoint under other words, evaluated where that was not done before.
 
-    Raises LabelfreeError where it cannot be evaluated.
+    checkpoint: `last` or `best`; None: the one that its scores are of. Raises LabelfreeError where it cannot be
+    evaluated.
     """
     tokens = [f"{key}={value}" for key, value in config.parse_words([*run.words, *words]).items()]
-    folder = evaluating.kept_in(run.read_from, tokens)
-    if evaluating.is_kept(folder, run.read_from, tokens):
+    path = run.read_from if checkpoint is None else run.read_from.with_name(f"{checkpoint}.ckpt")
+    folder = evaluating.kept_in(path, tokens)
+    if evaluating.is_kept(folder, path, tokens):
         log.info("%s is taken as it is", folder)
     else:
-        log.info("%s is scored with %s", run.read_from, " ".join(tokens))
-        evaluating.evaluate(run.read_from, tokens, folder)
+        log.info("%s is scored with %s", path, " ".join(tokens) or "its own settings")
+        evaluating.evaluate(path, tokens, folder)
     return read_evaluation(folder)

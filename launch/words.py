@@ -9,6 +9,7 @@ import yaml
 import config
 from common.errors import ConfigError
 from common.files import expect_checkpoint
+from datamodules.facts import expect_root
 
 
 def take(words: list[str], *names: str) -> tuple[dict[str, str], list[str]]:
@@ -59,10 +60,18 @@ def at_home(word: str) -> str:
 def expect_words(checkpoint: Path, words: list[str]) -> None:
     """Looks at words for a checkpoint before it is read, as far as the configuration of its run folder can tell.
 
-    Raises CheckpointError without the file, ConfigError for a key that its configuration lacks and for a wrong type.
+    Raises CheckpointError without the file, and as `expect_fitting`.
     """
     expect_checkpoint(checkpoint)
-    stored = checkpoint.parent.parent / "config.yaml"
+    expect_fitting(checkpoint.parent.parent / "config.yaml", words)
+
+
+def expect_fitting(stored: Path, words: list[str]) -> None:
+    """Looks at words for the run of a configuration file; a file that is none of ours is left to those who read it.
+
+    Raises ConfigError for a key that the configuration lacks or that a checkpoint keeps, and for a wrong value,
+    DataError for a folder that is not there.
+    """
     try:
         tree = yaml.safe_load(stored.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
@@ -73,7 +82,9 @@ def expect_words(checkpoint: Path, words: list[str]) -> None:
     if any(name not in config.names(group) for group, name in zip(config.GROUPS, groups, strict=True)):
         return
     known = config.Known(config.flatten(config.current(tree)), config.rules(*groups))
+    given = {}
     for key, raw in config.parse_words(words).items():
-        if key not in config.WORDS:
-            config.expect_known(key, known)
-            config.checked(key, config.parse_value(key, raw, known), known)
+        config.expect_changeable(key, raw, known)
+        given[key] = config.checked(key, config.parse_value(key, raw, known), known)
+    folders = {key: given[f"data.{key}"] for key in ("root", "train_roots") if f"data.{key}" in given}
+    expect_root(tree["data"]["name"], folders)

@@ -111,13 +111,20 @@ def report(cfg: DictConfig, fetch: bool = False) -> Iterator[str]:
     yield from examine(cfg, found)
 
 
+def expect_named(cfg: DictConfig) -> None:
+    """Raises WeightsError where a file has to be named or is not there, ConfigError for terms that nobody accepted."""
+    origins.locate(cfg.weights, cfg.name, cfg.get("published_file"))
+    if cfg.weights != "none":
+        origins.expect_acknowledged((cfg.licence,), cfg.timm, cfg.acknowledge_licence)
+
+
 def expect_here(cfg: DictConfig) -> None:
     """Before any picture is read: the file is there, or is fetched from the hub now.
 
     Raises ConfigError for terms that nobody accepted, WeightsError for a file that is missing and cannot be fetched.
     """
-    source = origins.locate(cfg.weights, cfg.name, cfg.get("published_file"))
-    if source == "hub":
+    expect_named(cfg)
+    if cfg.weights == "hub":
         from models.backbone import outline
 
         record, *_ = outline(cfg)

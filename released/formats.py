@@ -13,13 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import CheckpointError, ConfigError, did_you_mean
+from common.errors import CheckpointError
+from released.asked import METHODS, expect_origin
 from released.inert import InertFile, mapping, setting
 
 log = logging.getLogger(__name__)
-
-METHODS = {"stego": "stego", "hp": "hidden_positives"}
-"""`from=` -> method."""
 
 ENTRIES = {
     "stego": ("state_dict",),
@@ -80,8 +78,7 @@ def read(origin: str, path: Path) -> Released:
 
     Raises ConfigError for another origin, CheckpointError naming the file and the first key that differs.
     """
-    if origin not in METHODS:
-        raise ConfigError(f"from={origin}: no such release; {did_you_mean(origin, METHODS)}")
+    expect_origin(origin)
     file = InertFile(path)
     content = mapping(file.content) or {}
     found: dict[str, Any] = {}

@@ -16,7 +16,7 @@ from datamodules.base.module import load_datamodule
 from datamodules.base.official import OfficialDataModule
 from engine import setup
 from engine.checkpoints import WholeCheckpointIO
-from released import formats
+from released import asked, formats
 from released.formats import Released
 
 log = logging.getLogger(__name__)
@@ -51,15 +51,7 @@ def import_checkpoint(origin: str, file: Path, output: Path, tokens: list[str]) 
     """
     setup.begin()
     words = config.parse_words(tokens)
-    check_words(words)
-    backbone = output.with_suffix(".backbone.safetensors")
-    if output.suffix != ".ckpt":
-        raise ConfigError(
-            f"output={output}: expected a file name that ends in .ckpt, as in output=imported/{origin}.ckpt"
-        )
-    for path in (output, backbone):
-        if path.exists():
-            raise ConfigError(f"output={output}: {path} exists already; choose another name, or delete it first")
+    backbone = asked.expect(origin, file, output, words)
     found = formats.read(origin, file)
     if found.objects:
         log.info(
@@ -87,17 +79,6 @@ def import_checkpoint(origin: str, file: Path, output: Path, tokens: list[str]) 
         raise
     introduce(cfg, found, recipe, output)
     return imported
-
-
-def check_words(words: dict[str, str]) -> None:
-    """Raises ConfigError for words that the file decides."""
-    for key, value in words.items():
-        if key in ("experiment", "method", "backbone", "trainer") or (
-            key.startswith(("method.", "backbone.")) and key != "backbone.precision"
-        ):
-            raise ConfigError(
-                f"{key}={value}: follows from the file; only data and values such as data.root can be given"
-            )
 
 
 def configure(

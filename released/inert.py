@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from common.errors import CheckpointError
-from common.files import no_file
+from released.asked import expect_file
 
 LARGEST_PICKLE = 1 << 26
 """Bytes of the pickle; tensors lie outside of it. A million entries fit."""
@@ -111,8 +111,7 @@ class InertFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_file():
-            raise CheckpointError(f"file={path}: {no_file(path)}; give the checkpoint that the authors released")
+        expect_file(path)
         try:
             with zipfile.ZipFile(path) as archive:
                 entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}

@@ -12,7 +12,7 @@ import torch
 
 import config
 from engine import setup, training
-from engine.records.run_folder import NAME_VARIABLE
+from engine.records.run_names import NAME_VARIABLE
 from lightning_modules import registry
 
 METHODS = registry.names()

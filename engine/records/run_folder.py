@@ -3,9 +3,7 @@
 import csv
 import logging
 import os
-import secrets
 import shutil
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,19 +12,17 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 import config
-from common.errors import CheckpointError, ConfigError
-from common.files import clear_when_full, copy_whole, no_file, remove_unfinished, whole, write_text
+from common.errors import ConfigError
+from common.files import clear_when_full, copy_whole, remove_unfinished, whole, write_text
 from common.formats import trees
 from common.formats.sums import checksum
 from common.formats.tables import read_rows
 from engine import checkpoints
-from engine.records.identity import SAME_RUN, mark
+from engine.records.identity import SAME_RUN
 from engine.records.run_lock import LOCK_FILE, hold
+from engine.records.run_names import expect_plain, resumed_from, run_name
 
 log = logging.getLogger(__name__)
-
-NAME_VARIABLE = "LABELFREE_RUN_NAME"
-"""Carries a name made from the time to the processes that Lightning starts for further devices."""
 
 
 @dataclass(frozen=True)
@@ -127,20 +123,6 @@ def requeued(path: Path) -> bool:
     return again and job.is_file() and job.read_text() == os.environ.get(JOB_VARIABLE)
 
 
-def run_name(cfg: DictConfig) -> str:
-    """`run.name`, or one made from method, data, backbone and time (W&B's run id in a sweep, else a SLURM job's id)."""
-    if cfg.run.name is not None:
-        return cfg.run.name
-    if NAME_VARIABLE not in os.environ:
-        stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"  # two may start within one second
-        if os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID"):
-            stamp = os.environ["WANDB_RUN_ID"]
-        elif "SLURM_JOB_ID" in os.environ:  # a requeued job finds its folder again, a second run in it gets its own
-            stamp = f"{os.environ['SLURM_JOB_ID']}-{mark(cfg)}-{cfg.seed}"
-        os.environ[NAME_VARIABLE] = f"{cfg.method.name}-{cfg.data.name}-{cfg.backbone.name}-{stamp}"
-    return os.environ[NAME_VARIABLE]
-
-
 def open_run(cfg: DictConfig) -> RunFolder:
     """Decide what becomes of the run folder; `RunFolder.create` makes it once all else is known to fit.
 
@@ -148,15 +130,8 @@ def open_run(cfg: DictConfig) -> RunFolder:
     """
     name = run_name(cfg)
     path = Path(cfg.run.dir) / name
-    if cfg.run.name is not None and (not name or "/" in name or name.startswith(".") or name == "latest"):
-        raise ConfigError(f"run.name={name}: expected a plain folder name; the parent folder is run.dir")
-    explicit = None
-    if cfg.run.resume not in ("auto", "never"):
-        explicit = Path(cfg.run.resume)
-        if not explicit.is_file():
-            raise CheckpointError(
-                f"run.resume={cfg.run.resume}: {no_file(explicit)}; expected auto, never or a checkpoint file"
-            )
+    expect_plain(cfg)
+    explicit = resumed_from(cfg)
     if path.is_symlink() and not path.is_dir():
         raise ConfigError(
             f"run.name={name}: {path} is a link to {os.readlink(path)}, where there is no folder; make it, or remove "

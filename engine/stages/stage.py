@@ -15,10 +15,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from common import chance, distributed
-from common.errors import ConfigError, DataError
+from common.errors import DataError
 from common.files import cache_folder, make_output, size_text
 from datamodules.folder import expect_apart
-from engine import checkpoints, setup
+from engine import ahead, checkpoints, setup
 from engine.callbacks import screen
 from engine.callbacks.preemption import Preemption
 from engine.stages.fits import FitBatches, FitKeeper
@@ -37,7 +37,6 @@ from engine.stages.maps import (
 from engine.stages.panels import write_maps, write_panel
 from engine.stages.plan import Plan
 from engine.stages.progress import StageProgress
-from lightning_modules.base.staged import StagedSegmenter
 from pseudo_labels import cache
 from pseudo_labels.cache import Arrays, Place, Records, Weights
 from pseudo_labels.steps import FitStep, MapStep, ReduceStep, Results, Step
@@ -203,13 +202,10 @@ def pseudo(cfg: DictConfig, output: Path | None = None) -> dict[str, Any]:
     output: folder for label maps of the training pictures, `<column of the panel>/<id>.png`, at the pictures' size (0
     background where the method has one, clusters, 255 = no label). Raises ConfigError for a method without a stage.
     """
+    ahead.expect_stage(cfg)
     setup.begin()
     cfg, data = setup.build_data(cfg)
     model = setup.build_model(cfg, data.meta)
-    if not isinstance(model, StagedSegmenter):
-        raise ConfigError(
-            f"method={cfg.method.name}: has no offline stage; use `run.py train method={cfg.method.name}`"
-        )
     expect_apart(cfg, output=output, **{"cache.dir": cache_folder(cfg)})
     setup.connect(model, data)
     stage = Stage(cfg, data, model)

@@ -10,7 +10,8 @@ import torch
 
 import config
 from common.errors import CheckpointError, ConfigError
-from engine.records.run_folder import History, open_run, run_name
+from engine.records.run_folder import History, open_run
+from engine.records.run_names import run_name
 from lightning_modules.base.segmenter import FORMAT
 
 

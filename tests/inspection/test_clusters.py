@@ -14,7 +14,7 @@ from PIL import Image
 import run
 from inference import naming, predicting
 from inference.overviews import Areas, present
-from inspection import cluster_count
+from inspection import asked, cluster_count
 from tests.support.browser import probed
 
 pytestmark = pytest.mark.train
@@ -306,9 +306,9 @@ def test_clusters_keep_their_colour_from_one_number_to_the_next(tmp_path, monkey
 
 
 def test_a_long_range_is_tried_at_even_steps():
-    found = cluster_count.numbers("6..80")
+    found = asked.numbers("6..80")
     assert (found[0], found[-1], len(found)) == (6, 78, 25)
-    assert cluster_count.numbers("6..40") == list(range(6, 41))
+    assert asked.numbers("6..40") == list(range(6, 41))
 
 
 @pytest.mark.parametrize("mark", ["123456789012", "012345670123", "1234567890e1"])

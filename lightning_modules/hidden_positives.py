@@ -69,6 +69,7 @@ class HiddenPositives(UnsupervisedSegmenter):
         self.wants_attention = settings.lhp.enabled and (
             attention == "backbone" or (attention == "auto" and self.backbone.has_attention)
         )
+        self._said: set[str] = set()
         if settings.lhp.enabled and attention == "auto" and not self.wants_attention:
             log.info("local positives take an affinity of the features: this network has no attention")
 
@@ -157,7 +158,16 @@ class HiddenPositives(UnsupervisedSegmenter):
             denominator=settings.denominator,
             pictures=(self.reach.rank() * pictures, pictures),
             guarded=settings.guarded,
+            contrast=settings.contrast,
+            chosen=self._say_contrast,
         )
+
+    def _say_contrast(self, line: str) -> None:
+        """Log which way the loss is computed, once for each: the number of positives may turn it."""
+        way = line.partition(":")[0]
+        if way not in self._said:
+            self._said.add(way)
+            log.info(f"contrastive loss, {line}")
 
     def _selection(self, frozen: Tensor, momentum_codes: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """What positives are chosen by: kind -> unit rows of these pictures [N,C] and their thresholds [N]."""

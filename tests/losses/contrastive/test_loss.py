@@ -1,100 +1,21 @@
-"""The contrastive loss of HP against its formula written out densely in float64, and the rules it must keep."""
+"""The contrastive loss of HP against its formula written out densely in float64, and the rules it must keep.
 
-import numpy as np
+Every test is of both ways of computing it.
+"""
+
 import pytest
 import torch
-import torch.nn.functional as F
 
 from common.errors import ConfigError
-from losses import contrastive
-from losses.contrastive import ghp_contrastive, lambda_schedule, positive_mask, random_candidates, thresholds
+from losses.contrastive import ghp_contrastive, positive_mask, thresholds
+from tests.losses.contrastive import cases
+from tests.losses.contrastive.cases import assert_same, call, formula, no_positives, scene, with_gradients
 
 
-def scene(pictures=3, cells=12, dim=6, channels=8, pool=4, seed=0, dtype=torch.float64):
-    """Smooth random rows with some positives, as the arguments of the loss."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def unit(rows, width):
-        return F.normalize(torch.randn(rows, width, generator=generator, dtype=torch.float64), dim=1).to(dtype)
-
-    total = pictures * cells
-    case = {
-        "z": unit(total, dim),
-        "z_mix": unit(total, dim),
-        "f": unit(total, channels),
-        "s_ema": unit(total, dim),
-        "pool_ag": unit(pool, channels),
-        "pool_sp": unit(pool, dim),
-        "candidates": torch.rand(cells, total, generator=generator) < 0.3,
-        "cells": cells,
-    }
-    case["threshold_ag"] = (case["f"] @ case["pool_ag"].T).amax(1)
-    case["threshold_sp"] = (case["s_ema"] @ case["pool_sp"].T).amax(1)
-    return case
-
-
-def call(case, **changes):
-    names = ("z", "z_mix", "f", "s_ema", "threshold_ag", "threshold_sp")
-    settings = {"cells": case["cells"], "candidates": case["candidates"], "temperature": 0.6, "lam": 0.4} | changes
-    positional = [settings.pop(name, case[name]) for name in names]
-    return ghp_contrastive(*positional, **settings)
-
-
-def with_gradients(case, **changes):
-    sides = [case[name].clone().requires_grad_() for name in ("z", "z_mix")]
-    loss = call(case | {"z": sides[0], "z_mix": sides[1]}, **changes)
-    loss.backward()
-    return loss.detach(), *[side.grad for side in sides]
-
-
-def dense(
-    case, *, lam=0.4, temperature=0.6, reweighting=True, version=1, symmetric=True, candidates="case",
-    denominator="agnostic",
-):  # fmt: skip
-    """The formula of the paper and its release, with N x N matrices and autograd (all anchors filled)."""
-    total, cells = len(case["z"]), case["cells"]
-    off_diagonal = ~torch.eye(total, dtype=torch.bool)
-
-    def mask(rows, threshold):
-        similarity = rows @ rows.T
-        above = similarity > threshold[:, None]
-        return (above | (similarity > threshold[None, :]) if symmetric else above) & off_diagonal
-
-    ag, sp = mask(case["f"], case["threshold_ag"]), mask(case["s_ema"], case["threshold_sp"])
-    chosen = case["candidates"] if candidates == "case" else torch.ones(cells, total, dtype=torch.bool)
-    inside = (ag | chosen.repeat(total // cells, 1)) & off_diagonal
-    inside = inside | sp if denominator == "positives" else inside
-    sides = [case["z"].clone().requires_grad_(), case["z_mix"].clone().requires_grad_()]
-
-    def mean_over_anchors(log_p, weights, kept):
-        anchors = [i for i in range(total) if kept[i]]
-        losses = []
-        for picture in range(total // cells):
-            own = [i for i in anchors if i // cells == picture]
-            if not own:
-                continue
-            k = weights[own].sum(1)
-            each = -(temperature / 0.07) * (weights[own] * log_p[own]).sum(1) / k
-            losses.append((each * k / k.mean() if reweighting else each).mean())
-        return sum(losses) if losses else sides[0].sum() * 0
-
-    loss = 0
-    for side in sides:
-        scores = side @ side.T / temperature
-        log_p = scores - torch.log((scores.exp() * inside).sum(1, keepdim=True))
-        if version == 1:
-            loss = loss + mean_over_anchors(log_p, ag.double() + lam * sp.double(), ag.any(1))
-        else:
-            loss = loss + mean_over_anchors(log_p, ag.double(), ag.any(1))
-            loss = loss + lam * mean_over_anchors(log_p, sp.double(), sp.any(1))
-    loss = loss / (2 * (total // cells))
-    loss.backward()
-    return loss.detach(), sides[0].grad, sides[1].grad
-
-
-def assert_same(got, expected, rtol=1e-9, atol=1e-11):
-    for one, other in zip(got, expected, strict=True):
-        torch.testing.assert_close(one, other.to(one.dtype), rtol=rtol, atol=atol)
+@pytest.fixture(autouse=True, params=["dense", "sparse"])
+def way(request, monkeypatch):
+    monkeypatch.setattr(cases, "way", request.param)
+    return request.param
 
 
 @pytest.mark.parametrize(
@@ -116,11 +37,13 @@ def assert_same(got, expected, rtol=1e-9, atol=1e-11):
 @pytest.mark.parametrize("pictures", [1, 3])
 def test_equals_the_dense_formula_with_its_gradients(settings, pictures):
     case = scene(pictures=pictures)
-    assert_same(with_gradients(case, **settings), dense(case, **settings))
+    assert_same(with_gradients(case, **settings), formula(case, **settings))
 
 
 @pytest.mark.parametrize(("denominator", "pushed"), [("agnostic", True), ("positives", False)])
-def test_specific_positives_push_agnostic_ones_away_only_where_the_denominator_leaves_them_out(denominator, pushed):
+def test_specific_positives_push_agnostic_ones_away_only_where_the_denominator_leaves_them_out(
+    denominator, pushed, way
+):
     """One anchor (patch 0 of 8, on an axis) with one TA positive, a TS positive at its place and no candidates."""
     rows = torch.eye(8, dtype=torch.float64)
     f, s_ema = rows.clone(), rows.clone()
@@ -129,14 +52,25 @@ def test_specific_positives_push_agnostic_ones_away_only_where_the_denominator_l
     z = torch.nn.functional.normalize(torch.ones(8, 8, dtype=torch.float64) + rows, dim=1).requires_grad_()
     none = torch.zeros(8, 8, dtype=torch.bool)
     ghp_contrastive(
-        z, None, f, s_ema, limits, limits, cells=8, temperature=0.4, lam=1.0, candidates=none, denominator=denominator
+        z,
+        None,
+        f,
+        s_ema,
+        limits,
+        limits,
+        cells=8,
+        temperature=0.4,
+        lam=1.0,
+        candidates=none,
+        denominator=denominator,
+        contrast=way,
     ).backward()
     towards = -(z.grad[1] @ z.detach()[0])  # what a step down the gradient does to the positive's similarity
-    assert (towards < 0) == pushed
+    assert (towards < -1e-12) == pushed
 
 
 def test_float32_is_near_the_dense_formula():
-    exact = dense(scene())
+    exact = formula(scene())
     case = {name: value.float() if torch.is_tensor(value) and value.is_floating_point() else value
             for name, value in scene().items()}  # fmt: skip
     assert_same(with_gradients(case), exact, rtol=1e-5, atol=1e-6)
@@ -170,7 +104,7 @@ def test_version_2_as_released_reads_z_twice():
     case = scene()
     loss, grad, grad_mix = with_gradients(case, version=2)
     assert grad_mix is None
-    both_z = dense(case | {"z_mix": case["z"]}, version=2)
+    both_z = formula(case | {"z_mix": case["z"]}, version=2)
     torch.testing.assert_close(loss, both_z[0])
     torch.testing.assert_close(grad, both_z[1] + both_z[2])
     assert not torch.isclose(loss, with_gradients(case, version="2-fixed")[0])
@@ -205,21 +139,10 @@ def test_without_task_agnostic_positives_the_specific_ones_take_their_place():
     torch.testing.assert_close(call(case, f=None, threshold_ag=None, lam=0.25), 0.25 * expected)
 
 
-def no_positives(case, rows, candidates_too=False):
-    """The case with nothing similar to the given rows; with empty denominators on request."""
-    f, threshold, candidates = case["f"].clone(), case["threshold_ag"].clone(), case["candidates"].clone()
-    f[rows] = 0.0
-    threshold[rows] = 2.0
-    threshold = threshold.clamp_min(1e-3)
-    if candidates_too:
-        candidates[rows] = False
-    return case | {"f": f, "threshold_ag": threshold, "candidates": candidates}
-
-
 def test_a_picture_without_positives_adds_nothing():
     case = no_positives(scene(), slice(0, 12))
     guarded = with_gradients(case)
-    assert_same(guarded, dense(case))
+    assert_same(guarded, formula(case))
     loss, *grads = with_gradients(case, guarded=False)
     assert loss.isnan()
     assert_same(grads, guarded[1:])  # the mean of an empty selection passes no gradient on
@@ -292,59 +215,6 @@ def test_arguments_may_differ_in_precision(name):
     torch.testing.assert_close(call(mixed), call(case), rtol=1e-5, atol=1e-6)
 
 
-def test_positives_are_symmetric_and_never_the_anchor():
-    case = scene()
-    mask = positive_mask(case["f"], case["threshold_ag"], slice(0, 36))
-    assert mask.any()
-    assert torch.equal(mask, mask.T)
-    assert not mask.diagonal().any()
-    one_way = positive_mask(case["f"], case["threshold_ag"], slice(0, 36), symmetric=False)
-    assert torch.equal(mask, one_way | one_way.T)
-    assert not torch.equal(mask, one_way)
-
-
-def test_the_comparison_is_strict():
-    rows = torch.eye(3)[[0, 0, 1]]
-    at_one = positive_mask(rows, torch.ones(3), slice(0, 3))
-    assert not at_one.any()
-    below = positive_mask(rows, torch.tensor([0.5, 1.0, 1.0]), slice(0, 3))
-    assert below.nonzero().tolist() == [[0, 1], [1, 0]]
-
-
-def test_the_order_of_the_pool_does_not_matter_and_a_new_entry_adds_no_positive():
-    case = scene()
-    limit = thresholds(case["f"], case["pool_ag"])
-    torch.testing.assert_close(limit, case["threshold_ag"])
-    assert torch.equal(thresholds(case["f"], case["pool_ag"].flip(0)), limit)
-    larger = thresholds(case["f"], torch.cat([case["pool_ag"], case["s_ema"].new_tensor([[1.0] + [0.0] * 7])]))
-    before, after = (positive_mask(case["f"], threshold, slice(0, 36)) for threshold in (limit, larger))
-    assert not (after & ~before).any()
-    assert after.sum() < before.sum()
-
-
-def test_threshold_blocks_do_not_matter(monkeypatch):
-    case = scene()
-    whole = thresholds(case["f"], case["pool_ag"])
-    monkeypatch.setitem(contrastive._BLOCK_BYTES, "cpu", 1)
-    monkeypatch.setattr(contrastive, "_MIN_ANCHORS", 5)
-    torch.testing.assert_close(thresholds(case["f"], case["pool_ag"]), whole)
-
-
-def test_candidates_are_keyed_and_have_their_share():
-    first = random_candidates(0, 7, 784, 1568, 0.02)
-    assert torch.equal(first, random_candidates(0, 7, 784, 1568, 0.02))
-    assert not torch.equal(first, random_candidates(0, 8, 784, 1568, 0.02))
-    assert not torch.equal(first, random_candidates(1, 7, 784, 1568, 0.02))
-    assert first.double().mean().item() == pytest.approx(0.02, abs=0.001)
-    assert random_candidates(0, 7, 4, 8, 1.0) is None
-    assert not random_candidates(0, 7, 4, 8, 0.0).any()
-
-
-def test_lambda_grows_after_the_warm_up():
-    assert [lambda_schedule(step, 2, 6) for step in range(7)] == [0.0, 0.0, 0.0, 0.25, 0.5, 0.75, 1.0]
-    assert np.isclose(lambda_schedule(1001, 1000, 22896), 1 / 21896, rtol=1e-15)
-
-
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
@@ -356,6 +226,7 @@ def test_lambda_grows_after_the_warm_up():
         ({"temperature": 0.01}, ConfigError, "temperature = 0.01: must be at least 0.02"),
         ({"version": 3}, ConfigError, "loss version = 3: must be one of 1, 2, 2-fixed"),
         ({"denominator": "all"}, ConfigError, "denominator = all: must be one of agnostic, positives"),
+        ({"contrast": "full"}, ConfigError, "contrast = full: must be one of auto, dense, sparse"),
         ({"f": None}, ValueError, "features and their threshold must be given, or left out, together"),
         ({"cells": 7}, ValueError, "36 rows are not a whole number of pictures of 7 patches"),
         (
@@ -369,12 +240,3 @@ def test_wrong_arguments_are_named(change, error, text):
     with pytest.raises(error) as caught:
         call(scene(), **change)
     assert str(caught.value) == text
-
-
-def test_wrong_schedules_and_empty_pools_are_named():
-    with pytest.raises(ConfigError) as caught:
-        lambda_schedule(11, 10, 10)
-    assert str(caught.value) == "lambda schedule: warm-up of 10 steps in a run of 10 steps; the warm-up must be shorter"
-    with pytest.raises(ConfigError) as caught:
-        thresholds(torch.eye(3), torch.zeros(0, 3))
-    assert str(caught.value) == "the reference pool is empty: fill it before the first training step"

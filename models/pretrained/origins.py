@@ -3,6 +3,7 @@
 Imports torch only to ask an address.
 """
 
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 from common.errors import ConfigError, WeightsError
 from common.files import no_file
+
+log = logging.getLogger(__name__)
 
 BUNDLED = Path(__file__).resolve().parent / "bundled"
 WORDS = ("bundled", "hub", "none")
@@ -125,6 +128,8 @@ def _from_hub(hub_id: str, names: Sequence[str]) -> Path:
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     repo, _, revision = hub_id.partition("@")
+    log.info("fetching %s from huggingface.co, once; HF_HUB_OFFLINE=1 never asks for it", repo)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it says each of its attempts twice
     for name in names[:-1]:
         try:
             return Path(hf_hub_download(repo, name, revision=revision or None))

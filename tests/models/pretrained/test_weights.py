@@ -1,6 +1,7 @@
 """Weight files: wrappers and prefixes taken off, wrong files refused by their first differing key, no code run."""
 
 import argparse
+import logging
 import os
 from collections import OrderedDict
 
@@ -226,16 +227,18 @@ def test_open_licences_pass(licence):
     origins.expect_acknowledged((licence,), "net.tag", False)
 
 
-def test_failed_download_is_one_clear_line(monkeypatch):
+def test_failed_download_is_one_clear_line(monkeypatch, caplog):
     import huggingface_hub
 
     def offline(*args, **kwargs):
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
         raise ConnectionError("no route")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args, **kwargs: None)
-    with pytest.raises(WeightsError) as error:
+    with caplog.at_level(logging.INFO), pytest.raises(WeightsError) as error:
         weights.download("net.tag", {"hf_hub_id": "timm/net.tag", "url": ""})
+    assert caplog.messages == ["fetching timm/net.tag from huggingface.co, once; HF_HUB_OFFLINE=1 never asks for it"]
     assert str(error.value) == (
         "backbone.weights=hub: net.tag (timm/net.tag) could not be downloaded (ConnectionError); no random weights "
         "were put in its place; set backbone.weights=<file>, or download it once where there is a network and use the "

@@ -186,7 +186,8 @@ def load_group(group: str, name: str) -> dict[str, Any]:
     """The yaml of one group member as a plain dict. Raises ConfigError for an unknown name."""
     path = CONFIGS / group / f"{name}.yaml"
     if not path.is_file() or "/" in name:
-        raise ConfigError(f"{group}={name}: no such {group}; {did_you_mean(name, names(group), 'run.py list')}")
+        kind = {"data": "data set", "experiment": "recipe"}.get(group, group)
+        raise ConfigError(f"{group}={name}: no such {kind}; {did_you_mean(name, names(group), 'run.py list')}")
     tree = read_yaml(path)
     tree.pop("rules", None)  # see `rules`
     return tree

@@ -83,6 +83,8 @@ def did_you_mean(word: str, known: Iterable[str], listed_by: str = "") -> str:
         near = [name for name in near if similarity(word, name) > first - 0.08]
     if not near:  # `lr` should find `optim.head.lr`
         near = [name for name in known if name.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]][:3]
+    if len(word) >= 3:  # `coco` should find `cocostuff27`
+        near = list(dict.fromkeys([*near, *(name for name in known if name.startswith(word))]))[:3]
     if near:
         return f"did you mean {' or '.join(near)}?"
     return (

@@ -287,5 +287,8 @@ def find(name: str) -> Path:
         return path
     known = config.names("sweep")
     if name not in known:
-        raise ConfigError(f"sweep={name}: no such sweep; {did_you_mean(name, known)}")
+        hint = did_you_mean(name, known)
+        if name in config.names("method"):  # that no file sweeps: `make sweep METHOD=segsort`
+            hint = f"configs/sweep/ has {', '.join(known)}; name one, or write {name}.yaml after stego_grid.yaml"
+        raise ConfigError(f"sweep={name}: no such sweep; {hint}")
     return config.CONFIGS / "sweep" / f"{name}.yaml"

@@ -32,6 +32,7 @@ from evaluation import headline
 from launch import space
 from launch.space import Sweep
 from launch.submit import ROOT, count
+from launch.trial import brief
 from launch.trials import Queue, Trial, part_of, shown
 from lightning_modules.facts import facts
 
@@ -131,7 +132,9 @@ class LocalSweep(Queue):
                 row = [trial.folder.name, trial.score, trial.state, trial.seconds]
                 writer.writerow([*row, *(trial.values[key] for key in keys)])
         table = Table(title=f"{self.sweep.target} ({self.sweep.tree['metric']['goal']})", title_justify="left")
-        for name in ("trial", self.sweep.target.removeprefix("val/"), *keys):
+        heads = [self.sweep.target.removeprefix("val/").replace("/", "/\n")]
+        heads += [brief(key, keys).replace(".", ".\n") for key in keys]  # broken at dots, not within words
+        for name in ("trial", *heads):
             table.add_column(name, overflow="fold")
         for trial in ranked:
             score = trial.state if trial.score is None else shown(trial.score)
@@ -147,7 +150,7 @@ def headline_of(sweep: Sweep, words: list[str]) -> str:
 def why_here(offline: bool) -> str | None:
     """Why the trials are run here and not by W&B; None where W&B can be asked."""
     if offline:
-        return "OFFLINE"
+        return "OFFLINE=1 asks for it"
     if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
         return f"WANDB_MODE={os.environ['WANDB_MODE']}"
     if not has_wandb_key():

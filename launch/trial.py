@@ -1,5 +1,6 @@
 """One training of a sweep or of a comparison: its values, its folder, and what became of it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,11 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """`stego seed 0`, or the values that a sweep tries: `seed 3, lr 0.001`."""
+        """`stego seed 0`, or the values that a sweep tries: `seed 3, lr 0.001`, floats with three digits."""
         if list(self.values) == ["method", "seed"]:
             return f"{self.values['method']} seed {self.values['seed']}"
-        return ", ".join(f"{key.rsplit('.', 1)[-1]} {value}" for key, value in self.values.items())
+        texts = {key: f"{value:.3g}" if isinstance(value, float) else value for key, value in self.values.items()}
+        return ", ".join(f"{brief(key, self.values)} {text}" for key, text in texts.items())
 
     @property
     def log(self) -> Path:
@@ -50,3 +52,10 @@ class Trial:
             remedy = "delete it and metrics.json, then the same training writes them anew"
             facts = read_object(environment, {"seconds": (int, float)}, remedy)
             self.seconds, self.closing = facts["seconds"], facts.get("closing_seconds")
+
+
+def brief(key: str, keys: Iterable[str]) -> str:
+    """The shortest end of a key, in whole parts, that no other of `keys` ends with: `self.weight` of two weights."""
+    parts = key.split(".")
+    ends = (".".join(parts[start:]) for start in range(len(parts) - 1, 0, -1))
+    return next((end for end in ends if not any(k != key and f".{k}".endswith(f".{end}") for k in keys)), key)

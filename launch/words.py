@@ -18,7 +18,7 @@ def take(words: list[str], *names: str) -> tuple[dict[str, str], list[str]]:
     found = {word.partition("=")[0]: word.partition("=")[2] for word in words}
     for name in names:
         if not found.get(name):
-            raise ConfigError(f"{name}: is needed; write {name}=…")
+            raise ConfigError(f"{name}: is needed; write {name}=… ({name.upper()}=… of make)")
     rest = [word for word in words if word.partition("=")[0] not in names]
     return {name: found[name] for name in names}, rest
 

@@ -104,8 +104,11 @@ def test_paths_with_spaces_go_through_make():
 
 
 def test_eval_and_predict_want_their_words(capsys, tmp_path):
-    assert error_line(capsys, "eval") == "error: ckpt: is needed; write ckpt=…"
-    assert error_line(capsys, "predict", "ckpt=x", "input=y") == "error: output: is needed; write output=…"
+    assert error_line(capsys, "eval") == "error: ckpt: is needed; write ckpt=… (CKPT=… of make)"
+    assert (
+        error_line(capsys, "predict", "ckpt=x", "input=y")
+        == "error: output: is needed; write output=… (OUTPUT=… of make)"
+    )
     assert error_line(capsys, "eval", f"ckpt={tmp_path}/x.ckpt") == (
         f"error: ckpt={tmp_path}/x.ckpt: no such file; a run keeps its own under checkpoints/last.ckpt and best.ckpt"
     )

@@ -157,6 +157,10 @@ def test_names_and_numbers_that_are_missing(tmp_path):
     with pytest.raises(ConfigError) as caught:
         space.find("hidden_positive")
     assert str(caught.value).startswith("sweep=hidden_positive: no such sweep; did you mean hidden_positives")
+    with pytest.raises(ConfigError) as caught:
+        space.find("segsort")
+    assert str(caught.value).startswith("sweep=segsort: no such sweep; configs/sweep/ has hidden_positives, ")
+    assert str(caught.value).endswith("name one, or write segsort.yaml after stego_grid.yaml")
     path = tmp_path / "s.yaml"
     path.write_text(yaml.safe_dump({key: value for key, value in GOOD.items() if key != "run_cap"}))
     with pytest.raises(ConfigError) as caught:

@@ -88,7 +88,7 @@ def test_trials_are_sorted_and_a_failed_one_is_named_and_tried_again(stand_in, m
     words = ["offline=true", f"sweep={path}", f"run.dir={stand_in}"]
     assert sweep.main(words) == 1
     out = capsys.readouterr().out
-    assert "run here: OFFLINE\n" in out
+    assert "run here: OFFLINE=1 asks for it\n" in out
     assert re.search(r"trial 001-\w{6}: failed: error: an unlucky number \(all of it: \S+/001-\w{6}\.log\)\n", out)
     assert [(row["seed"], row["state"]) for row in rows(stand_in)] == [
         ("20", "finished"), ("3", "finished"), ("13", "failed"),

@@ -48,6 +48,8 @@ def test_names(tmp_path):
     watch = Watch([one, other])
     assert watch.name(one) == "[1/2] stego seed 2"
     assert watch.name(other) == "[2/2] seed 3, lr 0.001"
+    other.values = {"method.terms.self.weight": 0.123456, "method.terms.random.weight": 1, "optim.head.lr": 1e-3}
+    assert watch.name(other) == "[2/2] self.weight 0.123, random.weight 1, lr 0.001"
     assert one.log == tmp_path / "t0.log"
 
 

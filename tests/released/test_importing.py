@@ -298,6 +298,6 @@ def test_nothing_is_overwritten(tmp_path):
 
 def test_the_command_asks_for_its_words(capsys):
     assert run.main(["import-checkpoint", "from=hp", "file=x"]) == 2
-    assert capsys.readouterr().err == "error: output: is needed; write output=…\n"
+    assert capsys.readouterr().err == "error: output: is needed; write output=… (OUTPUT=… of make)\n"
     assert run.main(["import-checkpont"]) == 2
     assert "did you mean import-checkpoint?" in capsys.readouterr().err

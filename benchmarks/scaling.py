@@ -6,8 +6,9 @@
 The first trains for some steps (scenes, `tiny`) for every batch and number of processes: pictures per second, and the
 highest memory of the first process, each training in processes of its own. The second prints the tables of
 docs/scaling.md: a step of a method is run on the CPU with one and with two pictures under torch's FLOP counter; a batch
-of B pictures takes a B + b B^2, and what is gathered grows with B. Seconds on GPUs follow from the counts by the
-formula in `estimate`: they are estimates, and none was measured.
+of B pictures takes a B + b B^2, and what is gathered grows with B. For the loss of Hidden Positives over positives and
+candidates alone, b is replaced by its formula (`sparse_pairs`), because they are a matter of chance. Seconds on GPUs
+follow from the counts by the formula in `estimate`: they are estimates, and none was measured.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ RECIPES = {"hidden_positives": "hidden_positives_cocostuff27_vits8", "stego": "s
 BATCH, SIZE, CLASSES = 64, 224, 27
 STEP = 1501
 """After the warm-up of lambda, and no step that refills a pool."""
+POSITIVES = 64
+"""Of both kinds together that a patch is assumed to have: on scenes and pictures of its own they are 15 to 80."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,9 @@ class GPU:
     """Bytes."""
     half_share: float = 0.4
     single_share: float = 0.6
+    bandwidth: float = 4.8e12
+    """Bytes/s of its own memory."""
+    bandwidth_share: float = 0.7
     link_share: float = 0.7
 
 
@@ -79,6 +85,10 @@ class Counted:
     travel back, are entries of their own."""
     weights: float
     """Bytes of the gradients that DDP averages."""
+    sieve: float = 0.0
+    """FLOP of the bfloat16 products that positives are sieved by."""
+    moved: float = 0.0
+    """Bytes that the sparse loss reads and writes in memory."""
 
 
 # ---------------------------------------------------------------- counting
@@ -193,10 +203,49 @@ def scaled(one: Counted, two: Counted, pictures: int) -> Counted:
     )
 
 
-def count(method: str, words: list[str], size: int, pictures: int) -> Counted:
-    """The step of a recipe."""
-    model, _ = build(method, words)
-    return scaled(step(model, 1, size), step(model, 2, size), pictures)
+def sparse_pairs(total: int, cells: int, dim: int, channels: int, rho: float) -> dict[str, float]:
+    """What the sparse loss of Hidden Positives takes for N patches: FLOP of the sieve and of the rest, bytes moved.
+
+    Sieve: both kinds, a pair once, in bfloat16; a block is read or written eight times in all. Candidates: three
+    products for z and for z_mix; a gathered float is read or written eight times. Positives: POSITIVES a patch, half as
+    many pairs, three products each.
+    """
+    candidates = cells * rho * total * dim
+    pairs = POSITIVES / 2 * total * dim
+    return {
+        "sieve": float(total**2 * (dim + channels)),
+        "rest": 2 * 6 * (candidates * total / cells + pairs),
+        "moved": 8 * 2 * float(total**2) + 2 * 4 * (8 * candidates + 4 * pairs),
+    }
+
+
+def sparse(counted: Counted, cells: int, dim: int, channels: int, rho: float) -> Counted:
+    """A counted step of Hidden Positives with the sparse loss in place of all pairs of patches."""
+    total = counted.pictures * cells
+    instead = sparse_pairs(total, cells, dim, channels, rho)
+    return replace(
+        counted,
+        rest=counted.rest - dense_pairs(total, dim, channels) + instead["rest"],
+        sieve=instead["sieve"],
+        moved=instead["moved"],
+    )
+
+
+def dense_pairs(total: int, dim: int, channels: int) -> float:
+    """FLOP of all pairs of N patches: products and gradients of z and z_mix, and both kinds of positives."""
+    return 12.0 * total**2 * dim + 2.0 * total**2 * (channels + dim)
+
+
+def count(method: str, words: list[str], size: int, pictures: int) -> dict[str, Counted]:
+    """The step of a recipe by name; Hidden Positives both ways."""
+    pairs = method == "hidden_positives"
+    model, cfg = build(method, [*words, "method.contrast=dense"] if pairs else words)
+    found = scaled(step(model, 1, size), step(model, 2, size), pictures)
+    if not pairs:
+        return {method: found}
+    cells = (size // model.backbone.strides[0]) ** 2
+    few = sparse(found, cells, cfg.method.dim, model.backbone.dim, cfg.method.rho)
+    return {method: few, "the same, all pairs": found}
 
 
 # ---------------------------------------------------------------- estimating
@@ -212,7 +261,12 @@ def estimate(counted: Counted, gpu: GPU, processes: int) -> dict[str, float]:
     travels = sum(counted.gathered.values()) + 2 * counted.weights
     return {
         "backbone": counted.backbone / processes / (gpu.half * gpu.half_share),
-        "rest": counted.rest / processes / (gpu.single * gpu.single_share),
+        "rest": (
+            counted.rest / (gpu.single * gpu.single_share)
+            + counted.sieve / (gpu.half * gpu.half_share)
+            + counted.moved / (gpu.bandwidth * gpu.bandwidth_share)
+        )
+        / processes,
         "link": travels * (processes - 1) / processes / (gpu.link * gpu.link_share),
     }
 
@@ -231,17 +285,34 @@ def count_tables(found: dict[str, Counted], gpu: GPU) -> str:
     """What `--count` prints."""
     sizes = [
         [
-            method, f"{item.backbone / 1e12:.2f}", f"{item.rest / 1e12:.3g}", f"{item.images / 1e6:.0f}",
+            method, f"{item.backbone / 1e12:.2f}", f"{item.rest / 1e12:.3g}", f"{item.sieve / 1e12:.3g}",
+            f"{item.moved / 1e9:.0f}", f"{item.images / 1e6:.0f}",
             f"{item.features / 1e6:.0f}", f"{sum(item.gathered.values()) / 1e6:.0f}", f"{item.weights / 1e6:.1f}",
         ]
         for method, item in found.items()
     ]  # fmt: skip
     counted = table(
-        ["method", "backbone TFLOP", "rest TFLOP", "pictures MB", "features MB", "gathered MB", "gradients MB"], sizes
+        [
+            "method",
+            "backbone TFLOP",
+            "rest TFLOP",
+            "sieve TFLOP",
+            "moved GB",
+            "pictures MB",
+            "features MB",
+            "gathered MB",
+            "gradients MB",
+        ],
+        sizes,
     )
     sent = table(
         ["method", "gathered tensor (B: global batch)", "MB"],
-        [[method, name, f"{size / 1e6:.3g}"] for method, item in found.items() for name, size in item.gathered.items()],
+        [
+            [method, name, f"{size / 1e6:.3g}"]
+            for method, item in found.items()
+            if "same" not in method
+            for name, size in item.gathered.items()
+        ],
     )
     guesses = []
     for method, item in found.items():
@@ -324,7 +395,8 @@ def main(words: list[str] | None = None) -> int:
         size = 48 if args.quick else SIZE
         recipes = {name: [f"experiment={recipe}", *tiny] for name, recipe in RECIPES.items()}
         print(f"A step of {BATCH} pictures of {size} px, {CLASSES} classes.\n")
-        print(count_tables({name: count(name, given, size, BATCH) for name, given in recipes.items()}, H200))
+        counts = [count(name, given, size, BATCH) for name, given in recipes.items()]
+        print(count_tables({name: item for found in counts for name, item in found.items()}, H200))
         return 0
     if args.quick:
         args.batches, args.processes, args.steps = [4], [1], 2

@@ -27,10 +27,10 @@ from torch import Tensor
 
 from losses.contrastive.positives import row_blocks
 
-_HEIGHT, _WIDTH = 256, 2048
-"""Anchors and columns of a block on a CPU: it stays in a core's cache between its product and its comparisons."""
-_WIDER = {"cuda": 64}
-"""How many times as many columns a block has elsewhere, where few large steps are better than many small ones."""
+_SHAPES = {"cpu": (256, 2048)}
+"""Anchors and columns of a block: on a CPU it stays in a core's cache between its product and its comparisons."""
+_SHAPE = 1024, 1 << 16
+"""Elsewhere, where few large steps are better than many small ones."""
 _SUM = 2.0**-22
 
 TO_SECOND, TO_FIRST = 1, 2
@@ -71,7 +71,7 @@ def find_pairs(
         half = native_half(rows.device)
     half = half and rows.dtype == torch.float32
     sieves = [_rounded(*kind) if half else kind for kind in kinds]
-    height, width = shape or (_HEIGHT, _WIDTH * _WIDER.get(rows.device.type, 1))
+    height, width = shape or _SHAPES.get(rows.device.type, _SHAPE)
     found, count = [], 0
     with _float32_sums() if half else _nothing():
         for block in _blocks(len(rows), anchors, height, width):
@@ -122,7 +122,7 @@ def _positives(
         # Compared in place, in the type of the products: into booleans it takes torch several times as long.
         above = Tensor.gt_ if strict else Tensor.ge_
         if symmetric:
-            marks = above(scores, torch.minimum(own, other)).mul_(TO_SECOND + TO_FIRST if mutual else TO_SECOND)
+            marks = above(scores, torch.minimum(own, other))
         else:
             marks = above(scores.clone(), own)
             if mutual:
@@ -131,6 +131,8 @@ def _positives(
     if mutual and columns.start < rows.stop:
         codes.triu_(rows.start - columns.start + 1)
     row, column, bits = _nonzero(codes)
+    if symmetric and mutual:
+        bits *= TO_SECOND + TO_FIRST
     return row + rows.start, column + columns.start, bits
 
 

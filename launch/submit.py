@@ -53,11 +53,13 @@ SET_HERE = ("trainer.num_nodes", "trainer.devices", "trainer.strategy")
 
 @dataclass(frozen=True)
 class Submission:
-    """A command of sbatch, the variables it needs beside the present ones, and the configuration of the run."""
+    """A command of sbatch, the variables it needs beside the present ones, the configuration of the run, and the file
+    of the site."""
 
     command: list[str]
     variables: dict[str, str]
     cfg: DictConfig
+    site: Path
 
     def __str__(self) -> str:
         """As it would be typed."""
@@ -81,9 +83,11 @@ def read_site(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: {key}={config.shown(value)}: expected {wanted}{hint}")
         for entry in value if isinstance(value, list) else [value]:
             if isinstance(entry, dict | list | None) and entry is not value:
-                raise ConfigError(f"{path}: {key}={config.shown(value)}: expected a list of texts")
+                raise ConfigError(
+                    f"{path}: {key}={config.shown(value)}: expected a list of texts, as in setup: [module load cuda]"
+                )
             if not str(entry).isprintable():
-                raise ConfigError(f"{path}: {key}={entry!a}: must not hold control characters")
+                raise ConfigError(f"{path}: {key}={entry!a}: must not hold control characters; write it on one line")
     for key in ("cpus_per_task", "notice"):
         if not 1 <= own.get(key, 1) <= MOST:
             raise ConfigError(
@@ -109,10 +113,11 @@ def plan(tokens: Sequence[str]) -> Submission:
     words = config.parse_words(tokens)
     nodes = count("nodes", words.pop("nodes", "1"), 1)
     gpus = count("gpus", words.pop("gpus", "1"), 0)
-    site = read_site(Path(words.pop("site", None) or ROOT / "launch" / "site.yaml"))
+    path = Path(words.pop("site", None) or ROOT / "launch" / "site.yaml")
+    site = read_site(path)
     for key in SET_HERE:
         if key in words:
-            raise ConfigError(f"{key}={words[key]}: follows from nodes= and gpus= (make slurm NODES=… GPUS=…)")
+            raise ConfigError(f"{key}={words[key]}: follows from nodes= and gpus=; leave it out, set those")
     tasks = max(1, gpus)
     if "trainer" not in words and "experiment" not in words:
         words["trainer"] = "ddp" if gpus else "cpu"
@@ -145,14 +150,15 @@ def plan(tokens: Sequence[str]) -> Submission:
     variables = {"LABELFREE_PYTHON": site["python"] or sys.executable, "LABELFREE_OUTPUT": site["output"]}
     if site["setup"]:
         variables["LABELFREE_SETUP"] = "\n".join(map(str, site["setup"]))
-    return Submission(command, variables, cfg)
+    return Submission(command, variables, cfg, path)
 
 
 def submit(submission: Submission) -> str:
     """Hand the job to SLURM; returns its id. Raises ConfigError where SLURM is not there or refuses."""
     if shutil.which("sbatch") is None:
         raise ConfigError(
-            "sbatch: not found on this machine; submit on a login node of the cluster, or look with DRY=1"
+            "sbatch: not found on this machine; submit on a login node of the cluster, or look at the command with "
+            "dry=true (DRY=1 of make slurm)"
         )
     (ROOT / submission.variables["LABELFREE_OUTPUT"]).mkdir(parents=True, exist_ok=True)  # SLURM does not make it
     done = subprocess.run(
@@ -160,7 +166,9 @@ def submit(submission: Submission) -> str:
     )
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise ConfigError(f"sbatch refused the job ({said}); mend launch/site.yaml, or NODES= and GPUS=")
+        raise ConfigError(
+            f"sbatch refused the job ({said}); mend {submission.site}, or nodes= and gpus= (make slurm NODES=… GPUS=…)"
+        )
     return done.stdout.strip().split(";")[0]
 
 

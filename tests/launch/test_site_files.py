@@ -99,9 +99,9 @@ def test_a_text_that_is_no_yaml(content, said, tmp_path):
         ("gpu_option: --gres=gpu:{gpus:>9}",
          "gpu_option=--gres=gpu:{gpus:>9}: must hold {gpus}, as in --gres=gpu:{gpus}"),
         ("cpus_per_task: 1000000000000", "cpus_per_task=1000000000000: must be at most 1000000"),
-        ("setup: [{a: 1}]", "setup=[{'a': 1}]: expected a list of texts"),
-        ("extra: [null]", "extra=[null]: expected a list of texts"),
-        ('partition: "a\\nb"', "partition='a\\nb': must not hold control characters"),
+        ("setup: [{a: 1}]", "setup=[{'a': 1}]: expected a list of texts, as in setup: [module load cuda]"),
+        ("extra: [null]", "extra=[null]: expected a list of texts, as in setup: [module load cuda]"),
+        ('partition: "a\\nb"', "partition='a\\nb': must not hold control characters; write it on one line"),
     ],
 )  # fmt: skip
 def test_a_site_that_no_job_is_made_of(text, said, tmp_path):

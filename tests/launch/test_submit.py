@@ -64,9 +64,7 @@ def test_words_that_cannot_be_submitted_end_in_one_line():
     assert refused(f"nodes={'9' * 5000}").endswith(": expected a whole number of at least 1")
     assert refused("nodes=³") == "nodes=³: expected a whole number of at least 1"
     assert refused("gpus=two") == "gpus=two: expected a whole number of at least 0"
-    assert refused("trainer.devices=4") == (
-        "trainer.devices=4: follows from nodes= and gpus= (make slurm NODES=… GPUS=…)"
-    )
+    assert refused("trainer.devices=4") == ("trainer.devices=4: follows from nodes= and gpus=; leave it out, set those")
     assert refused("nodes=3", "gpus=4", "data.batch_size=64") == (
         "data.batch_size=64: the global batch is split evenly over 3 x 4 devices, so it must be a multiple of 12; "
         "set data.batch_size=60"
@@ -106,15 +104,18 @@ def test_sbatch_that_is_missing_or_refuses(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert submit.main(["gpus=1"]) == 2
     assert capsys.readouterr().err == (
-        "error: sbatch: not found on this machine; submit on a login node of the cluster, or look with DRY=1\n"
+        "error: sbatch: not found on this machine; submit on a login node of the cluster, or look at the command with "
+        "dry=true (DRY=1 of make slurm)\n"
     )
     sbatch = tmp_path / "sbatch"
     sbatch.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: x' >&2\nexit 1\n")
     sbatch.chmod(0o755)
-    assert submit.main(["gpus=1"]) == 2
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("partition: x\n")
+    assert submit.main(["gpus=1", f"site={mine}"]) == 2
     assert capsys.readouterr().err == (
         "error: sbatch refused the job (sbatch: error: invalid partition specified: x); "
-        "mend launch/site.yaml, or NODES= and GPUS=\n"
+        f"mend {mine}, or nodes= and gpus= (make slurm NODES=… GPUS=…)\n"
     )
     assert (tmp_path / "runs" / "slurm").is_dir()
 

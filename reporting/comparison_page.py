@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from reporting import charts, page, published
 from reporting.charts import Bar, Bars, Curve, Plot
 from reporting.comparison import SCORE, Entry, Finished, Section, column_name
-from reporting.comparison_tables import HEADS, STAGES, facts, memory_text, protocol_text, published_text, speed_text
+from reporting.comparison_tables import (
+    HEADS,
+    STAGES,
+    facts,
+    memory_text,
+    protocol_text,
+    published_text,
+    scores_of,
+    speed_text,
+)
 from reporting.page import Cell, Picture, Table, numeric
 from reporting.published import Cited
 
@@ -75,7 +84,7 @@ def render(
 
 def part(number: int, section: Section, gallery: Gallery) -> Part:
     """What is shown of the protocol `number`."""
-    stages = [(stage, what) for stage, what in STAGES.items() if section.columns(stage)]
+    stages = [(stage, scores_of(section, stage)) for stage in STAGES if section.columns(stage)]
     return Part(
         differs=section.differs,
         protocol=protocol_text(section),

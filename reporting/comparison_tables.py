@@ -15,6 +15,12 @@ from reporting.published import Cited
 STAGES = {"val": "Scores of the last step", "best": "Scores of the best checkpoint"}
 
 
+def scores_of(section: Section, stage: str) -> str:
+    """What the scores of a stage are of. Rows that evaluate `best.ckpt` have theirs under `val`, too."""
+    best = all(run.read_from.name == "best.ckpt" for entry in section.entries for run in entry.runs)
+    return STAGES["best" if best else stage]
+
+
 def labels_used(entry: Entry, stage: str = "val") -> str:
     """What labels were used for: training, or the choice of the checkpoint whose scores these are."""
     metrics = entry.first.metrics
@@ -84,7 +90,7 @@ def markdown(sections: Sequence[Section], title: str, cited: Sequence[Cited] = (
             lines += [f"## Protocol {number}", ""]
         lines += [f"- **not comparable with protocol 1**: {text}" for text in section.differs]
         lines += [*[""] * bool(section.differs), f"Protocol: {protocol_text(section)}.", ""]
-        for stage, what in STAGES.items():
+        for stage in STAGES:
             columns = section.columns(stage)
             if not columns:
                 continue
@@ -92,7 +98,8 @@ def markdown(sections: Sequence[Section], title: str, cited: Sequence[Cited] = (
             ends = ["pictures/s", "peak MiB"] * speed + ["published"] * figures
             of = ["score of"] * (columns[0][0] == SCORE)
             heads = [*HEADS, *of, *(column_name(*column) for column in columns), *ends]
-            lines += [f"{what}, percent, mean ± standard deviation from three seeds on:", "", _row(heads)]
+            what = f"{scores_of(section, stage)}, percent, mean ± standard deviation from three seeds on:"
+            lines += [what, "", _row(heads)]
             lines.append("|" + "---|" * len(HEADS + of) + "---:|" * len(columns) + "---|" * len(ends))
             for entry in section.entries:
                 scores = [entry.cell(stage, *column) for column in columns]
@@ -160,9 +167,9 @@ def caption(section: Section, stage: str = "val") -> str:
     kept = {key: value for key, value in told(section).items() if key not in LEFT_OUT}
     protocol = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in kept.items())
     text = (
-        f"Unsupervised segmentation on {', '.join(datas)} with {', '.join(backbones)}: {STAGES[stage].lower()} in "
-        f"percent, mean of n seeds, ± standard deviation where n is at least {FEW}. Bold: ahead of all others by more "
-        f"than both standard deviations together. Protocol: {protocol}."
+        f"Unsupervised segmentation on {', '.join(datas)} with {', '.join(backbones)}: "
+        f"{scores_of(section, stage).lower()} in percent, mean of n seeds, ± standard deviation where n is at least "
+        f"{FEW}. Bold: ahead of all others by more than both standard deviations together. Protocol: {protocol}."
     )
     if section.differs:
         text += f" Not comparable with the first table: {'; '.join(section.differs)}."

@@ -59,6 +59,24 @@ def test_runs_are_scored_anew_once_from_their_checkpoints(trained, tmp_path, cap
 
 
 @pytest.mark.train
+def test_best_checkpoints_are_scored_where_they_are_asked_for(trained, tmp_path, capsys):
+    words = ["compare", f"runs={trained[1]}", f"run.dir={tmp_path}", "checkpoint=best"]
+    assert run.main([*words, "name=x"]) == 0
+    text = (tmp_path / "compare" / "x" / "table.md").read_text()
+    assert "# Comparison: x (checkpoint=best)" in text
+    assert "Scores of the best checkpoint, percent" in text
+    assert "last step" not in text
+    own = read_json(trained[1] / "metrics.json")
+    assert f"| hidden_positives | tiny | 0 | {own['best/step']} | 4 | choice of best |" in text
+    assert scores(tmp_path / "compare" / "x")["hidden_positives", "cluster"] == pytest.approx(
+        own["best/cluster/miou"], abs=1e-3
+    )
+    (trained[1] / "checkpoints" / "best.ckpt").unlink()
+    assert run.main([*words, "name=y", "eval=evaluation.flip=true"]) == 2
+    assert f"ckpt={trained[1]}/checkpoints/best.ckpt: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.train
 def test_a_run_that_cannot_be_scored_is_missing(trained, tmp_path, capsys):
     (trained[0] / "checkpoints" / "last.ckpt").unlink()
     words = ["compare", f"run.dir={tmp_path}", "name=x", "eval=evaluation.flip=true"]

@@ -7,6 +7,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import config
 import run
@@ -116,6 +117,19 @@ def test_what_is_pointed_at_is_there(capsys):
         assert run.main(["weights", *words]) == 0
         pointed = re.findall(r"see (models/\S+)", capsys.readouterr().out)
         assert [(root / place).is_dir() for place in pointed] == [True]
+
+
+def test_pages_say_the_numbers_of_the_bundled_network():
+    """Those that its file holds; timm's network has a classifier besides."""
+    found, root = published.origin(settings()), Path(run.__file__).parent
+    assert found.numbers == sum(value.numel() for value in load_file(BUNDLED).values()) < found.published
+    shown = found.numbers / 1e6
+    assert f"network  vit_tiny_patch16_224 of timm, {shown:.1f} million numbers without its classifier" in list(
+        published.describe(found, {})
+    )
+    for page in ("README.md", "docs/backbones.md", "configs/backbone/tiny.yaml"):
+        assert f"{shown:.1f} million parameters" in (root / page).read_text(), page
+    assert f"{shown:.2f} million parameters" in BUNDLED.with_suffix(".md").read_text()
 
 
 def test_every_preset_has_a_line(capsys):

@@ -9,6 +9,7 @@ import yaml
 import config
 from common.errors import ConfigError
 from launch import space
+from tests.support.pages import blocks
 
 FILES = config.names("sweep")
 GOOD = {
@@ -201,3 +202,12 @@ def test_a_grid_is_every_combination_in_order(tmp_path):
     )
     pairs = [(1, 3), (1, 4), (2, 3), (2, 4)]
     assert [tuple(trial.values()) for trial in space.read(path).trials(None)] == pairs
+
+
+def test_the_sweep_of_the_page_is_one(tmp_path):
+    (text,) = (block for block in blocks("yaml") if "run.py" in block and "method=segsort" in block)
+    path = tmp_path / "segsort.yaml"
+    path.write_text(text)
+    trials = space.read(space.find(str(path))).trials(None)
+    assert [trial["optim.head.lr"] for trial in trials] == [3e-4, 1e-3]
+    assert "optim.head.lr" in config.flatten(config.compose(["method=segsort"]))

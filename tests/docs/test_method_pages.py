@@ -92,3 +92,15 @@ def test_a_grid_is_a_png_of_its_cells(tmp_path):
     )
     with Image.open(tmp_path / "a.png", formats=["PNG"]) as image:
         assert image.size[0] > image.size[1] > 150
+
+
+def test_computed_times_follow_the_estimated_steps():
+    """Milliseconds of a step of 64 pictures, its backbone 9.84 times as long in float32."""
+    minutes = {name: re.search(r"([0-9]+) minutes", recipes.cost(name)).group(1) for name in recipes.COUNTED}
+    backbone, rest = map(
+        float, re.search(r"^\| stego \| 1 \| (\S+) \| (\S+) ", recipes.SCALING.read_text(), re.M).groups()
+    )
+    assert minutes["stego_cocostuff27_vits8"] == f"{80_000 / 64 * (9.84 * backbone + rest) / 60_000:.0f}"
+    assert config.compose(["experiment=stego_cocostuff27_vits8"]).trainer.max_steps * 16 == 80_000
+    assert config.compose(["experiment=hidden_positives_cocostuff27_vits8"]).trainer.max_epochs == 3
+    assert recipes.cost("hsg_kitti_resnet50") == "not known"

@@ -162,7 +162,7 @@ def setting_of(method: str, bench: Bench) -> Setting:
     words += ["trainer.precision=32-true", *stepping.known_words(words, dict.fromkeys(SIZES, SIZE))]
     words += stepping.known_words(words, steps.CUT)
     words += [f"data.batch_size={ONE_GPU[key]}" for key in ONE_GPU if stepping.known_words(words, {key: 0})]
-    return Setting(method, recipe or "default", tuple(words), made=(PICTURES, (SIZE, SIZE)))
+    return Setting(method, recipe or "default, dino_vits8", tuple(words), made=(PICTURES, (SIZE, SIZE)))
 
 
 def preset(bench: Bench) -> str:

@@ -1,8 +1,9 @@
 """Shared pieces of the tests: small runs in process, trained once a session where several tests look at the result."""
 
 import json
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,19 @@ def own_run_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """A name made from the time belongs to one process; tests run several trainings in one."""
     monkeypatch.delenv(NAME_VARIABLE, raising=False)
     monkeypatch.setenv("WANDB_MODE", "offline")
+
+
+@pytest.fixture(autouse=True)
+def no_handler_is_left() -> Iterator[None]:
+    """A handler that a test leaves to the log writes to the test's standard error, which is closed by then: every later
+    test finds an error of logging in its own."""
+    root = logging.getLogger()
+    before = [handler for handler in root.handlers if type(handler) is logging.StreamHandler]
+    yield
+    left = [handler for handler in root.handlers if type(handler) is logging.StreamHandler and handler not in before]
+    for handler in left:
+        root.removeHandler(handler)
+    assert not left, "logging.basicConfig was reached with a root logger that this test had emptied; give it back"
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -40,9 +41,9 @@ def folder(root, labels: dict[str, np.ndarray | None], names=("left", "right"), 
 
 
 def trained(capsys, words, *more) -> tuple[dict, str]:
-    """metrics.json of a run, and what it printed."""
-    logging.getLogger().handlers.clear()
-    code = run.main(["train", *words, *more])
+    """metrics.json of a run, and what it printed: the root logger has no handler yet, as in a new process."""
+    with mock.patch.object(logging.getLogger(), "handlers", []):
+        code = run.main(["train", *words, *more])
     out, err = capsys.readouterr()
     assert code == 0, err
     root = next(word.split("=")[1] for word in words if word.startswith("run.dir="))

@@ -4,6 +4,7 @@ Groups are chosen by bare words (`method=stego data=folder`), values by dotted k
 strict: only what the layers define exists, a wrong key or type ends in one line with the nearest valid name.
 """
 
+import copy
 import functools
 import logging
 from collections.abc import Iterable
@@ -204,6 +205,13 @@ def rules(*members: str) -> Rules:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
+    """A yaml as a dict of the caller's own; parsed once, and again where the file has changed."""
+    state = path.stat()
+    return copy.deepcopy(_parsed(path, state.st_mtime_ns, state.st_size))
+
+
+@functools.lru_cache(maxsize=512)
+def _parsed(path: Path, changed: int, size: int) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.load(path)) or {}
 
 

@@ -118,6 +118,17 @@ def test_the_result_cannot_be_changed_by_accident():
         cfg.seed = 3
 
 
+def test_a_yaml_is_parsed_once_until_it_changes(tmp_path, monkeypatch):
+    path, parsed, load = tmp_path / "x.yaml", [], OmegaConf.load
+    monkeypatch.setattr(config.OmegaConf, "load", lambda given: parsed.append(given) or load(given))
+    path.write_text("a: [1]\n")
+    config.read_yaml(path)["a"].append(2)  # the caller's own
+    assert config.read_yaml(path) == {"a": [1]}
+    path.write_text("a: [1, 3]\n")
+    assert config.read_yaml(path) == {"a": [1, 3]}
+    assert parsed == [path, path]
+
+
 def test_saved_config_is_plain_yaml_and_restores(tmp_path):
     cfg = config.compose(["seed=5"])
     config.save(cfg, tmp_path / "config.yaml")

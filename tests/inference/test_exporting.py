@@ -18,10 +18,13 @@ PAGE = Path(run.__file__).parent / "docs" / "your_pictures.md"
 EACH = """
 import runpy, sys
 for name in sys.argv[1:]:
-    sys.argv = ["use.py", "../segmenter.pt2", f"../in/{name}.png", f"../{name}-ids.png"]
+    which, picture = name.split("/")
+    sys.argv = ["use.py", f"../{which}/segmenter.pt2", f"../in/{picture}.png", f"../{name}-ids.png"]
     runpy.run_path("use.py", run_name="__main__")
 """
-"""The script for each picture, as a command of its own would run it; torch is imported once."""
+"""The script for each program and picture, as a command of its own would run it; torch is imported once."""
+SIZES = {"a": (61, 47), "b": (48, 48), "c": (200, 90)}
+PROGRAMS = ("checkpoint", "convolutional", "many")
 
 
 @pytest.fixture(scope="module")
@@ -45,28 +48,36 @@ def many(tmp_path_factory) -> Path:
     return found.folder / "checkpoints" / "last.ckpt"
 
 
-@pytest.mark.parametrize("which", ["checkpoint", "convolutional", "many"])
-def test_the_script_of_the_readme_gives_the_labels_of_predict(which, request, tmp_path):
-    checkpoint = request.getfixturevalue(which)
+@pytest.fixture(scope="module")
+def used(request, tmp_path_factory) -> Path:
+    """A folder for each of PROGRAMS: the program, what `predict` wrote, and what the script of the page did."""
     script = next(code for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S) if "torch.export" in code)
     assert len(script.strip().splitlines()) <= 20
-    rng = np.random.default_rng(0)
-    (tmp_path / "in").mkdir()
-    sizes = {"a": (61, 47), "b": (48, 48), "c": (200, 90)}
-    for name, size in sizes.items():
+    rng, root = np.random.default_rng(0), tmp_path_factory.mktemp("used")
+    (root / "in").mkdir()
+    for name, size in SIZES.items():
         small = rng.integers(0, 255, (6, 8, 3), dtype=np.uint8)
-        Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(tmp_path / "in" / f"{name}.png")
-    assert run.main(["export", f"ckpt={checkpoint}", f"output={tmp_path}/segmenter.pt2"]) == 0
-    assert run.main(["predict", f"ckpt={checkpoint}", f"input={tmp_path}/in", f"output={tmp_path}/out"]) == 0
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "use.py").write_text(script)
-    command = [sys.executable, "-I", "-c", EACH, *sizes]
-    done = subprocess.run(command, cwd=tmp_path / "elsewhere", capture_output=True, text=True)
+        Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(root / "in" / f"{name}.png")
+    for which in PROGRAMS:
+        checkpoint, folder = request.getfixturevalue(which), root / which
+        folder.mkdir()
+        assert run.main(["export", f"ckpt={checkpoint}", f"output={folder}/segmenter.pt2"]) == 0
+        assert run.main(["predict", f"ckpt={checkpoint}", f"input={root}/in", f"output={folder}/out"]) == 0
+    (root / "elsewhere").mkdir()
+    (root / "elsewhere" / "use.py").write_text(script)
+    command = [sys.executable, "-I", "-c", EACH, *(f"{which}/{name}" for which in PROGRAMS for name in SIZES)]
+    done = subprocess.run(command, cwd=root / "elsewhere", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+    return root
+
+
+@pytest.mark.timeout(900)  # all three exports stand before the first
+@pytest.mark.parametrize("which", PROGRAMS)
+def test_the_script_of_the_readme_gives_the_labels_of_predict(which, used):
     highest = []
-    for name, size in sizes.items():
-        found = np.asarray(Image.open(tmp_path / f"{name}-ids.png"))
-        expected = np.asarray(Image.open(tmp_path / "out" / "index" / f"{name}.png"))
+    for name, size in SIZES.items():
+        found = np.asarray(Image.open(used / which / f"{name}-ids.png"))
+        expected = np.asarray(Image.open(used / which / "out" / "index" / f"{name}.png"))
         assert found.shape == expected.shape == size[::-1]
         assert (found == expected).mean() > 0.998, name
         highest.append(int(expected.max()))

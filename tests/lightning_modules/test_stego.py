@@ -202,7 +202,7 @@ def test_a_shift_without_a_number_is_the_mean_quantile_so_far(tmp_path):
 
 def test_shifts_by_quantile_keep_codes_from_collapsing(tmp_path):
     """Features of the small set are all alike: with the shifts of the release everything is drawn together."""
-    words = ["trainer.max_steps=60", "optim.head.lr=5e-3", *TWO_STEPS[1:]]
+    words = ["trainer.max_steps=30", "optim.head.lr=5e-3", *TWO_STEPS[1:]]
     fixed = ["method.terms.self.shift=0.18", "method.terms.knn.shift=0.12", "method.terms.random.shift=0.46"]
     alike = [
         float(column(run_small("stego", tmp_path, name, *words, *more), "train/similarity_random")[-1])

@@ -4,12 +4,8 @@ import json
 import logging
 import re
 import shlex
-import signal
 import subprocess
-import sys
-import time
 import tomllib
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +22,6 @@ from lightning_modules import registry
 from reporting import panels
 from tests.conftest import small_words
 from tests.datamodules import trees
-from tests.support.processes import Program, ran
 from tests.support.words import call, error_line
 
 
@@ -334,48 +329,6 @@ def test_a_model_trained_without_labels_is_evaluated_on_labelled_pictures(capsys
         assert ("val/kmeans/miou" in metrics) == (other == "labelled")
         assert "val/linear/miou" not in metrics
         assert metrics["val/cluster/entropy"] is not None
-
-
-def hears_ctrl_c() -> None:
-    """In the child: shells start background jobs, and so perhaps these tests, deaf to SIGINT."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-@pytest.mark.ddp
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM])
-def test_a_killed_process_goes_on(kind, tmp_path, small_run):
-    """kill -9, Ctrl-C or a scheduler's signal in the middle, then the same command: numbers as if not killed.
-
-    Ctrl-C finds programs as a user starts them, the others find forks that have imported everything.
-    """
-    plain = small_run("kmeans_baseline")
-    words = small_words("kmeans_baseline", f"run.dir={tmp_path}", "run.name=k")
-    command = [sys.executable, "run.py", "train", *words]
-    root = Path(run.__file__).parent
-    last = tmp_path / "k" / "checkpoints" / "last.ckpt"
-    if kind == signal.SIGINT:
-        process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True, preexec_fn=hears_ctrl_c)
-        again = partial(subprocess.run, capture_output=True, text=True)
-    else:
-        process, again = Program(command, cwd=root), ran
-    while process.poll() is None and not last.exists():
-        time.sleep(0.01)
-    process.send_signal(kind)
-    _, err = process.communicate(timeout=120)
-    if kind == signal.SIGINT:
-        assert process.returncode == 130, err
-        assert "of 8; the same command goes on" in err
-        assert "Traceback" not in err
-    if kind in (signal.SIGUSR1, signal.SIGTERM):
-        assert process.returncode == {signal.SIGUSR1: 85, signal.SIGTERM: 143}[kind], err
-        assert re.search(rf"stopped by {kind.name}, .* step \d.*; the same command goes on", err)
-        assert "Traceback" not in err
-    done = again(command, cwd=root, timeout=240)
-    assert done.returncode == 0, done.stderr
-    metrics = json.loads((tmp_path / "k" / "metrics.json").read_text())
-    for key, value in plain.metrics.items():
-        if key.startswith(("val/", "best/")):
-            assert metrics[key] == value, key
 
 
 def test_registry_refuses_a_file_with_two_methods(monkeypatch):

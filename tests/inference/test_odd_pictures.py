@@ -122,6 +122,7 @@ def call(capsys, trained, command: str, *words: str) -> tuple[int, str]:
     return code, capsys.readouterr().err
 
 
+@pytest.mark.train
 def test_predict_sees_them_by_windows(odd, trained, tmp_path, capsys, caplog):
     (odd / "50000000x1.png").unlink()  # 150 MB of memory; the others show the same
     out = tmp_path / "out"
@@ -139,6 +140,7 @@ def test_predict_sees_them_by_windows(odd, trained, tmp_path, capsys, caplog):
     assert names == ["0.png", "1.png", "1000x5.png", "3x200000.png", "5x1000.png"]
 
 
+@pytest.mark.train
 def test_predict_reads_above_the_limit_of_pixels(trained, tmp_path, monkeypatch, capsys):
     save(tmp_path / "in" / "a.png", noise(300, 300))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
@@ -148,6 +150,7 @@ def test_predict_reads_above_the_limit_of_pixels(trained, tmp_path, monkeypatch,
         assert drawn.size == (300, 300)
 
 
+@pytest.mark.train
 def test_predict_by_windows_keeps_long_pictures_at_their_own_scale(trained, tmp_path, capsys):
     Image.new("RGB", (3000, 3), "red").save(save(tmp_path / "in" / "a.png", noise()))
     words = (f"input={tmp_path}/in", f"output={tmp_path}/out", "predict.window=48", "predict.size=320")
@@ -156,6 +159,7 @@ def test_predict_by_windows_keeps_long_pictures_at_their_own_scale(trained, tmp_
         assert drawn.size == (3000, 3)
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("words", [("explain", "point=1,1"), ("retrieve",)])
 def test_explain_and_retrieve_say_it_in_one_line(odd, trained, capsys, words):
     code, said = call(capsys, trained, words[0], f"image={odd}/1000x5.png", *words[1:])

@@ -91,6 +91,7 @@ def picture(height: int, width: int) -> np.ndarray:
     return (smooth[0].permute(1, 2, 0) * 255).byte().numpy()
 
 
+@pytest.mark.train
 def test_windows_of_a_local_network_give_what_the_whole_picture_gives():
     image = picture(96, 136)
     whole = local(torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255)
@@ -100,6 +101,7 @@ def test_windows_of_a_local_network_give_what_the_whole_picture_gives():
         assert torch.allclose(found, whole, atol=1e-5)
 
 
+@pytest.mark.train
 def test_a_picture_that_is_no_multiple_is_padded_and_cut_back():
     image = picture(61, 77)
     scores, padded = windows.blended(image, local, 320, 8)
@@ -151,6 +153,7 @@ def test_shifted_windows_of_the_bundled_transformer_agree(clustered, monkeypatch
     assert share < differing(clustered, 0.75, shifts[:2]) / 4
 
 
+@pytest.mark.train
 def test_a_transformer_takes_more_windows_unless_the_overlap_is_given(monkeypatch):
     asked = []
     whole = windows.places

@@ -120,6 +120,7 @@ def test_it_learns_from_the_scores(stand_in):
     assert sum(away[-10:]) / 10 < 0.6 < sum(away[:10]) / 10
 
 
+@pytest.mark.ddp
 @pytest.mark.skipif(sys.platform != "linux", reason="the signal at a parent's death is Linux's")
 def test_a_killed_sweep_goes_on_with_no_trial_lost_or_doubled(stand_in):
     path = write(stand_in / "s.yaml", run_cap=3)
@@ -142,6 +143,7 @@ def test_a_killed_sweep_goes_on_with_no_trial_lost_or_doubled(stand_in):
         assert [item.state.is_finished() for item in study.trials] == [True] * 3
 
 
+@pytest.mark.ddp
 def test_two_processes_share_one_sweep(stand_in, capsys):
     path = write(stand_in / "s.yaml", parameters={**PARAMETERS, "seed": {"min": 4, "max": 9}})
     (stand_in / "pause").write_text("0.5")

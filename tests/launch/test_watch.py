@@ -101,6 +101,7 @@ def test_a_queue_says_which_training_it_is_at_and_where_its_log_is(tmp_path, mon
     assert screen.current() is None
 
 
+@pytest.mark.ddp
 def test_a_queue_in_a_terminal(tmp_path):
     (tmp_path / "run.py").write_text(STAND_IN)
     code, written = in_terminal([sys.executable, "-c", QUEUE, str(tmp_path)], ROOT)

@@ -38,6 +38,7 @@ def test_views_of_a_batch(model):
     assert views["local1"].geometric.scale == (0.05, 0.15)
 
 
+@pytest.mark.train
 def test_the_teacher_sees_large_crops_and_the_student_all(monkeypatch, tmp_path):
     """And the loss gets logits [V,B,K] in the order of the views, targets [2,B,K]."""
     seen = {"teacher": [], "student": [], "shapes": None}
@@ -82,6 +83,7 @@ def test_only_the_student_its_head_and_the_token_are_trained(model):
         assert torch.equal(one, two)
 
 
+@pytest.mark.train
 def test_the_last_layer_stands_still_in_the_first_epoch(tmp_path):
     """5 steps an epoch: after five steps the prototypes are as they were, after six they are not."""
     start = build().head.direction
@@ -147,6 +149,7 @@ def test_logits_of_the_head_are_cosines():
     assert DinoHead(8, 16, 4, 6, norm_last=False).length.requires_grad
 
 
+@pytest.mark.train
 @pytest.mark.parametrize(
     "words",
     [
@@ -181,6 +184,7 @@ def plain_three(tmp_path_factory) -> dict[str, torch.Tensor]:
     return run_small("dino", tmp_path_factory.mktemp("three"), "plain", "trainer.max_steps=3", *ONE).weights
 
 
+@pytest.mark.train
 def test_a_convolutional_network_learns_without_the_dense_term(tmp_path):
     words = ["backbone=resnet18", "backbone.levels=[-1]", "method.crops.local_size=32", "trainer.max_steps=2", *ONE]
     with pytest.raises(ConfigError) as caught:
@@ -196,6 +200,7 @@ def test_a_convolutional_network_learns_without_the_dense_term(tmp_path):
     run_small("kmeans_baseline", tmp_path, "y", *again, f"backbone.weights={run.folder / 'backbone.safetensors'}")
 
 
+@pytest.mark.train
 def test_a_collapsed_teacher_is_noticed(monkeypatch, tmp_path, caplog):
     """A real run whose teacher gives one answer for everything ends with one warning."""
     monkeypatch.setattr(dino, "LOOK_EVERY", 1)
@@ -221,11 +226,13 @@ def no_grace(plain):
     return lambda self, grace: plain(self, 0)
 
 
+@pytest.mark.train
 def test_a_healthy_small_run_is_not_called_collapsed(small_run, caplog):
     small_run("dino")
     assert not [record for record in caplog.records if record.name == "evaluation.collapse"]
 
 
+@pytest.mark.train
 def test_the_run_exports_its_teacher_with_a_card(small_run, tmp_path):
     run = small_run("dino")
     path = run.folder / "backbone.safetensors"
@@ -247,6 +254,7 @@ def test_the_run_exports_its_teacher_with_a_card(small_run, tmp_path):
     )
 
 
+@pytest.mark.train
 def test_a_foreign_or_cut_file_is_refused(small_run, tmp_path):
     path = small_run("dino").folder / "backbone.safetensors"
     state = load_file(path)

@@ -124,6 +124,7 @@ def test_backbone_weights(write, trace, tmp_path, capsys):
     assert f"backbone.weights={path}: " in refused(capsys, trace, "train", *words)
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("write", FORMATS)
 @pytest.mark.parametrize("origin", ["stego", "hp"])
 def test_released_checkpoints(origin, write, trace, tmp_path, capsys):

@@ -48,6 +48,7 @@ def test_no_reader_starts_a_program(tmp_path, trace, ending):
     assert not trace.exists()
 
 
+@pytest.mark.train
 def test_no_command_starts_a_program(small_run, tmp_path, trace):
     checkpoint = f"ckpt={small_run('kmeans_baseline').folder / 'checkpoints' / 'last.ckpt'}"
     pictures, out = tmp_path / "in", tmp_path / "out"

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 import config
 from common.errors import LabelfreeError
 from common.files import write_text
@@ -28,7 +30,7 @@ from launch import finished as finished_runs
 from launch.asked import read
 from launch.finished import read_run
 from launch.trials import Queue, Trial, part_of
-from reporting import comparison, comparison_page, comparison_tables
+from reporting import comparison, comparison_page, comparison_screen, comparison_tables
 from reporting.comparison import Finished, Section
 from reporting.published import Cited
 
@@ -184,6 +186,10 @@ def main(words: list[str]) -> int:
     title = named.get("name") or ", ".join(dict.fromkeys(run.metrics["method"] for run in runs))
     title += f" ({' '.join(queue.request.anew)})" if queue.request.anew else ""
     sections = report(queue.folder, f"Comparison: {title}", runs, missing, queue.request.cited)
-    sys.stdout.write(comparison_tables.markdown(sections, f"Comparison: {title}", queue.request.cited))
+    if sys.stdout.isatty():  # rows of markdown are wider than a terminal
+        for part in comparison_screen.lines(sections):
+            Console().print(part)
+    else:
+        sys.stdout.write(comparison_tables.markdown(sections, f"Comparison: {title}", queue.request.cited))
     print(f"\n{queue.folder / 'index.html'}; table.md, table.tex and table.csv are beside it")
     return code

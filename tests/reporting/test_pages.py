@@ -184,11 +184,13 @@ def literals(text: str) -> list[tuple[int, str]]:
 
 
 def test_no_markup_stands_in_python():
-    """Of the rooms; docs/ writes marks into Markdown, and no page."""
+    """Of the rooms; docs/ and benchmarks/ write marks into Markdown, and no page."""
     found = []
     for path in ROOT.rglob("*.py"):
         place = path.relative_to(ROOT)
-        if place.parts[0] in ("tests", "docs", "runs", "build") or any(part.startswith(".") for part in place.parts):
+        if place.parts[0] in ("tests", "docs", "benchmarks", "runs", "build") or any(
+            part.startswith(".") for part in place.parts
+        ):
             continue
         found += [f"{place}:{line}: {text[:80]!r}" for line, text in literals(path.read_text()) if MARKUP.search(text)]
     assert not found, "markup belongs into reporting/templates:\n" + "\n".join(found)

@@ -72,7 +72,7 @@ def predict(
         file = shown(Path(os.path.relpath(pictures.entries[number].picture, source.expanduser())).as_posix())
         overview.add(number, name, picture, ids, areas.add(name, file, ids))
         done += 1
-        if done % max(1, len(pictures) // 10) == 0:
+        if 5 * (done - 1) // len(pictures) != 5 * done // len(pictures):
             log.info("%d of %d pictures", done, len(pictures))
     missed = len(pictures) - done
     if not done:

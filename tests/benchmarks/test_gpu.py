@@ -1,11 +1,13 @@
 """What runs on a GPU runs here first: one method with everything that a row has, and what ends early says so."""
 
+import warnings
+
 import pytest
 import torch
 
 from benchmarks import gpu, steps
 from benchmarks.gpu import Bench, Row
-from benchmarks.stepping import Cost, Setting
+from benchmarks.stepping import Cost, Setting, Timer
 
 
 @pytest.mark.train
@@ -87,3 +89,40 @@ def test_a_batch_is_made_of_fewer_pictures():
 def test_a_row_without_a_cost_is_no_number():
     row = Row("stego", "float32", Setting("stego", "default", ()), error="x")
     assert len(gpu.cells(row, None)) == len(gpu.HEAD)
+
+
+def test_waits_for_the_device_are_counted(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    waits = gpu.Waits("cuda")
+    with waits.counted():
+        for text in (
+            "called a synchronizing CUDA operation",
+            "something else",
+            "called a synchronizing CUDA operation",
+        ):
+            warnings.warn(text, stacklevel=1)
+    assert (waits.count, modes) == (2, ["warn", "default"])
+
+
+def test_time_on_a_gpu_is_that_of_its_events(monkeypatch):
+    clock = iter([0.0, 2000.0, 5000.0, 7000.0])  # milliseconds
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = next(clock)
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    waited = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(True))
+    timer = Timer("cuda")
+    with timer.span("step"), timer.span("backbone"):
+        assert not waited
+    assert timer.take() == {"step": 4.0, "backbone": 3.0}
+    assert waited

@@ -11,7 +11,6 @@ build/GPU.md. `--device cpu --scale tiny` runs all of it in a few minutes on two
 """
 
 import argparse
-import math
 import statistics
 import subprocess
 import sys
@@ -155,7 +154,7 @@ def setting_of(method: str, bench: Bench) -> Setting:
     if bench.tiny:
         setting = steps.default(method, 1, quick=True)
         kept = [word for word in setting.words if not word.startswith("trainer")]
-        return replace(setting, words=(*kept, f"trainer={preset(bench)}"), made=(4, (64, 64)))
+        return replace(setting, words=(*kept, f"trainer={preset(bench)}"), made=(8, (64, 64)))
     recipe = stepping.recipe(method)
     words = [f"experiment={recipe}"] if recipe else [f"method={method}", "backbone=dino_vits8"]
     words += ["phases=[]", "backbone.weights=none", "backbone.precision=float32", f"trainer={preset(bench)}"]
@@ -286,9 +285,9 @@ def cells(row: Row, plain: Row | None) -> list[str]:
     if row.cost is None:
         return [row.method, row.setting.name, "-", row.products, f"failed: {row.error}", "-", "-", "-", "-"]
     cost, differ = row.cost, "-"
-    if plain is not None and plain.cost is not None and plain is not row and plain.batch == row.batch:
+    if plain is not None and plain.cost is not None and plain is not row and plain.batch == row.batch and cost.losses:
         pairs = zip(cost.losses, plain.cost.losses, strict=True)
-        differ = f"{max((abs(a - b) / max(abs(b), 1e-12) for a, b in pairs), default=math.nan):.1e}"
+        differ = f"{max(abs(a - b) / max(abs(b), 1e-12) for a, b in pairs):.1e}"
     count = row.batch if cost.unit.startswith("step") else 1
     return [
         row.method,

@@ -297,6 +297,7 @@ def step_cost(
     `last`: what one more step, which does not count, runs inside of.
     """
     model = built.model
+    torch.manual_seed(0)  # dropout inside a library's layers: the same numbers each time
     total = WARM + steps + (last is not None)
     trainer = setup.build_trainer(built.cfg, total, [], [], built.folder)
     timer = Timer(trainer.strategy.root_device)

@@ -1,24 +1,31 @@
 """The pieces of Hidden Positives beside the plain formulation of the release, in float32, in one run.
 
 `python -m benchmarks.hidden_positives [--patches N] [--threads T] [--repeats R] [--allocator default|tuned]
-[--only WORD] [--quick]`
+[--only WORD] [--quick] [--ways]`
 
 contrastive: thresholds, candidates, loss and backward. mixing: codes with their 3x3 neighbours, forward and backward.
-refill: a whole pool of M entries; the plain side is extrapolated from 16 pictures.
+refill: a whole pool of M entries; the plain side is extrapolated from 16 pictures. With --ways: CPU seconds of the
+contrastive loss alone, in turns in one process, as all pairs and as positives and candidates alone, in float32 and with
+the bfloat16 sieve, and the plain formulation once; memory each in a process of its own.
 """
 
 import math
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from benchmarks.harness import ROOT, Piece, arguments, extrapolated, measure
+from benchmarks import harness
+from benchmarks.harness import ROOT, Piece, arguments, extrapolated, machine, measure
 from losses import contrastive
+from losses.contrastive import pairs
 from losses.local_positives import attention_weights, neighbour_mix, neighbourhood, row_attention
 from models.heads import SegmentationHead, patch_rows
 from models.momentum import Momentum
@@ -53,7 +60,9 @@ def contrastive_inputs(patches: int, side: int, dim: int, channels: int, pool: i
     return rows
 
 
-def contrastive_ours(patches: int, side: int, dim: int, channels: int, pool: int) -> Callable[[], float]:
+def contrastive_ours(
+    patches: int, side: int, dim: int, channels: int, pool: int, contrast: str = "auto"
+) -> Callable[[], float]:
     rows = contrastive_inputs(patches, side, dim, channels, pool)
 
     def work() -> float:
@@ -69,9 +78,29 @@ def contrastive_ours(patches: int, side: int, dim: int, channels: int, pool: int
             temperature=TEMPERATURE,
             lam=LAM,
             candidates=contrastive.random_candidates(0, 0, side * side, patches, RHO, DEVICE),
+            contrast=contrast,
         )
         loss.backward()
         return loss.item()
+
+    return work
+
+
+def contrastive_dense(**sizes: int) -> Callable[[], float]:
+    return contrastive_ours(**sizes, contrast="dense")
+
+
+def contrastive_sparse(**sizes: int) -> Callable[[], float]:
+    return contrastive_ours(**sizes, contrast="sparse")
+
+
+def contrastive_float32(**sizes: int) -> Callable[[], float]:
+    """The sparse way without its bfloat16 sieve."""
+    found = contrastive_sparse(**sizes)
+
+    def work() -> float:
+        with patch.object(pairs, "native_half", lambda device: False):
+            return found()
 
     return work
 
@@ -235,15 +264,53 @@ def pieces(patches: int, quick: bool) -> list[Piece]:
     return [replace(piece, faster=None, smaller=None) for piece in chosen] if quick else chosen
 
 
+WAYS = {
+    "plain": "contrastive_plain",
+    "all pairs": "contrastive_dense",
+    "sparse, float32": "contrastive_float32",
+    "sparse, bfloat16 sieve": "contrastive_sparse",
+}
+"""Ways of the contrastive loss and their set-ups; where bfloat16 is not native the last two are the same."""
+
+
+def ways(piece: Piece, threads: int, repeats: int) -> str:
+    """The table of --ways: a warm-up of each but plain, then all of them in turns."""
+    works = {name: globals()[made](**piece.settings) for name, made in WAYS.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    answers = {}
+    for turn in range(repeats + 1):
+        for name, work in works.items():
+            if name == "plain" and turn:
+                continue
+            start = time.process_time()
+            answers[name] = work()
+            if turn or name == "plain":
+                seconds[name].append(time.process_time() - start)
+    medians = {name: statistics.median(found) for name, found in seconds.items()}
+    lines = ["| way | CPU s | MiB | times faster than all pairs | difference |", "|---|---|---|---|---|"]
+    for name, made in WAYS.items():
+        mib = harness._in_child(piece, made, threads, 1, "default").mib
+        apart = abs(answers[name] / answers["all pairs"] - 1)
+        faster = medians["all pairs"] / medians[name]
+        lines.append(f"| {name} | {medians[name]:.4g} | {mib:.0f} | {faster:.3g} | {apart:.1e} |")
+    return "\n".join(lines)
+
+
 def main(words: list[str] | None = None) -> int:
     """Measure and print the table."""
     parser = arguments("hidden_positives", __doc__)
     parser.add_argument("--patches", type=int, help="N of the contrastive loss, a multiple of 784 (64 with --quick)")
+    parser.add_argument("--ways", action="store_true", help="CPU time of the ways of the contrastive loss, in turns")
     args = parser.parse_args(words)
     cells = 64 if args.quick else 784
     patches = args.patches or (2 * cells if args.quick else 16 * cells)
     if patches % cells:
         parser.error(f"--patches {patches}: must be a multiple of {cells}")
+    if args.ways:
+        torch.set_num_threads(args.threads)
+        print(f"{machine(args.threads)}; N = {patches}; medians of {args.repeats} turns after a warm-up\n", flush=True)
+        print(ways(pieces(patches, args.quick)[0], args.threads, args.repeats))
+        return 0
     return measure(parser, args, pieces(patches, args.quick), "contrastive, mixing, refill")
 
 

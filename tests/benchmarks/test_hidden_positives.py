@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import harness, hidden_positives
+from losses.contrastive import pairs
 
 PIECES = {piece.ours: piece for piece in hidden_positives.pieces(128, quick=True)}
 
@@ -31,6 +32,30 @@ def test_the_plain_formulation_gives_the_same_gradients(name, monkeypatch):
     for one, other in zip(plain, ours, strict=True):
         assert one.grad.abs().sum() > 0
         torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_all_ways_of_the_loss_are_measured_in_turns(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(
+        hidden_positives.harness, "_in_child", lambda piece, made, *_: calls.append(made) or harness.Side(1.0, 7.0, 0.0)
+    )
+    assert hidden_positives.main(["--quick", "--ways", "--repeats", "1", "--threads", "1"]) == 0
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[4:]]
+    assert [row[0] for row in rows] == list(hidden_positives.WAYS)
+    assert calls == list(hidden_positives.WAYS.values())
+    assert all(float(row[1]) > 0 and row[2] == "7" and float(row[4]) < 1e-5 for row in rows)
+
+
+def test_the_sieve_is_left_out_where_float32_is_measured(monkeypatch):
+    sieved = []
+    monkeypatch.setattr(pairs, "native_half", lambda device: True)
+    rounded = pairs._rounded
+    monkeypatch.setattr(pairs, "_rounded", lambda *kind: sieved.append(1) or rounded(*kind))
+    sizes = PIECES["contrastive_ours"].settings
+    hidden_positives.contrastive_float32(**sizes)()
+    assert not sieved
+    hidden_positives.contrastive_sparse(**sizes)()
+    assert len(sieved) == 2
 
 
 def test_full_sizes_carry_the_targets_and_quick_ones_do_not():

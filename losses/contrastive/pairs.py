@@ -19,7 +19,7 @@ of different heights.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -73,7 +73,7 @@ def find_pairs(
     sieves = [_rounded(*kind) if half else kind for kind in kinds]
     height, width = shape or _SHAPES.get(rows.device.type, _SHAPE)
     found, count = [], 0
-    with _float32_sums() if half else _nothing():
+    with _float32_sums() if half else nullcontext():
         for block in _blocks(len(rows), anchors, height, width):
             part = _positives(sieves, *block, anchors, symmetric, strict=not half)
             found.append(part)
@@ -88,12 +88,17 @@ def find_pairs(
 
 def pair_products(rows: Tensor, first: Tensor, second: Tensor, anchors: slice) -> Tensor:
     """<row_i, row_j> of pairs [n] whose `first` are sorted rows of `anchors`; [n]."""
-    places = torch.bincount(first - anchors.start, minlength=anchors.stop - anchors.start).cumsum(0)
-    crow = torch.cat([places.new_zeros(1), places])
+    crow = run_starts(first - anchors.start, anchors.stop - anchors.start)
     shape = anchors.stop - anchors.start, len(rows)
     zeros = rows.new_zeros(len(first))
     pattern = torch.sparse_csr_tensor(crow, second, zeros, shape, check_invariants=False)
     return torch.sparse.sampled_addmm(pattern, rows[anchors], rows.T, beta=0.0).values()
+
+
+def run_starts(index: Tensor, total: int) -> Tensor:
+    """Where the run of each of `total` values starts in the sorted index, and its end: [total + 1]."""
+    ends = torch.bincount(index, minlength=total).cumsum(0)
+    return torch.cat([ends.new_zeros(1), ends])
 
 
 def native_half(device: torch.device) -> bool:
@@ -195,8 +200,3 @@ def _float32_sums() -> Iterator[None]:
         yield
     finally:
         backend.allow_bf16_reduced_precision_reduction = before
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from losses.contrastive.pairs import Pairs, find_pairs, pair_products
+from losses.contrastive.pairs import Pairs, find_pairs, pair_products, run_starts
 from losses.contrastive.plan import Plan
 from losses.contrastive.positives import row_blocks
 
@@ -121,13 +121,7 @@ def _add_rows(grad: Tensor, index: Tensor, rows: Tensor) -> None:
 def _add_runs(grad: Tensor, index: Tensor, rows: Tensor) -> None:
     """The same in sorted runs of equal places, so without atomic additions."""
     order = index.argsort(stable=True)
-    grad += F.embedding_bag(order, rows, _offsets(index, len(grad)), mode="sum", include_last_offset=True)
-
-
-def _offsets(index: Tensor, total: int) -> Tensor:
-    """Where the run of each of `total` values starts in the sorted index, and its end: [total + 1]."""
-    ends = torch.bincount(index, minlength=total).cumsum(0)
-    return torch.cat([ends.new_zeros(1), ends])
+    grad += F.embedding_bag(order, rows, run_starts(index, len(grad)), mode="sum", include_last_offset=True)
 
 
 class _Pattern:
@@ -141,7 +135,7 @@ class _Pattern:
             self.starts = torch.zeros_like(self.counts)
             return
         rows, self.columns = plan.candidates.nonzero(as_tuple=True)
-        offsets = _offsets(rows, plan.cells)
+        offsets = run_starts(rows, plan.cells)
         self.starts, self.counts = offsets[:-1], offsets.diff()
 
     def sizes(self) -> Tensor:
@@ -177,7 +171,7 @@ class _Ends:
         count = len(pairs.first)
         rows, columns = torch.cat([pairs.first, pairs.second]), torch.cat([pairs.second, pairs.first])
         order = rows.argsort(stable=True)
-        self.columns, self.offsets = columns[order], _offsets(rows, total)
+        self.columns, self.offsets = columns[order], run_starts(rows, total)
         rows = rows[order]
         self.pair = order % max(1, count)
         place = torch.empty_like(order)

@@ -9,6 +9,8 @@ from common import about, source
 from common.errors import ConfigError, did_you_mean
 
 BASE, STAGED = "UnsupervisedSegmenter", "StagedSegmenter"
+OWN = ("scores", "prototypes")
+"""What a method with classes of its own writes: one of them."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def inherits(module: str, node: ast.ClassDef, base: str) -> bool:
 def declared(module: str, name: str, key: str) -> Any:
     """The value of a class attribute; None where a property gives it, or the class itself sets it by its settings.
 
-    As in the base, a class that defines `scores` has `own` for its headline unless it says otherwise.
+    As in the base, a class that defines `scores` or `prototypes` has `own` for its headline unless it says otherwise.
     """
     for _, node in source.lineage(*source.find(module, name)):
         methods = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
@@ -68,6 +70,6 @@ def declared(module: str, name: str, key: str) -> Any:
         value = source.value(node, key)
         if value is not None:
             return ast.literal_eval(value)
-        if key == "headline" and "scores" in methods:
+        if key == "headline" and methods.intersection(OWN):
             return "own"
     return None

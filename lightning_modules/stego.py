@@ -14,13 +14,13 @@ from common import distributed
 from common.errors import ConfigError
 from common.spec import Geometric, NeighbourSpec, Photometric, RegionSpec, ViewSpec
 from evaluation import readout
-from lightning_modules.base import Loss, UnsupervisedSegmenter
+from lightning_modules.base import Loss
+from lightning_modules.families.shifts import QuantileShifts
 from losses.correspondence import (
     Term,
     alignment,
     correspondence_loss,
     label_signal,
-    quantile,
     random_negatives,
     random_points,
     reconstruction,
@@ -33,7 +33,7 @@ from models.heads import SegmentationHead, drop_channels, own_channel_masks
 CRF_CONSTANTS = ("alpha", "beta", "gamma", "appearance", "smoothness", "shift")
 
 
-class Stego(UnsupervisedSegmenter):
+class Stego(QuantileShifts):
     """Codes s = head(features); probes read s. Only the head is trained (and the decoder, where it has a weight)."""
 
     title = "STEGO"
@@ -52,9 +52,7 @@ class Stego(UnsupervisedSegmenter):
         self.head = SegmentationHead(self.backbone.dim, settings.dim, nonlinear=settings.projection == "nonlinear")
         self.decoder = nn.Conv2d(settings.dim, self.backbone.dim, 1) if settings.reconstruction.weight > 0 else None
         self.terms = {kind: Term(term.weight, term.shift) for kind, term in settings.terms.items()}
-        kinds = len(self.terms)
-        self.register_buffer("shift_sums", torch.zeros(kinds, dtype=torch.float64))
-        self.register_buffer("shift_steps", torch.zeros(kinds, dtype=torch.int64))
+        self.build_shifts()
 
     @property
     def views(self) -> dict[str, ViewSpec]:
@@ -130,23 +128,12 @@ class Stego(UnsupervisedSegmenter):
             zero_clamp=settings.zero_clamp,
             stabilize=settings.stabilize,
             average=distributed.mean,
-            shift_of=self._shift,
+            shift_of=self.shift_of,
         )
         parts |= result.losses
-        parts |= {
-            f"shift_{kind}": torch.as_tensor(b) for kind, b in result.shifts.items() if self.terms[kind].shift is None
-        }
+        parts |= self.shifts_by_quantile(result.shifts)
         parts |= {f"similarity_{kind}": value for kind, value in result.similarities.items()}
         return result.total
-
-    @torch.no_grad()
-    def _shift(self, kind: str, signals: list[Tensor]) -> Tensor:
-        """The mean, over all steps so far, of the quantile of the signal that `method.terms.<kind>.quantile` names."""
-        row = list(self.terms).index(kind)
-        found = distributed.mean(quantile(signals, self.cfg.method.terms[kind].quantile))
-        self.shift_sums[row] += found.to(self.shift_sums)
-        self.shift_steps[row] += 1
-        return (self.shift_sums[row] / self.shift_steps[row]).to(found)
 
     def _points(self, views: dict[str, Any], view: str, count: int) -> Tensor:
         """Sample points [B,S,S,2] of this rank's pictures, of `count` of all ranks: of the picture itself, or of its

@@ -93,8 +93,11 @@ def cycle(order: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(-1, order, order.roll(-1, -1))
 
 
-def random_negatives(seed: int, step: int, repeats: int, count: int, kind: str = "shifted", part: int = 0) -> Tensor:
-    """Which of `count` pictures is the negative of which: int64 [R,count], drawn by (seed, step, repetition, part).
+def random_negatives(
+    seed: int, step: int, repeats: int, count: int, kind: str = "shifted", part: int = 0, purpose: str = "stego.negatives"
+) -> Tensor:
+    """Which of `count` pictures is the negative of which: int64 [R,count], drawn by (seed, purpose, step, repetition,
+    part).
 
     kind: `shifted` as released, or `cycle`. A single picture is its own negative.
 
@@ -103,7 +106,7 @@ def random_negatives(seed: int, step: int, repeats: int, count: int, kind: str =
     """
     one_of("method.negatives.draw", kind, NEGATIVES)
     orders = [
-        torch.randperm(count, generator=chance.generator(seed, "stego.negatives", step, r, *([part] if part else [])))
+        torch.randperm(count, generator=chance.generator(seed, purpose, step, r, *([part] if part else [])))
         for r in range(repeats)
     ]
     order = torch.stack(orders)

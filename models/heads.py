@@ -50,17 +50,18 @@ def patch_rows(maps: Tensor) -> Tensor:
 
 
 class SegmentationHead(nn.Module):
-    """s = W1 drop(f) + W3 ReLU(W2 drop(f)), all 1x1 convolutions with bias; two dropout draws, one a use of f.
+    """s = W1 drop(f) + W3 a(W2 drop(f)), all 1x1 convolutions with bias; two dropout draws, one a use of f.
 
-    The second term is left out with `nonlinear=False`. Source: STEGO (ICLR 2022) section 4; HP (CVPR 2023).
+    The activation a is a ReLU, in SmooSeg a SiLU. The second term is left out with `nonlinear=False`. Source: STEGO
+    (ICLR 2022) section 4; HP (CVPR 2023); SmooSeg (NeurIPS 2023).
     """
 
-    def __init__(self, in_dim: int, dim: int, nonlinear: bool = True):
+    def __init__(self, in_dim: int, dim: int, nonlinear: bool = True, activation: type[nn.Module] = nn.ReLU):
         super().__init__()
         self.in_dim, self.dim = in_dim, dim
         self.linear = nn.Conv2d(in_dim, dim, 1)
         self.nonlinear = (
-            nn.Sequential(nn.Conv2d(in_dim, in_dim, 1), nn.ReLU(), nn.Conv2d(in_dim, dim, 1)) if nonlinear else None
+            nn.Sequential(nn.Conv2d(in_dim, in_dim, 1), activation(), nn.Conv2d(in_dim, dim, 1)) if nonlinear else None
         )
 
     def forward(self, features: Tensor, masks: tuple[Tensor | None, Tensor | None] | None = None) -> Tensor:

@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.errors import ConfigError
 
@@ -54,3 +54,9 @@ def follow(slow: nn.Module, fast: nn.Module, m: float) -> None:
         raise ValueError(f"{len(old)} weights cannot follow {len(new)}")
     torch._foreach_mul_(old, m)
     torch._foreach_add_(old, new, alpha=1.0 - m)
+
+
+@torch.no_grad()
+def towards(slow: Tensor, fast: Tensor, m: float) -> None:
+    """slow <- m slow + (1 - m) fast, in place, for one tensor."""
+    slow.mul_(m).add_(fast.detach(), alpha=1.0 - m)

@@ -25,6 +25,7 @@ class Evaluated(L.LightningModule):
     cfg: DictConfig
     meta: ClassMeta
     has_own_scores: bool
+    has_prototypes: bool
     headline: str
     trains: bool
 
@@ -115,7 +116,7 @@ class Evaluated(L.LightningModule):
 
         `features` are those of the pictures, where they are known.
         """
-        found = self.seen(images, features, self.has_own_scores)
+        found = self.seen(images, features, own=self.has_own_scores and not self.has_prototypes)
         codes = found["codes"]
         if self.cfg.evaluation.flip and not self.fitting:
             codes = readout.flip_average(codes, self.seen(images.flip(-1))["codes"])
@@ -123,7 +124,7 @@ class Evaluated(L.LightningModule):
         if self.kmeans_probe.fitted:
             scores["kmeans"] = self.kmeans_probe.scores(codes)
         if self.has_own_scores:
-            scores["own"] = found["own"]
+            scores["own"] = readout.dot_products(codes, self.prototypes()) if self.has_prototypes else found["own"]
         if self.linear_probe is not None:
             scores["linear"] = self.linear_probe(codes)
         if self.posthoc_probe is not None:
@@ -157,10 +158,15 @@ class Evaluated(L.LightningModule):
     def log_probs(self, codes: Tensor, scores: dict[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
         """Log-probabilities [B,K,H,W] of each read-out: softmax of logits, or of twice the cosine to centroids."""
         probes = {"cluster": self.cluster_probe, "kmeans": self.kmeans_probe}
-        return {
-            name: probes[name].log_probs(codes, size) if name in probes else readout.log_probs(values, size)
-            for name, values in scores.items()
-        }
+
+        def of(name: str, values: Tensor) -> Tensor:
+            if name in probes:
+                return probes[name].log_probs(codes, size)
+            if name == "own" and self.has_prototypes:
+                return readout.cluster_log_probs(codes, self.prototypes(), size, alpha=2.0)
+            return readout.log_probs(values, size)
+
+        return {name: of(name, values) for name, values in scores.items()}
 
     def refined(self, images: Tensor, valid: Tensor, codes: Tensor, scores: dict[str, Tensor]) -> dict[str, Tensor]:
         """Id maps [B,H,W] of every read-out after the dense CRF, as `<probe>_crf`; one lattice serves all read-outs."""

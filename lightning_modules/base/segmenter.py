@@ -27,6 +27,7 @@ from lightning_modules.base.near import near_pictures
 from lightning_modules.base.optim import CompositeOptimizer, clip_gradients, scheduled
 from lightning_modules.base.regions import region_files
 from lightning_modules.base.relations import Place, Relation, Seen
+from lightning_modules.facts import OWN
 from models.backbone import Backbone, Features, synchronise_norms
 from models.feature_store import FeatureStore
 
@@ -76,7 +77,7 @@ class UnsupervisedSegmenter(Evaluated):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "scores" in vars(cls) and "headline" not in vars(cls):
+        if any(name in vars(cls) for name in OWN) and "headline" not in vars(cls):
             cls.headline = "own"
 
     def __init__(self, cfg: DictConfig, meta: ClassMeta, linear_probe: bool = True) -> None:
@@ -89,7 +90,8 @@ class UnsupervisedSegmenter(Evaluated):
         self._check_frozen()
         with library_draws(cfg.seed, "init"):
             self.build()
-        self.has_own_scores = type(self).scores is not UnsupervisedSegmenter.scores
+        self.has_prototypes = type(self).prototypes is not UnsupervisedSegmenter.prototypes
+        self.has_own_scores = self.has_prototypes or type(self).scores is not UnsupervisedSegmenter.scores
         self.build_evaluation(linear_probe)
         self.first_step, self.total_steps = 0, cfg.trainer.max_steps or 1  # of the run, or of its phase
         self.restored_step: int | None = None
@@ -155,6 +157,14 @@ class UnsupervisedSegmenter(Evaluated):
     def scores(self, features: Features) -> Tensor:
         """A method's own classifier: [B,K,h,w]; scored as val/own/* where a method defines it."""
         raise TypeError(f"{type(self).__name__} has no classifier of its own")
+
+    def prototypes(self) -> Tensor:
+        """In place of `scores`, where a method's own classes are centroids among its codes: these, [K,D].
+
+        The nearest by cosine is a patch's class. They are read as the cluster probe is: of the codes that are averaged
+        with those of the mirrored picture, and in the dense CRF by twice the cosine.
+        """
+        raise TypeError(f"{type(self).__name__} has no classes of its own")
 
     @property
     def readouts(self) -> list[Readout]:

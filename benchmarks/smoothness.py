@@ -61,7 +61,15 @@ def pieces(quick: bool) -> list[Piece]:
         small, large = small | {"side": 6, "channels": 8}, large | {"side": 8, "channels": 8}
     chosen = [
         Piece(f"energy, 4 x {small['side']} x {small['side']}", "benchmarks.smoothness", "plain", "ours", small, 8.0),
-        Piece(f"large energy, 4 x {large['side']} x {large['side']}", "benchmarks.smoothness", "plain", "ours", large, 8.0, 8.0),
+        Piece(
+            f"large energy, 4 x {large['side']} x {large['side']}",
+            "benchmarks.smoothness",
+            "plain",
+            "ours",
+            large,
+            8.0,
+            8.0,
+        ),
     ]
     return [replace(piece, faster=None, smaller=None) for piece in chosen] if quick else chosen
 

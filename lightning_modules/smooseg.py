@@ -24,7 +24,7 @@ from models.heads import SegmentationHead, drop_channels, own_channel_masks
 from models.momentum import towards
 
 LOOKED = 121
-"""Patches of a picture, evenly spaced, at whose pairs a shift is read by quantile (11 x 11, as many as STEGO samples)."""
+"""Patches of a picture, evenly spaced, at whose pairs a shift is read by quantile (11 x 11, as STEGO samples)."""
 
 
 class SmooSeg(QuantileShifts):

@@ -6,7 +6,6 @@ and itself, one of its nearest pictures, and random pictures of the batch. Secti
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -94,7 +94,13 @@ def cycle(order: Tensor) -> Tensor:
 
 
 def random_negatives(
-    seed: int, step: int, repeats: int, count: int, kind: str = "shifted", part: int = 0, purpose: str = "stego.negatives"
+    seed: int,
+    step: int,
+    repeats: int,
+    count: int,
+    kind: str = "shifted",
+    part: int = 0,
+    purpose: str = "stego.negatives",
 ) -> Tensor:
     """Which of `count` pictures is the negative of which: int64 [R,count], drawn by (seed, purpose, step, repetition,
     part).

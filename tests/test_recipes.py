@@ -52,6 +52,8 @@ OF_METHOD = {
     "dino": ["method.head.out_dim=64", "method.crops.local_count=2", "data.train_size=128"],
 }
 
+"""What makes the other sizes of a method small, where it has any."""
+
 WHOLE = ("resnet18", "resnet50", "resnet101", "selfpatch_vits16", "tiny")
 """Backbones whose depth is not set here: they have none, their file lists the arguments that may be given, or they are
 small and read at late blocks."""
@@ -76,7 +78,7 @@ def test_one_step(name, tmp_path):
     else:
         data = [f"data.root={TREES.get(words['data'], folder)(tmp_path / 'tree')}"]
     size = [word for word in SMALL if "depth" not in word or words["backbone"] not in WHOLE]
-    run = [f"experiment={name}", f"run.dir={tmp_path}", "run.name=r", *size, *OF_METHOD[words["method"]], *data]
+    run = [f"experiment={name}", f"run.dir={tmp_path}", "run.name=r", *size, *OF_METHOD.get(words["method"], []), *data]
     metrics = training.train(config.compose(run))
     assert metrics["method"] == words["method"]
     wanted = "val/cluster/entropy" if words["data"] == "folder" else "val/cluster/miou"
@@ -152,6 +154,29 @@ def test_recipes_of_transfgu_hold_the_released_values(name):
     assert cfg.trainer.val_every == epoch
     assert cfg.trainer.max_epochs == epochs or cfg.trainer.max_steps == epochs * epoch
     assert cfg.method.restarts.epoch in (None, epoch)
+
+
+@pytest.mark.parametrize("name", [name for name in config.names("experiment") if name.startswith("smooseg")])
+def test_recipes_of_smooseg_hold_the_released_values(name):
+    """The settings of the release (mc-lan/SmooSeg): one set, but for the two shifts."""
+    cfg = config.compose([f"experiment={name}", "data.root=x", "backbone.weights=none"])
+    method, optim = cfg.method, cfg.optim
+    shifts = {"cocostuff27": (-0.02, 0.48), "cityscapes27": (-0.02, 0.5), "potsdam3": (0.1, 0.5)}
+    assert (method.terms.within.shift, method.terms.across.shift) == shifts[cfg.data.name]
+    assert (method.dim, method.temperature, method.ema, method.dropout.p, method.partners) == (
+        64,
+        0.1,
+        0.998,
+        0.2,
+        "shifted",
+    )
+    assert (optim.head.optimizer, optim.head.lr, optim.prototypes.lr, optim.head.weight_decay) == (
+        "adam",
+        1e-4,
+        5e-4,
+        0,
+    )
+    assert (cfg.data.batch_size, cfg.trainer.max_steps, cfg.data.train_size) == (32, 3000, 224)
 
 
 @pytest.mark.parametrize("name", [name for name in config.names("experiment") if name.startswith("stego")])

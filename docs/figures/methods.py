@@ -17,6 +17,7 @@ from grouping import spectral
 from grouping.regions import over_segment
 from lightning_modules.base.relations import Seen as Picture
 from lightning_modules.families.graph_cuts import patch_features
+from losses.smoothness import soft_labels
 from models.vit.masking import block_masks
 from pseudo_labels.views import Segments, Shades, Soft, Strongest
 
@@ -78,6 +79,32 @@ def stego() -> Grid:
         row, column = int(down * rows.shape[2]), int(along * rows.shape[3])
         cosines = torch.einsum("d,bdhw->bhw", rows[0, :, row, column], rows)
         grid.rows.append([drawing.shades(own, 0.0, 1.0) for own in cosines])
+    return grid
+
+
+def smooseg() -> Grid:
+    """Cosines of a patch, of features and of soft labels, and the labels of the teacher."""
+    seen = trained("smooseg")
+    batch = seen.batch("val", VAL)
+    with torch.inference_mode():
+        features = seen.model.features(batch["image"])
+        own = seen.model.read(batch["image"])[1]["own"]
+    labels = soft_labels(own, seen.cfg.method.temperature)
+    classes = readout.predict(own, tuple(batch["image"].shape[-2:]))
+    columns = ["the patch", "cosines of\nfeatures", "cosines of\nsoft labels", "labels of\nthe teacher", "truth"]
+    grid = Grid(columns)
+    for row, (down, along) in enumerate([(0.75, 0.5), (0.2, 0.5), (0.8, 0.3)]):
+        shown = drawing.picture(batch["image"][row])
+        cells = [Cell(shown, (along * len(shown), down * len(shown)))]
+        for maps in (features.concat(), labels):
+            unit = F.normalize(maps[row], dim=0)
+            patch = unit[:, int(down * unit.shape[1]), int(along * unit.shape[2])]
+            cells.append(drawing.shades(torch.einsum("d,dhw->hw", patch, unit), 0.0, 1.0))
+        cells += [
+            drawing.ids(classes[row], seen.cfg.method.num_clusters),
+            drawing.truth(batch["label"][row], seen.meta),
+        ]
+        grid.rows.append(cells)
     return grid
 
 
@@ -196,7 +223,8 @@ def transfgu() -> Grid:
 FIGURES: dict[str, Callable[[], Grid]] = {
     draw.__name__: draw
     for draw in (
-        deep_spectral, dino, hidden_positives, hsg, kmeans_baseline, normalized_cut, segsort, stego, tokencut, transfgu,
+        deep_spectral, dino, hidden_positives, hsg, kmeans_baseline, normalized_cut, segsort, smooseg, stego, tokencut,
+        transfgu,
     )
 }  # fmt: skip
 

@@ -90,7 +90,7 @@ def smooseg() -> Grid:
         features = seen.model.features(batch["image"])
         own = seen.model.read(batch["image"])[1]["own"]
     labels = soft_labels(own, seen.cfg.method.temperature)
-    classes = readout.predict(own, tuple(batch["image"].shape[-2:]))
+    classes = classes_of("own", seen, own, batch["image"])
     columns = ["the patch", "cosines of\nfeatures", "cosines of\nsoft labels", "labels of\nthe teacher", "truth"]
     grid = Grid(columns)
     for row, (down, along) in enumerate([(0.75, 0.5), (0.2, 0.5), (0.8, 0.3)]):
@@ -100,11 +100,7 @@ def smooseg() -> Grid:
             unit = F.normalize(maps[row], dim=0)
             patch = unit[:, int(down * unit.shape[1]), int(along * unit.shape[2])]
             cells.append(drawing.shades(torch.einsum("d,dhw->hw", patch, unit), 0.0, 1.0))
-        cells += [
-            drawing.ids(classes[row], seen.cfg.method.num_clusters),
-            drawing.truth(batch["label"][row], seen.meta),
-        ]
-        grid.rows.append(cells)
+        grid.rows.append([*cells, *(drawing.truth(ids[row], seen.meta) for ids in (classes, batch["label"]))])
     return grid
 
 
@@ -258,8 +254,13 @@ def read(seen: Seen, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 def codes_of_clusters(seen: Seen, images: Tensor) -> Tensor:
     """The class that each pixel's k-means cluster was matched to; -1: none."""
-    clusters = readout.predict(read(seen, images)[1]["kmeans"], tuple(images.shape[-2:]))
-    return torch.as_tensor(seen.checkpoint["labelfree"]["clusters"]["kmeans"])[clusters]
+    return classes_of("kmeans", seen, read(seen, images)[1]["kmeans"], images)
+
+
+def classes_of(probe: str, seen: Seen, scores: Tensor, images: Tensor) -> Tensor:
+    """The class that the cluster of each pixel, by a probe's score maps, was matched to; -1: none."""
+    clusters = readout.predict(scores, tuple(images.shape[-2:]))
+    return torch.as_tensor(seen.checkpoint["labelfree"]["clusters"][probe])[clusters]
 
 
 @torch.inference_mode()

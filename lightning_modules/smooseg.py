@@ -93,9 +93,9 @@ class SmooSeg(QuantileShifts):
 
     @torch.no_grad()
     def _watched(self, found: Smoothness, labels: Tensor, taught: Tensor, learnt: Tensor) -> dict[str, Tensor]:
-        """For the log: what says whether labels stay sharp and spread, and whether the student keeps up."""
+        """For the log: whether labels stay sharp and spread, and whether the student keeps up; a collective."""
         best = taught.argmax(1)
-        mean = labels.mean((0, 2, 3))
+        mean = distributed.mean(labels.mean((0, 2, 3)))
         return {
             **{f"discontinuity_{kind}": value for kind, value in found.discontinuities.items()},
             **self.shifts_by_quantile(found.shifts),

@@ -1,26 +1,28 @@
 """k-means on frozen features (or on colours): the row that every method has to beat. Its score is val/kmeans/*.
 
-Nothing is trained but the two online probes. `method.features: colour` clusters mean patch colours instead, the floor
-that any feature has to beat.
+Nothing is trained but the two online probes. `method.features: keys` clusters what EAGLE is trained on; `colour` mean
+patch colours, the floor that any feature has to beat.
 """
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_modules.base import UnsupervisedSegmenter
+from lightning_modules.families.keys import KeyFeatures
 from models.backbone import Features
 
 
-class KMeansBaseline(UnsupervisedSegmenter):
-    """Codes = L2-normalised backbone features (all of `backbone.levels`), or patch colours."""
+class KMeansBaseline(KeyFeatures):
+    """Codes = L2-normalised backbone features (all of `backbone.levels`), attention keys, or patch colours."""
 
     title = "k-means"
     headline = "kmeans"
     trains = False
 
     def build(self) -> None:
-        self.colour = self.cfg.method.features == "colour"
-        self.code_dim = 3 if self.colour else self.backbone.dim
+        settings = self.cfg.method
+        self.colour = settings.features == "colour"
+        self.build_keys(settings.blocks if settings.features == "keys" else 0)
+        self.code_dim = 3 if self.colour else self.feature_dim
 
     def features(self, images: Tensor) -> Features:
         if not self.colour:

@@ -8,7 +8,7 @@ import importlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -346,6 +346,7 @@ class Backbone(nn.Module):
         qkv: bool = False,
         block: int = -1,
         hidden: tuple[Tensor, Tensor] | None = None,
+        keys: Sequence[int] = (),
     ) -> Features:
         """Features of pictures [B,3,H,W] in 0..1 (normalised here).
 
@@ -361,11 +362,12 @@ class Backbone(nn.Module):
             block: index of the block, negative from the end.
             hidden: (mask bool [B,h,w], token [C]): the token takes the place of masked patches, before their position
                 is added. Transformers only.
+            keys: also the attention keys of the patches in these blocks, negative from the end.
 
         Raises:
             ConfigError: a size that does not fit, or attention asked of a network that has none.
         """
-        if (attention or qkv) and not self.has_attention:
+        if (attention or qkv or keys) and not self.has_attention:
             raise ConfigError(
                 f"backbone={self.name}: {self.network} has no attention to give; let the method use an affinity of the "
                 "features instead (method.lhp.attention=affinity), or choose a vision transformer"
@@ -386,7 +388,7 @@ class Backbone(nn.Module):
                     return Features(self._maps(pictures))
                 if hidden is not None:
                     stack.enter_context(layers.hiding(self.net.patch_embed, *hidden))
-                return self._tokens(pictures, attention, qkv, block)
+                return self._tokens(pictures, attention, qkv, block, keys)
             except AssertionError as error:  # some transformers take one size only
                 size = " x ".join(map(str, images.shape[-2:]))
                 raise ConfigError(f"{self.network} refuses pictures of {size} px: {error}") from None
@@ -399,14 +401,17 @@ class Backbone(nn.Module):
         maps = [maps[level].permute(0, 3, 1, 2) if self.turned else maps[level] for level in self.order]
         return [level.float().contiguous() for level in maps]
 
-    def _tokens(self, pictures: Tensor, attention: bool, qkv: bool, block: int) -> Features:
+    def _tokens(self, pictures: Tensor, attention: bool, qkv: bool, block: int, keys: Sequence[int]) -> Features:
         depth = len(self.net.blocks)
-        if not -depth <= block < depth:
-            raise ConfigError(f"block {block}: {self.network} has blocks {-depth} to {depth - 1}")
-        block %= depth
-        attn = self.net.blocks[block].attn if attention or qkv else None
-        indices = sorted({*self.order} if attn is None else {*self.order, block})
-        with nullcontext() if attn is None else layers.watching(attn) as seen:
+        for number in (block, *keys):
+            if not -depth <= number < depth:
+                raise ConfigError(f"block {number}: {self.network} has blocks {-depth} to {depth - 1}")
+        block, keys = block % depth, [number % depth for number in keys]
+        watched = {*keys, *([block] if attention or qkv else [])}
+        indices = sorted({*self.order, *watched})
+        with ExitStack() as stack:
+            attns = {number: self.net.blocks[number].attn for number in watched}
+            seen = {number: stack.enter_context(layers.watching(attn)) for number, attn in attns.items()}
             outputs = self.net.forward_intermediates(
                 pictures, indices=indices, norm=self.level_norm, stop_early=True, return_prefix_tokens=self.prefix > 0,
                 output_fmt="NCHW", intermediates_only=True,
@@ -416,11 +421,15 @@ class Backbone(nn.Module):
         result = Features([found[level][0].float() for level in self.order], prefix=self.prefix)
         if getattr(self.net, "cls_token", None) is not None:
             result.cls = found[self.order[-1]][1][:, 0].float()
-        if attn is not None:
-            with torch.autocast(pictures.device.type, enabled=False):
-                projected = layers.project(attn, seen)
-                result.qkv = projected if qkv else None
-                result.attention = layers.logits(attn, projected, seen.get("rope")) if attention else None
+        if not watched:
+            return result
+        with torch.autocast(pictures.device.type, enabled=False):
+            projected = {number: layers.project(attns[number], seen[number]) for number in watched}
+            if keys:
+                result.keys = [layers.key_map(projected[number], self.prefix, result.map.shape[-2:]) for number in keys]
+            result.qkv = projected[block] if qkv else None
+            if attention:
+                result.attention = layers.logits(attns[block], projected[block], seen[block].get("rope"))
         return result
 
 

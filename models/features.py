@@ -19,6 +19,8 @@ class Features:
     """Logits q k^T / sqrt(d) [B,heads,T,T] after query and key norms and rotation, before the softmax."""
     qkv: Tensor | None = None
     """Queries, keys, values [3,B,heads,T,d] as projected: before query and key norms and before rotation."""
+    keys: list[Tensor] | None = None
+    """Maps [B,C,h,w] of the patches' keys as projected, heads side by side, of the blocks that were asked for."""
     prefix: int = 0
     """Tokens of T that belong to no patch (class token, registers); they come first."""
 

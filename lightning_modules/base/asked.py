@@ -21,7 +21,10 @@ class Asked(Protocol):
     region_key: str
     neighbour_table: str | None
     wants_attention: bool
+    features_key: str
 
     def unlabelled_loader(self, split: str, **settings: Any) -> Iterable[dict[str, Any]]: ...
+
+    def features(self, images: torch.Tensor) -> Features: ...
 
     def frozen_features(self, split: str, batch: dict[str, Any]) -> Features: ...

@@ -59,12 +59,12 @@ def keep_features(method: Asked, data: Any) -> dict[str, FeatureStore]:
 
 
 def _keep(method: Asked, data: Any, split: str, geometry: Geometry) -> FeatureStore:
-    backbone, multiple = method.backbone, data.pad_multiple
+    multiple = data.pad_multiple
     height, width = (-(-side // multiple) * multiple for side in geometry.kept_size(1, 1))
     layout = Layout.of(_features(method, torch.zeros(1, 3, height, width)))
     items = len(data.source(split)) * geometry.crops
     precision = usable(method.cfg.trainer.precision, method.device.type)
-    name = feature_store.name(backbone.features_key, data.fingerprint(split, geometry), f"{height}x{width}", precision)
+    name = feature_store.name(method.features_key, data.fingerprint(split, geometry), f"{height}x{width}", precision)
 
     def batches() -> Iterator[tuple[Tensor, Features]]:
         for batch in method.unlabelled_loader(split, geometry=geometry, purpose="features"):
@@ -77,4 +77,4 @@ def _keep(method: Asked, data: Any, split: str, geometry: Geometry) -> FeatureSt
 
 def _features(method: Asked, images: Tensor) -> Features:
     with method.trainer.precision_plugin.forward_context():
-        return method.backbone.features(images.to(method.device))
+        return method.features(images.to(method.device))

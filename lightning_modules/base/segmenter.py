@@ -196,6 +196,11 @@ class UnsupervisedSegmenter(Evaluated):
         """Backbone features of pictures [B,3,H,W] in 0..1; no graph where the backbone is frozen."""
         return self.backbone.features(images, grad=not self.backbone.frozen, attention=self.wants_attention)
 
+    @property
+    def features_key(self) -> str:
+        """What all that `features` gives depends on, beside the pictures; names files of kept features."""
+        return self.backbone.features_key
+
     def features_of(self, batch: dict[str, Any], view: str = "image") -> Features:
         """Features of the pictures of a batch, or of those of its view `neighbour`: read from the file of
         `backbone.cache_features` where there is one for this split, else computed."""

@@ -43,9 +43,7 @@ def patch_features(backbone: Backbone, images: Tensor, kind: str = "keys") -> Te
     without attention always these."""
     if kind == "levels" or not backbone.has_attention:
         return backbone.features(images).concat()
-    found = backbone.features(images, qkv=True)
-    keys = found.qkv[1][:, :, found.prefix :].float()  # [B,heads,N,d]
-    return keys.permute(0, 1, 3, 2).flatten(1, 2).unflatten(2, found.map.shape[-2:])
+    return backbone.features(images, keys=[-1]).keys[0]
 
 
 def patch_width(backbone: Backbone, kind: str) -> int:

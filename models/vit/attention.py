@@ -88,6 +88,11 @@ def _split_heads(attn: nn.Module, projected: Tensor) -> Tensor:
     return projected.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
 
 
+def key_map(qkv: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:
+    """[3,B,heads,T,d] -> the keys of the patches as a map [B,heads*d,h,w], heads side by side; `grid` is (h, w)."""
+    return qkv[1][:, :, prefix:].permute(0, 1, 3, 2).flatten(1, 2).unflatten(2, grid)
+
+
 def logits(attn: nn.Module, qkv: Tensor, rope: Tensor | None) -> Tensor:
     """[3,B,heads,T,d] -> q k^T / sqrt(d) [B,heads,T,T], float32, after the query and key norms and the rotation."""
     queries, keys = attn.q_norm(qkv[0]), attn.k_norm(qkv[1])

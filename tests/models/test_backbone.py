@@ -57,6 +57,22 @@ def test_keys_are_the_projection():
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
+def test_keys_of_several_blocks_are_maps_and_change_nothing_else(name):
+    model = make_transformer(name)
+    images = torch.rand(2, 3, 48, 32)
+    found = model.features(images, keys=[-1, -2])
+    assert torch.equal(found.map, model.features(images).map)
+    assert found.qkv is None
+    for block, keys in zip((-1, -2), found.keys, strict=True):
+        alone = model.features(images, qkv=True, block=block).qkv[1]
+        assert keys.shape == (2, model.heads * 16, 6, 4)
+        assert torch.equal(keys[:, 16:32, 2, 3], alone[:, 1, model.prefix + 2 * 4 + 3])
+    depth = len(model.net.blocks)
+    with pytest.raises(ConfigError, match=rf"^block {depth}: .* has blocks -{depth} to {depth - 1}$"):
+        model.features(images, keys=[depth])
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
 def test_features_are_timms(name):
     model = make_transformer(name, mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7])
     images = torch.rand(2, 3, 32, 48)
@@ -201,7 +217,7 @@ def test_padding_is_passed_on():
 def test_cnn_has_no_attention():
     model = Backbone(make_cnn())
     assert not model.has_attention
-    for asked in ({"attention": True}, {"qkv": True}):
+    for asked in ({"attention": True}, {"qkv": True}, {"keys": [-1]}):
         with pytest.raises(ConfigError) as error:
             model.features(torch.rand(1, 3, 32, 32), **asked)
         assert str(error.value) == (

@@ -183,6 +183,7 @@ bench: $(READY) ## [ARGS=…]: time and memory beside the plain formulation; pic
 	@$(PY) -m benchmarks.search
 	@$(PY) -m benchmarks.stego
 	@$(PY) -m benchmarks.segments
+	@$(PY) -m benchmarks.objects
 	@$(PY) -m benchmarks.smoothness
 	@$(PY) -m benchmarks.spectral
 	@$(PY) -m benchmarks.concepts

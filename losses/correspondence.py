@@ -162,11 +162,16 @@ def signal(one: Tensor, two: Tensor, pointwise: bool = True, average: Callable[[
     return wanted - wanted.mean(dim=(3, 4), keepdim=True) + average(wanted.mean())
 
 
+def limits(zero_clamp: bool, stabilize: bool) -> tuple[float, float | None]:
+    """Between which values code cosines count; see `correspondence`."""
+    return 0.0 if zero_clamp else -1e4, CEILING if stabilize else None
+
+
 def _copied(
     wanted: Tensor, codes: tuple[Tensor, Tensor], shift: float | Tensor, zero_clamp: bool, stabilize: bool
 ) -> tuple[Tensor, Tensor]:
     found = cosines(*codes)
-    limited = found.clamp(min=0.0 if zero_clamp else -1e4, max=CEILING if stabilize else None)
+    limited = found.clamp(*limits(zero_clamp, stabilize))
     return -limited * (wanted - shift), found
 
 

@@ -49,6 +49,7 @@ OF_METHOD = {
         "method.decoder.dim=24",
         "method.restarts.repeat=1",
     ],
+    "eagle": ["method.blocks=2"],
     "dino": ["method.head.out_dim=64", "method.crops.local_count=2", "data.train_size=128"],
 }
 
@@ -185,6 +186,34 @@ def test_recipes_of_stego_choose_as_released(name):
     cfg = config.compose([f"experiment={name}", "data.root=x", "backbone.weights=none"])
     assert cfg.trainer.val_every == (4545 // 16 if cfg.data.name == "potsdam3" else 400)
     assert (cfg.evaluation.flip, cfg.evaluation.crf, cfg.trainer.max_steps) == (True, "dense", 5000)
+
+
+@pytest.mark.parametrize("name", [name for name in config.names("experiment") if name.startswith("eagle")])
+def test_recipes_of_eagle_hold_the_released_values(name):
+    """Those of the two released configurations, and what its code does without a setting."""
+    cfg = config.compose([f"experiment={name}", "data.root=x", "backbone.weights=none"])
+    method, optim, released = (
+        cfg.method,
+        cfg.optim,
+        "cityscapes27" if cfg.data.name == "cityscapes27" else "cocostuff27",
+    )
+    found = [cfg.data.batch_size, cfg.trainer.max_steps, method.objects.start, method.objects.share, method.samples]
+    found += [method.terms.positive, method.terms.negative, method.shift.bias, method.cue.clusters]
+    found += [method.objects.smoothing, optim.cue.lr, optim.linear_probe.lr, optim.cluster_probe.lr]
+    assert (
+        found
+        == {
+            "cocostuff27": [64, 10_000, 200, 0.9, 11, 0.25, 0.63, 0.0, 32, 0.0, 5e-5, 1e-3, 5e-3],
+            "cityscapes27": [32, 6_000, 380, 0.7, 28, 0.18, 1.0, 0.11, 28, 0.1, 5e-4, 5e-3, 3e-3],
+        }[released]
+    )
+    assert (method.dim, method.blocks, method.cue.vectors, method.shift.scale, method.negatives.repeats) == (
+        512, 3, 4, 3.5, 5,
+    )  # fmt: skip
+    assert (method.cue.colour, method.cue.sign, method.cue.scope) == ("released", "picture", "batch")
+    assert (method.objects.prototypes, method.objects.temperature, method.objects.across) == ("medoid", 0.07, 0.7)
+    assert (method.zero_clamp, method.stabilize, method.pointwise, method.blur_p) == (True, True, True, 0.5)
+    assert (optim.head.lr, optim.projection.lr, cfg.evaluation.extra) == (5e-4, 5e-4, "stego_compat")
 
 
 def test_published_figures_are_those_of_the_metrics():

@@ -104,6 +104,22 @@ def smooseg() -> Grid:
     return grid
 
 
+def eagle() -> Grid:
+    """Eigenvectors of a picture's graph, the segments in them, and clusters of the codes."""
+    seen = trained("eagle")
+    batch = seen.batch("val", VAL)
+    codes, _ = read(seen, batch["image"])
+    with torch.no_grad():
+        vectors = seen.model.vectors(batch["image"], {"positive": codes})["positive"]
+        segments = seen.model.segments("positive", vectors)
+    clusters = codes_of_clusters(seen, batch["image"])
+    grid = Grid(["picture", "eigenvectors\n2, 3 and 4", "their\nsegments", "clusters of\ncodes", "truth"])
+    for row, found in enumerate(drawing.components(vectors)):
+        own = regions(segments[row], seen.cfg.method.cue.clusters)
+        grid.rows.append([*pair(seen, batch, row, found, own, drawing.truth(clusters[row], seen.meta))])
+    return grid
+
+
 def dino() -> Grid:
     """Crops of a step, hidden patches, and features before and after the training of the bundled weights."""
     seen, random = untrained("dino", "backbone.weights=bundled"), untrained("dino", "backbone.weights=none")
@@ -219,8 +235,8 @@ def transfgu() -> Grid:
 FIGURES: dict[str, Callable[[], Grid]] = {
     draw.__name__: draw
     for draw in (
-        deep_spectral, dino, hidden_positives, hsg, kmeans_baseline, normalized_cut, segsort, smooseg, stego, tokencut,
-        transfgu,
+        deep_spectral, dino, eagle, hidden_positives, hsg, kmeans_baseline, normalized_cut, segsort, smooseg, stego,
+        tokencut, transfgu,
     )
 }  # fmt: skip
 

@@ -36,6 +36,8 @@ def test_every_kind_of_the_foundation_has_a_case():
         "transfgu": "things_bootstrap_loss thingstuff_bootstrap_loss cls_emb_loss binarize_mask concept_map "
         "kmeans_centroids crop_boxes mask_decoder hungarian_metric",
         "smooseg": "pair_energy smoothness energy predictor projector train_step cluster_predict training",
+        "eagle": "affinity_laplacian eigenvectors sign_rule eicue_assign obj_nce corr_helper corr_loss featurizer "
+        "loss_schedule training",
         "hsg": "knn_affinity dmon_loss transition_composition group_means transformer_clustering generate_clusters "
         "end_to_end_gradient losses centroid_contrastive gather_prototypes cluster_mapping reorder_image_indices",
     }

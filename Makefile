@@ -180,6 +180,7 @@ reference: $(READY) ## DIR=folder [ARGS=…]: replay the authors' numbers
 
 bench: $(READY) ## [ARGS=…]: time and memory beside the plain formulation; pictures per second by batch and processes; every step beside its floor
 	@$(PY) -m benchmarks.hidden_positives $(ARGS)
+	@$(PY) -m benchmarks.modularity
 	@$(PY) -m benchmarks.search
 	@$(PY) -m benchmarks.stego
 	@$(PY) -m benchmarks.segments

@@ -86,7 +86,7 @@ def begin() -> None:
 
 def build_data(cfg: DictConfig) -> tuple[DictConfig, SegmentationDataModule]:
     """The DataModule, set up, and the configuration with what only the data could tell (method.num_clusters,
-    data.value_range)."""
+    data.value_range, sizes of a method that go by the pictures)."""
     if cfg.trainer.accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError(
             "trainer.accelerator=gpu: no CUDA device is visible; use trainer.accelerator=auto, or see `run.py doctor`"
@@ -102,7 +102,8 @@ def build_data(cfg: DictConfig) -> tuple[DictConfig, SegmentationDataModule]:
         found["method.num_clusters"] = data.meta.num_classes or UNLABELLED_CLUSTERS
     if found:
         cfg = config.changed(cfg, found)
-    return cfg, data
+    sizes = registry.method_class(cfg.method.name).settled(cfg, data)
+    return (config.changed(cfg, sizes) if sizes else cfg), data
 
 
 def expect_room(trainer: DictConfig) -> None:

@@ -41,22 +41,25 @@ class LinearProbe(nn.Module):
         with chance.library_draws(seed, "linear_probe"):
             self.classifier = nn.Conv2d(dim, classes, 1)
 
-    def forward(self, codes: Tensor) -> Tensor:
-        """Logits at patch resolution: [B,D,h,w] -> [B,C,h,w], float32 whatever autocast says."""
-        layer = self.classifier
+    def forward(self, codes: Tensor, constant: bool = False) -> Tensor:
+        """Logits at patch resolution: [B,D,h,w] -> [B,C,h,w], float32 whatever autocast says. constant: the probe's
+        own weights get no gradient."""
+        weight, bias = self.classifier.weight.flatten(1), self.classifier.bias
+        if constant:
+            weight, bias = weight.detach(), bias.detach()
         with torch.autocast(codes.device.type, enabled=False):
-            logits = readout.pointwise(codes.to(layer.weight.dtype), layer.weight.flatten(1))
-            return logits + layer.bias[:, None, None]
+            return readout.pointwise(codes.to(weight.dtype), weight) + bias[:, None, None]
 
-    def loss(self, codes: Tensor, label: Tensor, valid: Tensor | None = None) -> Tensor:
+    def loss(self, codes: Tensor, label: Tensor, valid: Tensor | None = None, *, leaks: bool = False) -> Tensor:
         """Cross-entropy of the upsampled logits, mean over the valid pixels of the global batch.
 
-        codes [B,D,h,w] (detached here); label int64 [B,H,W], pixels outside 0..C-1 are ignored; valid bool [B,H,W].
+        codes [B,D,h,w] (detached here; with `leaks`, for variants that train with labels, they alone get the gradient
+        and the probe none); label int64 [B,H,W], pixels outside 0..C-1 are ignored; valid bool [B,H,W].
         Every rank's sum is divided by the number of valid pixels of all ranks and multiplied by the number of ranks, so
         that DDP's mean of the gradients is the gradient of one process with the whole batch. 0 with a graph where no
         pixel is valid. A collective: all ranks must call it.
         """
-        logits = self(codes.detach())
+        logits = self(codes, constant=True) if leaks else self(codes.detach())
         counted = (label >= 0) & (label < logits.shape[1])
         if valid is not None:
             counted &= valid

@@ -24,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from common import chance
 from common.errors import ConfigError, did_you_mean, one_of
+from common.precision import real
 from models.features import Features
 from models.output_stride import OutputStrides
 from models.pretrained import origins, weights
@@ -399,7 +400,7 @@ class Backbone(nn.Module):
         outputs = self.net(pictures.contiguous(memory_format=torch.channels_last))
         maps = dict(zip(sorted(self.order), outputs, strict=True))
         maps = [maps[level].permute(0, 3, 1, 2) if self.turned else maps[level] for level in self.order]
-        return [level.float().contiguous() for level in maps]
+        return [real(level).contiguous() for level in maps]
 
     def _tokens(self, pictures: Tensor, attention: bool, qkv: bool, block: int, keys: Sequence[int]) -> Features:
         depth = len(self.net.blocks)
@@ -418,9 +419,9 @@ class Backbone(nn.Module):
             )  # fmt: skip
         pairs = outputs if self.prefix else [(level, None) for level in outputs]
         found = dict(zip(indices, pairs, strict=True))
-        result = Features([found[level][0].float() for level in self.order], prefix=self.prefix)
+        result = Features([real(found[level][0]) for level in self.order], prefix=self.prefix)
         if getattr(self.net, "cls_token", None) is not None:
-            result.cls = found[self.order[-1]][1][:, 0].float()
+            result.cls = real(found[self.order[-1]][1][:, 0])
         if not watched:
             return result
         with torch.autocast(pictures.device.type, enabled=False):

@@ -4,6 +4,8 @@ Channel dropout is passed in as masks instead of being drawn inside. So a mask b
 the same on any number of ranks, and the caller decides which uses share a draw.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,11 +39,30 @@ def own_channel_masks(seed: int, purpose: str, step: int, maps: Tensor, p: float
     return distributed.own_slice(channel_masks(seed, purpose, step, pictures, channels, p, maps.device))
 
 
+def own_element_masks(
+    seed: int, purpose: str, step: int, shape: Sequence[int], p: float, device: torch.device
+) -> Tensor | None:
+    """Masks of dropout of single elements, float32 [B,...] of this rank's pictures, 0 or 1 / (1 - p); None for p 0.
+
+    One draw belongs to (seed, purpose, step, position in the global batch), on the device itself: attention weights
+    have millions of elements. CPU and GPU draw different ones.
+    """
+    if p == 0:
+        return None
+    pictures, *rest = shape
+    first = pictures * distributed.rank()
+    uniform = torch.empty(pictures, *rest, device=device)
+    for row, position in zip(uniform, range(first, first + pictures), strict=True):
+        row.uniform_(generator=chance.generator(seed, purpose, step, position, device=device))
+    return (uniform >= p).float().div_(1.0 - p)
+
+
 def drop_channels(features: Tensor, mask: Tensor | None) -> Tensor:
-    """Multiply maps [B,C,h,w] or rows [m,C] with a mask [B,C] or [m,C]; None leaves them as they are."""
+    """Multiply maps [B,C,h,w] or rows [m,C] with a mask of channels [B,C] or [m,C], or of the maps' own shape; None
+    leaves them as they are."""
     if mask is None:
         return features
-    return features * mask.to(features.dtype).reshape(*mask.shape, *[1] * (features.dim() - 2))
+    return features * mask.to(features.dtype).reshape(*mask.shape, *[1] * (features.dim() - mask.dim()))
 
 
 def patch_rows(maps: Tensor) -> Tensor:
@@ -67,7 +88,8 @@ class SegmentationHead(nn.Module):
     def forward(self, features: Tensor, masks: tuple[Tensor | None, Tensor | None] | None = None) -> Tensor:
         """Codes of maps [B,C,h,w] -> [B,D,h,w], or of single patches [m,C] -> [m,D].
 
-        `masks`: channel-dropout masks [B,C] (or [m,C]) for the linear and the non-linear term; None drops nothing.
+        `masks`: dropout masks for the linear and the non-linear term, of channels [B,C] (or [m,C]) or of elements, in
+        the shape of the features; None drops nothing.
         """
         first, second = masks if masks is not None else (None, None)
         codes = _pointwise(self.linear, drop_channels(features, first))

@@ -50,6 +50,7 @@ OF_METHOD = {
         "method.restarts.repeat=1",
     ],
     "eagle": ["method.blocks=2"],
+    "cause": ["method.concepts=32", "method.bank=8"],
     "dino": ["method.head.out_dim=64", "method.crops.local_count=2", "data.train_size=128"],
 }
 
@@ -178,6 +179,31 @@ def test_recipes_of_smooseg_hold_the_released_values(name):
         0,
     )
     assert (cfg.data.batch_size, cfg.trainer.max_steps, cfg.data.train_size) == (32, 3000, 224)
+
+
+@pytest.mark.parametrize("name", [name for name in config.names("experiment") if name.startswith("cause")])
+def test_recipes_of_cause_hold_the_released_values(name):
+    """Both leaks of labels, the slip of the heads and the lengths of the release, in every phase."""
+    cfg = config.compose([f"experiment={name}", "data.root=x", "backbone.weights=none"])
+    method, optim, wide = cfg.method, cfg.optim, cfg.method.head == "tr"
+    crops = {"cocostuff27": 5 * 97_702, "cityscapes27": 5 * 2_975, "pascal_voc": 50 * 1_464}
+    epoch = -(-crops.get(cfg.data.name, 20 * 97_702) // 64)
+    phases = config.plain(cfg)["phases"]
+    assert [(part["method.phase"], part["share"]) for part in phases] == [
+        ("book", 1),
+        ("head", 2),
+        ("prototypes", 5 if wide else 1),
+    ]
+    assert cfg.trainer.max_steps == epoch * sum(part["share"] for part in phases)
+    assert (method.dim, method.projection_dim, method.concepts, method.cell, method.bank) == (90, 2048, 2048, 4, 100)
+    assert (method.prototypes, method.clipping, method.start, method.centre) == ("labels", "joint", "uniform", False)
+    assert (method.temperature, method.near, method.far, method.ema, method.dropout) == (0.07, 0.3, 0.1, 0.99, 0.1)
+    assert {group.lr for name, group in optim.items() if name != "cluster_probe"} == {4e-3}
+    assert cfg.backbone.create.get("num_heads") == (None if "vitb" in name else 12)
+    sizes = [part.get("data.train_size", cfg.data.train_size) for part in phases]
+    assert sizes == ([320] * 3 if wide else [320, 224, 224])
+    clips = {"cocostuff27": 2.0 if wide else 0.1, "cityscapes27": 1.0}
+    assert optim.head.clip_norm == clips.get(cfg.data.name)
 
 
 @pytest.mark.parametrize("name", [name for name in config.names("experiment") if name.startswith("stego")])

@@ -17,6 +17,7 @@ from grouping import spectral
 from grouping.regions import over_segment
 from lightning_modules.base.relations import Seen as Picture
 from lightning_modules.families.graph_cuts import patch_features
+from losses.concept_contrast import nearest
 from losses.smoothness import soft_labels
 from models.vit.masking import block_masks
 from pseudo_labels.views import Segments, Shades, Soft, Strongest
@@ -117,6 +118,27 @@ def eagle() -> Grid:
     for row, found in enumerate(drawing.components(vectors)):
         own = regions(segments[row], seen.cfg.method.cue.clusters)
         grid.rows.append([*pair(seen, batch, row, found, own, drawing.truth(clusters[row], seen.meta))])
+    return grid
+
+
+def cause() -> Grid:
+    """How alike the concepts of a patch and of others are, what that makes of them, and the prototypes' classes."""
+    seen = trained("cause")
+    batch = seen.batch("val", VAL)
+    with torch.inference_mode():
+        maps = seen.model.features(batch["image"]).concat()
+        own = seen.model.read(batch["image"])[1]["own"]
+    classes = classes_of("own", seen, own, batch["image"])
+    concepts = nearest(maps.flatten(2).mT - seen.model.mean, seen.model.book).unflatten(1, maps.shape[2:])
+    book = F.normalize(seen.model.book.detach(), dim=1)
+    columns = ["the patch", "cosine of\nconcepts", "drawn\ntogether", "kept\napart", "classes of\nprototypes", "truth"]
+    grid = Grid(columns)
+    for row, (down, along) in enumerate([(0.75, 0.5), (0.2, 0.5), (0.8, 0.3)]):
+        shown, ids = drawing.picture(batch["image"][row]), concepts[row]
+        cosines = (book @ book[ids[int(down * ids.shape[0]), int(along * ids.shape[1])]])[ids]
+        cells = [Cell(shown, (along * len(shown), down * len(shown))), drawing.shades(cosines, 0.0, 1.0)]
+        cells += [drawing.lit(shown, mask) for mask in (cosines > seen.model.near, cosines < seen.cfg.method.far)]
+        grid.rows.append([*cells, *(drawing.truth(found[row], seen.meta) for found in (classes, batch["label"]))])
     return grid
 
 
@@ -235,8 +257,8 @@ def transfgu() -> Grid:
 FIGURES: dict[str, Callable[[], Grid]] = {
     draw.__name__: draw
     for draw in (
-        deep_spectral, dino, eagle, hidden_positives, hsg, kmeans_baseline, normalized_cut, segsort, smooseg, stego,
-        tokencut, transfgu,
+        cause, deep_spectral, dino, eagle, hidden_positives, hsg, kmeans_baseline, normalized_cut, segsort, smooseg,
+        stego, tokencut, transfgu,
     )
 }  # fmt: skip
 

@@ -28,6 +28,8 @@ class Evaluated(L.LightningModule):
     has_prototypes: bool
     headline: str
     trains: bool
+    sharpness: float = 2.0
+    """What cosines to `prototypes` are multiplied by before the softmax that the dense CRF starts from."""
 
     def build_evaluation(self, linear_probe: bool) -> None:
         """Probes, read-outs and metrics; once, after the method's `build`."""
@@ -156,14 +158,14 @@ class Evaluated(L.LightningModule):
         return found
 
     def log_probs(self, codes: Tensor, scores: dict[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
-        """Log-probabilities [B,K,H,W] of each read-out: softmax of logits, or of twice the cosine to centroids."""
+        """Log-probabilities [B,K,H,W] of each read-out: softmax of logits, or of cosines to centroids, sharpened."""
         probes = {"cluster": self.cluster_probe, "kmeans": self.kmeans_probe}
 
         def of(name: str, values: Tensor) -> Tensor:
             if name in probes:
                 return probes[name].log_probs(codes, size)
             if name == "own" and self.has_prototypes:
-                return readout.cluster_log_probs(codes, self.prototypes(), size, alpha=2.0)
+                return readout.cluster_log_probs(codes, self.prototypes(), size, alpha=self.sharpness)
             return readout.log_probs(values, size)
 
         return {name: of(name, values) for name, values in scores.items()}

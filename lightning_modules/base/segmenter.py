@@ -122,6 +122,12 @@ class UnsupervisedSegmenter(Evaluated):
     code_dim: int
     """D of the codes; `build` sets it."""
 
+    @classmethod
+    def settled(cls, cfg: DictConfig, data: Any) -> dict[str, Any]:
+        """Values of `method.*` keys that are null and go by the pictures of `data`, a DataModule that is set up; called
+        before anything is built. They are in the saved configuration."""
+        return {}
+
     def build(self) -> None:
         """Make heads and banks from `self.cfg.method`, and set `self.code_dim`."""
         raise TypeError(f"{type(self).__name__} has to define build()")
@@ -162,7 +168,7 @@ class UnsupervisedSegmenter(Evaluated):
         """In place of `scores`, where a method's own classes are centroids among its codes: these, [K,D].
 
         The nearest by cosine is a patch's class. They are read as the cluster probe is: of the codes that are averaged
-        with those of the mirrored picture, and in the dense CRF by twice the cosine.
+        with those of the mirrored picture, and in the dense CRF by `sharpness` times the cosine.
         """
         raise TypeError(f"{type(self).__name__} has no classes of its own")
 

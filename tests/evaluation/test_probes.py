@@ -65,6 +65,15 @@ def test_no_probe_sends_a_gradient_to_the_codes():
     assert codes.grad is None
 
 
+def test_a_leaking_probe_trains_the_codes_alone():
+    probe, codes, label = LinearProbe(6, 4), draw(2, 6, 5, 7).requires_grad_(), labels(2, 15, 21)
+    loss = probe.loss(codes, label, leaks=True)
+    assert loss.item() == pytest.approx(probe.loss(codes, label).item())
+    loss.backward()
+    assert codes.grad.abs().sum() > 0
+    assert all(weight.grad is None for weight in probe.parameters())
+
+
 def test_initial_weights_are_keyed_and_leave_the_global_stream_alone():
     torch.manual_seed(0)
     before = torch.random.get_rng_state()

@@ -17,9 +17,10 @@ pytestmark = pytest.mark.train
 BAND = 5e-3
 """Of every training value, relative to the largest of its float32 curve: as much as one rounding to bfloat16 (2^-8 =
 0.4 %) and a little. Measured: 0.2 % for dino, whose whole network runs in bfloat16; below 0.1 % for the others."""
-HARD = {"train/fine": 0.15, "train/coarse": 0.15}
+HARD = {"train/fine": 0.15, "train/coarse": 0.15, "train/modularity": 1e-3}
 """Bands of values that follow hard labels of groups, at the first step: from then on single segments near the border of
-two groups have changed sides. Measured: 7 %."""
+two groups have changed sides. Measured: 7 %. CAUSE's modularity is later that of prototypes, which begin with a k-means
+of codes and may begin with another one."""
 BANDS = {"segsort": 2.5e-2, "stego": 1e-2, "deep_spectral": 1e-2, "hsg": 0.12, "smooseg": 1e-2, "eagle": 0.1}
 """Measured of the cluster probe, whose patches near the border of two clusters change sides: segsort 1.8 % (0.2 % of
 the rest; backbone and head are trained, and their codes are short), stego 0.6 % (its codes are nearly one here),
@@ -45,10 +46,10 @@ def mixed_run(tmp_path_factory) -> Callable[[str], Run]:
 
 
 def curves(run: Run) -> dict[str, list[float]]:
-    """The training values by name, step by step."""
+    """The training values by name, step by step; a phase need not have all of them."""
     with (run.folder / "metrics.csv").open(newline="") as handle:
         rows = [row for row in csv.DictReader(handle) if row["train/cluster_probe"]]
-    return {key: [float(row[key]) for row in rows] for key in rows[0] if key.startswith("train/")}
+    return {key: [float(row[key]) for row in rows if row[key]] for key in rows[0] if key.startswith("train/")}
 
 
 @pytest.fixture
@@ -69,8 +70,9 @@ def both_runs(small_run, mixed_run, tmp_path, monkeypatch) -> Callable[[str], tu
 def test_the_losses_of_a_bfloat16_run_follow_those_of_a_float32_run(method, both_runs):
     plain, mixed = map(curves, both_runs(method))
     assert plain.keys() == mixed.keys()
+    assert len(plain["train/cluster_probe"]) == 8
     for name, values in plain.items():
-        assert len(values) == len(mixed[name]) == 8
+        assert len(values) == len(mixed[name]) > 0
         steps = 1 if name in HARD else 8
         far = max(abs(one - two) for one, two in zip(values[:steps], mixed[name][:steps], strict=True))
         assert far <= HARD.get(name, BANDS.get(method, BAND)) * max(map(abs, values)), f"{name}: {far:.2g}"

@@ -38,6 +38,8 @@ def test_every_kind_of_the_foundation_has_a_case():
         "smooseg": "pair_energy smoothness energy predictor projector train_step cluster_predict training",
         "eagle": "affinity_laplacian eigenvectors sign_rule eicue_assign obj_nce corr_helper corr_loss featurizer "
         "loss_schedule training",
+        "cause": "modularity_loss grid_sample concept_contrastive bank_update tr_head mlp_head ema cluster_predict "
+        "finetune_step training",
         "hsg": "knn_affinity dmon_loss transition_composition group_means transformer_clustering generate_clusters "
         "end_to_end_gradient losses centroid_contrastive gather_prototypes cluster_mapping reorder_image_indices",
     }

@@ -95,7 +95,7 @@ def plain(tmp_path_factory):
 OPTIONS = {
     "dim=8": "head.linear.weight", "projection_dim=8": "projection.weight", "concepts=7": "book",
     "start=uniform": "book", "centre=false": "book", "cell=3": "book", "modularity_temperature=1": "book",
-    "temperature=0.5": "head.linear.weight", "near=0.9": "head.linear.weight", "far=-0.9": "head.linear.weight",
+    "temperature=0.5": "head.linear.weight", "near=0.2": "head.linear.weight", "far=-0.9": "head.linear.weight",
     "bank=2": "head.linear.weight", "ema=0.5": "teacher.copy.linear.weight", "dropout=0": "head.linear.weight",
     "clipping=joint": "head.linear.weight", "prototypes=labels": "teacher.copy.linear.weight",
 }  # fmt: skip

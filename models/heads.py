@@ -1,4 +1,4 @@
-"""Small networks on top of a backbone: the segmentation head of STEGO and HP, and HP's projection head.
+"""Small networks on top of a backbone: the head of STEGO and HP, HP's projection head, the prototypes of PriMaPs.
 
 Channel dropout is passed in as masks instead of being drawn inside. So a mask belongs to a (seed, step, picture), is
 the same on any number of ranks, and the caller decides which uses share a draw.
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from common import chance, distributed
 from common.errors import ConfigError
+from common.precision import real, real_dtype
 
 
 def channel_masks(
@@ -109,6 +110,30 @@ class ProjectionHead(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """Rows [N,D], or maps [B,D,h,w] in the order of `patch_rows` -> unit rows [N,D]."""
         return F.normalize(self.linear(patch_rows(codes) if codes.dim() == 4 else codes), dim=-1)
+
+
+class PrototypeHead(nn.Module):
+    """Logits g_k <z, d_k / |d_k|> of K classes, without bias; codes are not normalised. Source: PriMaPs (TMLR 2024).
+
+    The length of a direction does not show in the logits, but a step of Adam turns a long one less.
+    """
+
+    def __init__(self, dim: int, classes: int):
+        super().__init__()
+        self.direction = nn.Parameter(torch.zeros(classes, dim))
+        self.gain = nn.Parameter(torch.ones(classes))
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Codes [B,D,h,w] -> logits [B,K,h,w]: float32 (float64 for float64 codes), also inside autocast."""
+        with torch.autocast(codes.device.type, enabled=False):
+            weight = F.normalize(self.direction, dim=1) * self.gain[:, None]
+            return torch.matmul(weight.to(real_dtype(codes)), real(codes).flatten(2)).unflatten(2, codes.shape[2:])
+
+    @torch.no_grad()
+    def start(self, directions: Tensor) -> None:
+        """Take directions [K,D] as they are, every gain 1."""
+        self.direction.copy_(directions)
+        self.gain.fill_(1.0)
 
 
 def _pointwise(layer: nn.Conv2d, features: Tensor) -> Tensor:

@@ -60,3 +60,10 @@ def follow(slow: nn.Module, fast: nn.Module, m: float) -> None:
 def towards(slow: Tensor, fast: Tensor, m: float) -> None:
     """slow <- m slow + (1 - m) fast, in place, for one tensor."""
     slow.mul_(m).add_(fast.detach(), alpha=1.0 - m)
+
+
+def warmed_up(count: int, most: float) -> float:
+    """The momentum of the `count`-th update, from 1, of an average that starts as a mean: 0 for the first two, then
+    1 - 1/count, `most` at most. Until then the average is that of the states of updates 2 (twice) to `count`, because
+    update 2 copies as update 1 does. Source: PriMaPs (TMLR 2024)."""
+    return 0.0 if count < 3 else min(1.0 - 1.0 / count, most)

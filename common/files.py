@@ -150,14 +150,14 @@ def size_text(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def expect_checkpoint(path: Path) -> None:
-    """Raises CheckpointError where there is no such file, or one that may not be read."""
+def expect_checkpoint(path: Path, key: str = "ckpt") -> None:
+    """Raises CheckpointError, naming the word `key`, where there is no such file, or one that may not be read."""
     if not path.is_file():
         raise CheckpointError(
-            f"ckpt={path}: {no_file(path)}; a run keeps its own under checkpoints/last.ckpt and best.ckpt"
+            f"{key}={path}: {no_file(path)}; a run keeps its own under checkpoints/last.ckpt and best.ckpt"
         )
     if not os.access(path, os.R_OK):
-        raise CheckpointError(f"ckpt={path}: may not be read by you; change its rights, or name a copy")
+        raise CheckpointError(f"{key}={path}: may not be read by you; change its rights, or name a copy")
 
 
 def no_file(path: Path) -> str:

@@ -56,6 +56,9 @@ class Photometric:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize_p: float = 0.0
     """Probability that values of 0.5 and more are inverted (BYOL, DINO); comes last."""
+    either: bool = False
+    """Whether jitter and grey exclude each other: a fair coin decides which of the two may happen to a picture, with
+    its probability (PriMaPs)."""
     faithful: bool = False
     """As released by HP: the jitter acts on ImageNet-normalised floats and clamps them to 0..1."""
 

@@ -98,12 +98,34 @@ def build_data(cfg: DictConfig) -> tuple[DictConfig, SegmentationDataModule]:
     data.setup()
     check_background(cfg.evaluation, data.meta)
     found = data.settled()
-    if cfg.method.num_clusters is None:
+    if cfg.method.get("init_from") is not None and not cfg.method.base:
+        found |= inherited(cfg)
+    if cfg.method.num_clusters is None and "method.num_clusters" not in found:
         found["method.num_clusters"] = data.meta.num_classes or UNLABELLED_CLUSTERS
     if found:
         cfg = config.changed(cfg, found)
     sizes = registry.method_class(cfg.method.name).settled(cfg, data)
     return (config.changed(cfg, sizes) if sizes else cfg), data
+
+
+def inherited(cfg: DictConfig) -> dict[str, Any]:
+    """What `method.init_from` tells of the method that is begun with: its settings, and with them K.
+
+    Raises ConfigError for another K, CheckpointError for a file that is no checkpoint of ours.
+    """
+    own = stored_start(cfg)["labelfree"]["config"]
+    base = config.with_defaults(own)["method"]
+    if cfg.method.num_clusters not in (None, base["num_clusters"]):
+        raise ConfigError(
+            f"method.num_clusters={cfg.method.num_clusters}: the clusters of method.init_from are "
+            f"{base['num_clusters']}, and they are the first prototypes; leave it out"
+        )
+    return {"method.base": base, "method.num_clusters": base["num_clusters"]}
+
+
+def stored_start(cfg: DictConfig) -> dict[str, Any]:
+    """The checkpoint that `method.init_from` names. Raises CheckpointError."""
+    return read_checkpoint(Path(cfg.method.init_from), "method.init_from")
 
 
 def expect_room(trainer: DictConfig) -> None:
@@ -226,25 +248,26 @@ def wandb_logger(cfg: DictConfig, folder: Path) -> StepLogger:
     return logger
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of ours, on the CPU; nothing of it is executed. Raises CheckpointError with one line."""
-    expect_checkpoint(path)
+def read_checkpoint(path: Path, key: str = "ckpt") -> dict[str, Any]:
+    """A checkpoint of ours, on the CPU; nothing of it is executed. Raises CheckpointError with one line
+    that names the word `key`."""
+    expect_checkpoint(path, key)
     broken = checkpoints.damage(path)
     if broken is not None:
         raise CheckpointError(
-            f"ckpt={path}: cannot be read as a checkpoint ({broken}); use another one of its run, or train it anew"
+            f"{key}={path}: cannot be read as a checkpoint ({broken}); use another one of its run, or train it anew"
         )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several kinds for cut and foreign files
         raise CheckpointError(
-            f"ckpt={path}: cannot be read as a checkpoint ({str(error).splitlines()[0][:120]})"
+            f"{key}={path}: cannot be read as a checkpoint ({str(error).splitlines()[0][:120]})"
         ) from None
     lacks = checkpoints.lacking(checkpoint)
     if lacks is not None:
-        raise CheckpointError(f"ckpt={path}: is not a Labelfree checkpoint ({lacks})")
+        raise CheckpointError(f"{key}={path}: is not a Labelfree checkpoint ({lacks})")
     if checkpoint["labelfree"]["format"] != FORMAT:
-        raise CheckpointError(f"ckpt={path}: format {checkpoint['labelfree']['format']}, this version reads {FORMAT}")
+        raise CheckpointError(f"{key}={path}: format {checkpoint['labelfree']['format']}, this version reads {FORMAT}")
     return checkpoint
 
 

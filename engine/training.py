@@ -68,6 +68,8 @@ def _train(cfg: DictConfig) -> dict[str, Any]:
     keeper = RunKeeper(folder, cfg, selection.choose(cfg, model))
     if folder.checkpoint is not None:
         begun = check_resume(steps, folder, model)
+    elif cfg.method.get("init_from") is not None:
+        model.take_start(setup.stored_start(cfg))
     folder.create(base)
     pictures = PanelKeeper(cfg.evaluation.panels)
     loggers = [setup.wandb_logger(cfg, folder.path)] if cfg.logger == "wandb" else []

@@ -34,10 +34,16 @@ def predicts_clusters(probe: str) -> bool:
 
 
 class LinearProbe(nn.Module):
-    """One 1x1 convolution D -> C with bias, trained with labels; the network below never sees its gradient."""
+    """One 1x1 convolution D -> C with bias, trained with labels; the network below never sees its gradient.
 
-    def __init__(self, dim: int, classes: int, seed: int = 0):
+    mean: what the summed loss of the labelled pixels is divided by: the number of these (`labelled`), or of all pixels
+    of the pictures (`all`, as PriMaPs releases it), so that a picture with few labels moves the probe little.
+    """
+
+    def __init__(self, dim: int, classes: int, seed: int = 0, mean: str = "labelled"):
         super().__init__()
+        one_of("evaluation.linear_mean", mean, ("labelled", "all"))
+        self.mean = mean
         with chance.library_draws(seed, "linear_probe"):
             self.classifier = nn.Conv2d(dim, classes, 1)
 
@@ -51,11 +57,11 @@ class LinearProbe(nn.Module):
             return readout.pointwise(codes.to(weight.dtype), weight) + bias[:, None, None]
 
     def loss(self, codes: Tensor, label: Tensor, valid: Tensor | None = None, *, leaks: bool = False) -> Tensor:
-        """Cross-entropy of the upsampled logits, mean over the valid pixels of the global batch.
+        """Cross-entropy of the upsampled logits, mean over the labelled pixels of the global batch (see `mean`).
 
         codes [B,D,h,w] (detached here; with `leaks`, for variants that train with labels, they alone get the gradient
         and the probe none); label int64 [B,H,W], pixels outside 0..C-1 are ignored; valid bool [B,H,W].
-        Every rank's sum is divided by the number of valid pixels of all ranks and multiplied by the number of ranks, so
+        Every rank's sum is divided by the number of those pixels of all ranks and multiplied by the number of ranks, so
         that DDP's mean of the gradients is the gradient of one process with the whole batch. 0 with a graph where no
         pixel is valid. A collective: all ranks must call it.
         """
@@ -63,7 +69,8 @@ class LinearProbe(nn.Module):
         counted = (label >= 0) & (label < logits.shape[1])
         if valid is not None:
             counted &= valid
-        pixels = distributed.total(counted.sum())
+        seen = torch.ones_like(counted) if valid is None else valid
+        pixels = distributed.total((counted if self.mean == "labelled" else seen).sum())
         summed = _UpsampledCrossEntropy.apply(logits, torch.where(counted, label, -1))
         return summed * (distributed.world_size() / pixels.clamp(min=1).to(summed.dtype))
 

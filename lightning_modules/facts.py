@@ -9,7 +9,7 @@ from common import about, source
 from common.errors import ConfigError, did_you_mean
 
 BASE, STAGED = "UnsupervisedSegmenter", "StagedSegmenter"
-OWN = ("scores", "prototypes")
+OWN = ("scores", "prototypes", "classify")
 """What a method with classes of its own writes: one of them."""
 
 

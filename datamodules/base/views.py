@@ -6,7 +6,7 @@ anew at each call, which in the released loaders is once a picture: so here too.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -106,7 +106,7 @@ def draw_colour(spec: Photometric, count: int, draw: np.random.Generator) -> Col
     """Draws for `count` pictures, in torchvision's ranges: factors uniform in [max(0, 1-s), 1+s], hue in [-s, s]."""
     strengths = np.array([spec.brightness, spec.contrast, spec.saturation])
     low, high = np.append(np.maximum(0, 1 - strengths), -spec.hue), np.append(1 + strengths, spec.hue)
-    return Colour(
+    drawn = Colour(
         jitter=draw.random(count) < spec.jitter_p,
         order=draw.permuted(np.tile(np.arange(4), (count, 1)), axis=1),
         factors=draw.uniform(low, high, size=(count, 4)).astype(np.float32),
@@ -115,6 +115,10 @@ def draw_colour(spec: Photometric, count: int, draw: np.random.Generator) -> Col
         sigma=draw.uniform(*spec.blur_sigma, size=count).astype(np.float32),
         solarize=draw.random(count) < spec.solarize_p,
     )
+    if spec.either:
+        first = draw.random(count) < 0.5
+        drawn = replace(drawn, jitter=drawn.jitter & first, gray=drawn.gray & ~first)
+    return drawn
 
 
 def recolour(image: Tensor, spec: Photometric, drawn: Colour) -> Tensor:

@@ -26,6 +26,7 @@ class Evaluated(L.LightningModule):
     meta: ClassMeta
     has_own_scores: bool
     has_prototypes: bool
+    classifies: bool
     headline: str
     trains: bool
     sharpness: float = 2.0
@@ -40,7 +41,7 @@ class Evaluated(L.LightningModule):
         )
         self.kmeans_probe = KMeansProbe(self.code_dim, clusters_of(cfg, "kmeans"))
         self.linear_probe = (
-            LinearProbe(self.code_dim, meta.num_classes, cfg.seed) if meta.has_labels and linear_probe else None
+            LinearProbe(self.code_dim, meta.num_classes, cfg.seed, rules.linear_mean) if meta.has_labels and linear_probe else None
         )
         self.posthoc_probe: LinearProbe | None = None  # `set_posthoc` gives one, after training
         self.confusion = nn.ModuleDict(
@@ -118,7 +119,8 @@ class Evaluated(L.LightningModule):
 
         `features` are those of the pictures, where they are known.
         """
-        found = self.seen(images, features, own=self.has_own_scores and not self.has_prototypes)
+        from_codes = self.has_prototypes or self.classifies
+        found = self.seen(images, features, own=self.has_own_scores and not from_codes)
         codes = found["codes"]
         if self.cfg.evaluation.flip and not self.fitting:
             codes = readout.flip_average(codes, self.seen(images.flip(-1))["codes"])
@@ -126,12 +128,15 @@ class Evaluated(L.LightningModule):
         if self.kmeans_probe.fitted:
             scores["kmeans"] = self.kmeans_probe.scores(codes)
         if self.has_own_scores:
-            scores["own"] = readout.dot_products(codes, self.prototypes()) if self.has_prototypes else found["own"]
+            scores["own"] = self._own(codes) if from_codes else found["own"]
         if self.linear_probe is not None:
             scores["linear"] = self.linear_probe(codes)
         if self.posthoc_probe is not None:
             scores["linear_posthoc"] = self.posthoc_probe(codes)
         return codes, scores
+
+    def _own(self, codes: Tensor) -> Tensor:
+        return self.classify(codes) if self.classifies else readout.dot_products(codes, self.prototypes())
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Update the metrics; returns the id maps [B,H,W] of every read-out, and as `confidence` the cosines

@@ -62,10 +62,12 @@ class UnsupervisedSegmenter(Evaluated):
     one), `trains_backbone` (the backbone changes, by gradient or as a momentum copy; the run then exports it; None:
     as backbone.frozen says), `exports` (what its weights are, for the card of the export), `headline` (the probe that
     the method's score is read from: `own` where it has classes of its own, else `cluster`, unless it names another),
-    `title` (its name in papers), `region_key` (the key of the folder of region files that are there).
+    `title` (its name in papers), `stands_on` (the method whose codes and clusters it begins with, shown in every table),
+    `region_key` (the key of the folder of region files that are there).
     """
 
     title = ""
+    stands_on: str | None = None
     headline = "cluster"
     uses_labels = False
     trains = True
@@ -91,7 +93,9 @@ class UnsupervisedSegmenter(Evaluated):
         with library_draws(cfg.seed, "init"):
             self.build()
         self.has_prototypes = type(self).prototypes is not UnsupervisedSegmenter.prototypes
-        self.has_own_scores = self.has_prototypes or type(self).scores is not UnsupervisedSegmenter.scores
+        self.classifies = type(self).classify is not UnsupervisedSegmenter.classify
+        scores = type(self).scores is not UnsupervisedSegmenter.scores
+        self.has_own_scores = scores or self.has_prototypes or self.classifies
         self.build_evaluation(linear_probe)
         self.first_step, self.total_steps = 0, cfg.trainer.max_steps or 1  # of the run, or of its phase
         self.restored_step: int | None = None
@@ -171,6 +175,19 @@ class UnsupervisedSegmenter(Evaluated):
         with those of the mirrored picture, and in the dense CRF by `sharpness` times the cosine.
         """
         raise TypeError(f"{type(self).__name__} has no classes of its own")
+
+    def classify(self, codes: Tensor) -> Tensor:
+        """In place of `scores`, where a method's own classes are logits of its codes alone: [B,D,h,w] -> [B,K,h,w].
+
+        They are those of the codes that are averaged with those of the mirrored picture.
+        """
+        raise TypeError(f"{type(self).__name__} has no classes of its own")
+
+    def take_start(self, checkpoint: dict[str, Any]) -> None:
+        """For a method with the keys `init_from` and `base`: before a new run, what it takes over of the checkpoint
+        that `init_from` names. `base` holds the settings of the method that is in it; both are there when `build` runs.
+        """
+        raise TypeError(f"{type(self).__name__} begins with no trained method")
 
     @property
     def readouts(self) -> list[Readout]:

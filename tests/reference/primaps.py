@@ -1,7 +1,13 @@
 """Adapters for the saved cases of PriMaPs-EM: masks, votes, losses, prototypes, scores and whole steps."""
 
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from evaluation.crf import DenseCRF, as_bytes
@@ -9,6 +15,7 @@ from evaluation.metrics import SegmentationScore
 from evaluation.probes import ClusterProbe
 from evaluation.readout import upsample
 from grouping import principal
+from lightning_modules.primaps import module
 from losses.pseudo_labels import balanced_cross_entropy, majority
 from models.heads import PrototypeHead
 from models.momentum import Momentum, warmed_up
@@ -138,4 +145,176 @@ def metrics(case: Case) -> Case:
         "out_miou_percent": np.array(found.miou),
         "out_accuracy_percent": np.array(found.acc),
         "out_class_iou_percent": found.iou,
+    }
+
+
+# Whole steps.
+
+INIT, EM = "in_init_initial__", "in_em_initial__"
+NAMES = {
+    "seghead.weight_v": "running.direction",
+    "seghead.weight_g": "running.gain",
+    "cluster_probe.ema_model.weight_v": "momentum.copy.direction",
+    "cluster_probe.ema_model.weight_g": "momentum.copy.gain",
+    "linear_probe.weight": "linear_probe.classifier.weight",
+    "linear_probe.bias": "linear_probe.classifier.bias",
+}
+"""Of the EM: the authors' names and ours."""
+CENTRES = "cluster_probe.cluster_centers.weight_v"
+"""The prototypes of the initialisation. The running ones, which begin at the same place, rest in it in the release; here
+they are the same."""
+LINEAR = {theirs: ours for theirs, ours in NAMES.items() if ours.startswith("linear_probe.")}
+STARTED = {CENTRES: "running.direction"} | LINEAR
+"""Of the initialisation."""
+
+
+def training(case: Case) -> Case:
+    """The PCA start, the steps of the initialisation and of the EM in one run, their scores and the final test, by the
+    real method. Two things are put in on the way: the signs that the start has, and the new linear probe of the EM."""
+    started = len(case["in_init_images"])
+    steps = started + len(case["in_em_images"])
+    seen = Seen()
+    with tempfile.TemporaryDirectory() as name, patch.multiple(module, **seen.functions()):
+        folder = Path(name)
+        model = replay.method(case, _words(case, started), folder, int(case["cfg_num_classes"]))
+        pictures = replay.pictures(case["in_pca_images"])
+        data = replay.Recorded(_batches(case), steps, lambda purpose: pictures, len(case["in_init_images"][0]))
+
+        def before(model: Any) -> dict[str, Tensor]:
+            if model.global_step == 0:
+                seen.directions = _array(model.running.direction.clone())
+                _put(model, _given(case, INIT, STARTED))
+                model.momentum.update(0.0)
+            elif model.global_step == started:
+                _put(model, _given(case, EM, NAMES))
+                _forget(model, model.linear_probe)
+            return {}
+
+        def watch(model: Any) -> dict[str, Tensor]:
+            seen.states.append(replay.copied(dict(model.state_dict())))
+            return {}
+
+        ran = replay.train(model, data, folder, steps, watch, before)
+        results = _scores(case, model, ran, seen.states, started)
+    results |= {
+        "out_pca_prototypes": seen.directions,
+        "out_em_prediction": np.stack(seen.predictions),
+        "out_em_pseudo": np.stack(seen.labels),
+        "out_em_class_weight": np.stack(seen.weights),
+    }
+    for part, rows, own in (("init", slice(0, started), "cluster"), ("em", slice(started, None), "seghead")):
+        linear, loss = (np.array([float(row[name]) for row in ran.values[rows]]) for name in ("linear_probe", "loss"))
+        results |= {f"out_{part}_linear": linear, f"out_{part}_{own}": loss, f"out_{part}_total": linear + loss}
+        for theirs, ours in (STARTED if part == "init" else NAMES).items():
+            shape = case[f"in_{part}_initial__{theirs}"].shape
+            after = np.stack([_array(state[ours]) for state in seen.states[rows]])
+            results[f"out_{part}_after__{theirs}"] = after.reshape(-1, *shape)
+            gradient = ran.gradients[rows][0].get(ours)
+            if gradient is not None:
+                results[f"out_{part}_grad0__{theirs}"] = _array(gradient).reshape(shape)
+    return results
+
+
+class Seen:
+    """What the method found on the way, out of the functions of its module that are watched."""
+
+    def __init__(self) -> None:
+        self.directions = np.empty(0)
+        self.predictions: list[np.ndarray] = []
+        self.labels: list[np.ndarray] = []
+        self.weights: list[np.ndarray] = []
+        self.states: list[dict[str, Tensor]] = []
+
+    def functions(self) -> dict[str, Any]:
+        def vote(masks: Tensor, prediction: Tensor, *args: Any) -> Tensor:
+            self.predictions.append(_array(prediction))
+            found = majority(masks, prediction, *args)
+            self.labels.append(_array(found))
+            return found
+
+        def loss(*args: Any) -> tuple[Tensor, Tensor]:
+            found = balanced_cross_entropy(*args)
+            self.weights.append(_array(found[1]))
+            return found
+
+        return {"majority": vote, "balanced_cross_entropy": loss}
+
+
+def _words(case: Case, started: int) -> list[str]:
+    names = {
+        "method.ema.every": "ema_every",
+        "method.ema.decay": "ema_decay",
+        "method.gamma": "gamma",
+        "optim.linear_probe.lr": "lr_linear",
+    }
+    rates = [f"optim.prototypes.lr={case['cfg_lr_cluster'].item()}"]
+    if case["cfg_lr_cluster"] != case["cfg_lr_seghead"]:
+        raise ValueError("the prototypes have one learning rate")
+    return [
+        "method=primaps",
+        f"method.num_clusters={int(case['cfg_num_classes'])}",
+        f"method.start.steps={started}",
+        *rates,
+        "evaluation.linear_mean=all",
+        *(f"{key}={case[f'cfg_{name}'].item()}" for key, name in names.items()),
+    ]
+
+
+def _batches(case: Case) -> list[dict[str, Any]]:
+    """Of both parts; the first has no masks, and its view is not looked at. Ids are one higher, so that none is 0."""
+    mean, std = (replay.tensor(case[name]).view(3, 1, 1) for name in ("in_mean", "in_std"))
+    found = []
+    for images, labels in zip(replay.pictures(case["in_init_images"]), case["in_init_labels"], strict=True):
+        nothing = torch.zeros(labels.shape, dtype=torch.int64)
+        found.append(replay.batch(images, labels, augmented=images, pseudo=nothing))
+    names = ("labels", "augmented", "masks")
+    arrays = [case[f"in_em_{name}"] for name in names]
+    for images, labels, view, masks in zip(replay.pictures(case["in_em_images"]), *arrays, strict=True):
+        ids = np.where(masks == int(case["cfg_ignore"]), 255, masks.astype(np.int64) + 1)
+        view = replay.tensor(view) * std + mean
+        found.append(replay.batch(images, labels, augmented=view, pseudo=replay.tensor(ids)))
+    return found
+
+
+def _given(case: Case, prefix: str, names: dict[str, str]) -> dict[str, Tensor]:
+    """Initial weights under our names."""
+    return {ours: replay.tensor(case[f"{prefix}{theirs}"]) for theirs, ours in names.items()}
+
+
+def _put(model: Any, weights: dict[str, Tensor]) -> None:
+    state = model.state_dict()
+    for name, value in weights.items():
+        state[name].copy_(value.reshape(state[name].shape))
+
+
+def _forget(model: Any, part: Any) -> None:
+    """The optimiser of a part is a new one."""
+    for child in model.optimizers().optimizer.children:
+        for value in part.parameters():
+            child.state.pop(value, None)
+
+
+def _scores(case: Case, model: Any, ran: replay.Steps, states: list[dict[str, Tensor]], started: int) -> Case:
+    """mIoU and accuracy of slow prototypes, running ones and linear probe after each epoch, and of the final test,
+    which averages with the mirrored picture. In the initialisation the running ones of the release are the start."""
+
+    def validated(state: dict[str, Tensor], flip: bool) -> dict[str, Any]:
+        model.load_state_dict(state)
+        OmegaConf.set_readonly(model.cfg, False)
+        OmegaConf.update(model.cfg, "evaluation.flip", flip)
+        return replay.scores(model, ran, replay.pictures(case["in_val_images"]), case["in_val_labels"])
+
+    def scores(state: dict[str, Tensor], running: dict[str, Tensor], flip: bool = False) -> list[float]:
+        found = validated(state, flip)
+        fast = {name: running[name.replace("momentum.copy.", "running.")] for name in state if "momentum.copy." in name}
+        parts = found["own"], validated(state | fast, flip)["own"], found["linear"]
+        return [value for part in parts for value in (part.miou, part.acc)]
+
+    every = int(case["cfg_steps_per_epoch"])
+    first = states[0] | {"running.direction": replay.tensor(case[f"{INIT}seghead.weight_v"]).flatten(1)}
+    init, em = states[:started][every - 1 :: every], states[started:][every - 1 :: every]
+    return {
+        "out_init_scores": np.array([scores(state, first) for state in init]),
+        "out_em_scores": np.array([scores(state, state) for state in em]),
+        "out_test_scores": np.array(scores(states[-1], states[-1], flip=True)),
     }

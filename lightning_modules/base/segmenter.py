@@ -301,7 +301,10 @@ class UnsupervisedSegmenter(Evaluated):
         """Put values of this step where callbacks look for what `log` was given: `log` itself takes the host half a
         millisecond for each of them, in every step, and puts them nowhere else here (RunKeeper writes the rows)."""
         found = {name: torch.as_tensor(value).detach().clone() for name, value in values.items()}
-        self.trainer.callback_metrics.update(
+        kept = self.trainer.callback_metrics
+        for name in [name for name in kept if name.startswith("train/") and name not in found]:
+            del kept[name]  # what an earlier part of the run had to say is not said of this step
+        kept.update(
             {name: value if value.is_floating_point() else value.float() for name, value in found.items()}
         )
 

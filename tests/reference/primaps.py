@@ -187,7 +187,7 @@ def training(case: Case) -> Case:
                 model.momentum.update(0.0)
             elif model.global_step == started:
                 _put(model, _given(case, EM, NAMES))
-                _forget(model, model.linear_probe)
+                _renew(model, float(case["cfg_lr_seghead"]))
             return {}
 
         def watch(model: Any) -> dict[str, Tensor]:
@@ -246,15 +246,12 @@ def _words(case: Case, started: int) -> list[str]:
         "method.ema.decay": "ema_decay",
         "method.gamma": "gamma",
         "optim.linear_probe.lr": "lr_linear",
+        "optim.prototypes.lr": "lr_cluster",
     }
-    rates = [f"optim.prototypes.lr={case['cfg_lr_cluster'].item()}"]
-    if case["cfg_lr_cluster"] != case["cfg_lr_seghead"]:
-        raise ValueError("the prototypes have one learning rate")
     return [
         "method=primaps",
         f"method.num_clusters={int(case['cfg_num_classes'])}",
         f"method.start.steps={started}",
-        *rates,
         "evaluation.linear_mean=all",
         *(f"{key}={case[f'cfg_{name}'].item()}" for key, name in names.items()),
     ]
@@ -287,11 +284,14 @@ def _put(model: Any, weights: dict[str, Tensor]) -> None:
         state[name].copy_(value.reshape(state[name].shape))
 
 
-def _forget(model: Any, part: Any) -> None:
-    """The optimiser of a part is a new one."""
+def _renew(model: Any, rate: float) -> None:
+    """The EM of the release has a new linear probe with a new optimiser, and a learning rate of its own."""
     for child in model.optimizers().optimizer.children:
-        for value in part.parameters():
+        for value in model.linear_probe.parameters():
             child.state.pop(value, None)
+        for group in child.param_groups:
+            if group["name"] == "prototypes":
+                group["base_lr"] = rate
 
 
 def _scores(case: Case, model: Any, ran: replay.Steps, states: list[dict[str, Tensor]], started: int) -> Case:

@@ -183,29 +183,33 @@ class PriMaPs(StagedSegmenter):
         """Labels of the masks by the slow prototypes, and the running ones' loss on them in the recoloured picture."""
         masks = torch.where(views["pseudo"] == 0, IGNORE, views["pseudo"])
         prediction = readout.predict(self.momentum(codes), tuple(masks.shape[-2:]))
-        labels = majority(masks, prediction, self.cfg.method.num_clusters)
+        classes = self.cfg.method.num_clusters
+        labels = majority(masks, prediction, classes)
         with torch.no_grad():
             seen = self.embed(self.features(views["augmented"])).detach()
         logits = self.running(seen)
-        loss, weights = balanced_cross_entropy(logits, labels, self.cfg.method.gamma, distributed.mean)
-        return Loss(loss, self._watched(loss, labels, logits.detach(), prediction, weights), codes=codes)
+        loss, _ = balanced_cross_entropy(logits, labels, self.cfg.method.gamma, distributed.mean)
+        return Loss(loss, self._watched(loss, labels, logits.detach(), prediction, classes), codes=codes)
 
     @torch.no_grad()
     def _watched(
-        self, loss: Tensor, labels: Tensor, logits: Tensor, prediction: Tensor, weights: Tensor
+        self, loss: Tensor, labels: Tensor, logits: Tensor, prediction: Tensor, classes: int
     ) -> dict[str, Tensor]:
-        """For the log: what says whether masks are of one class each, classes stay spread, and both heads agree."""
+        """For the log: what says whether masks are of one class each, classes stay spread, and both heads agree. Shares
+        of the global batch."""
         inside = labels != IGNORE
-        share = inside.float().mean()
-        known = inside.sum().clamp(min=1)
         learnt = readout.predict(logits, tuple(labels.shape[-2:]))
-        used = torch.bincount(prediction.flatten(), minlength=len(weights)) / prediction.numel()
+        counts = [inside.sum(), ((prediction == labels) & inside).sum(), (learnt == prediction).sum()]
+        wins = torch.bincount(prediction.flatten(), minlength=classes)
+        labelled, pure, agreed, *wins = distributed.total(torch.cat([torch.stack(counts), wins]).double())
+        wins = torch.stack(wins)
+        pixels = wins.sum()
         return {
             "cross_entropy": loss.detach(),
-            "labelled": share,
-            "purity": ((prediction == labels) & inside).sum() / known,
-            "agreement": (learnt == prediction).float().mean(),
-            "used": torch.special.entr(used).sum().exp(),
+            "labelled": labelled / pixels,
+            "purity": pure / labelled.clamp(min=1),
+            "agreement": agreed / pixels,
+            "used": torch.special.entr(wins / pixels).sum().exp(),
         }
 
     def after_step(self) -> None:

@@ -295,7 +295,8 @@ def show(metrics: dict) -> None:
 
     if rank_zero_only.rank != 0:
         return
-    what = f"{metrics['method']} on {metrics['data']} with {metrics['backbone']}"
+    method = report.method_of(metrics) + "," * ("stands_on" in metrics)
+    what = f"{method} on {metrics['data']} with {metrics['backbone']}"
     title = f"{what}, seed {metrics['seed']}, step {metrics['steps']}"
     title += f" ({metrics['checkpoint']})" if "checkpoint" in metrics else ""
     out = Console(width=None if sys.stdout.isatty() else 110)

@@ -198,7 +198,8 @@ def introduce(
     log.info("%s; run folder %s", about.signature(), folder.path)
     log.info(
         "%s on %s (%d training, %d validation pictures, %s) with %s: %d steps of %d pictures",
-        cfg.method.name, cfg.data.name, len(data.source("train")), len(data.source("val")),
+        cfg.method.name if model.stands_on is None else f"{cfg.method.name} on codes of {model.stands_on},",
+        cfg.data.name, len(data.source("train")), len(data.source("val")),
         f"{data.meta.num_classes} classes" if data.meta.has_labels else "no labels",
         cfg.backbone.name, trainer.max_steps, cfg.data.batch_size,
     )  # fmt: skip

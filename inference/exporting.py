@@ -76,6 +76,7 @@ def export(checkpoint_path: Path, output: Path, tokens: list[str], names: str | 
         "names": legend.names,
         "colours": [list(colour) for colour in legend.colours],
         "method": cfg.method.name,
+        **({} if model.stands_on is None else {"stands_on": model.stands_on}),
         "backbone": model.backbone.fingerprint,
         "licence": model.backbone.licence,
         "made_with": about.signature(),

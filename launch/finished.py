@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ def read_run(folder: Path) -> Finished:
     if path.is_file() and "checkpoint" in read_metrics(path):
         return read_evaluation(folder)
     found = Finished.read(folder, config.flatten, stored)
-    return replace(found, metrics=read_metrics(path), title=title(found.metrics["method"]))
+    return replace(found, metrics=read_metrics(path), title=title(found.metrics))
 
 
 def stored(path: Path) -> dict[str, Any]:
@@ -38,9 +38,11 @@ def stored(path: Path) -> dict[str, Any]:
     return config.with_defaults(run_folder.read_yaml(path))
 
 
-def title(method: str) -> str:
-    """A method's name in papers; empty of one that is gone."""
-    return registry.method_class(method).title if method in registry.names() else ""
+def title(metrics: Mapping[str, Any]) -> str:
+    """The name in papers of a run's method, with that of the one it stands on; empty where one of them is gone."""
+    methods = [metrics[key] for key in ("method", "stands_on") if key in metrics]
+    known = all(method in registry.names() for method in methods)
+    return " on ".join(registry.method_class(method).title for method in methods) if known else ""
 
 
 def read_evaluation(folder: Path) -> Finished:
@@ -65,9 +67,7 @@ def read_evaluation(folder: Path) -> Finished:
         settings = settings | {key: value for key, value in run.config.items() if key.startswith("trainer.")}
         environment, place = run.environment, home
     checkpoints = home / "checkpoints" if (home / "checkpoints").is_dir() else home
-    return Finished(
-        place, chosen | metrics, settings, environment, title(metrics["method"]), folder, checkpoints / name, words
-    )
+    return Finished(place, chosen | metrics, settings, environment, title(metrics), folder, checkpoints / name, words)
 
 
 def expect_words(run: Finished, words: Sequence[str]) -> None:

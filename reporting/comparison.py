@@ -13,7 +13,7 @@ from typing import Any
 from common.errors import ConfigError
 from common.formats.tables import read_object, read_rows
 from evaluation import headline
-from reporting.report import LAST_STEP, PROBES
+from reporting.report import LAST_STEP, PROBES, method_of
 
 TRAINING_ONLY = (
     "data.root", "data.train_", "data.batch_size", "data.eval_batch_size", "data.workers", "data.cache", "data.flip_p",
@@ -23,7 +23,7 @@ TRAINING_ONLY = (
 OF_ONE_PROBE = ("protocol/linear_posthoc", "protocol/retrieval", "protocol/partition")
 """Facts that concern one read-out alone: a run without that read-out is no other protocol."""
 SAME_ENTRY = ("seed", "run.", "wandb.", "logger", "cache.", "trainer.progress", "trainer.threads", "data.workers",
-              "data.cache", "evaluation.panels", "predict.", "search.")  # fmt: skip
+              "data.cache", "evaluation.panels", "predict.", "search.", "method.init_from")  # fmt: skip
 """Keys that may differ between the runs of one entry."""
 SCORE = "score"
 """In place of a probe: that of each entry's headline, where entries of a section differ in it."""
@@ -131,7 +131,8 @@ class Entry:
 
     @property
     def method(self) -> str:
-        return self.first.metrics["method"]
+        """With the one whose codes it began with, where there is one."""
+        return method_of(self.first.metrics)
 
     @property
     def title(self) -> str:

@@ -68,6 +68,12 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
 
 
+def method_of(metrics: Mapping[str, Any]) -> str:
+    """The method of a run as tables name it: `primaps on stego` where it began with codes of another one."""
+    base = metrics.get("stands_on")
+    return metrics["method"] + (f" on {base}" if base else "")
+
+
 def final_table(metrics: Mapping[str, Any], title: str = "") -> Table:
     """The table at the end of a run: a row a probe, columns acc and mIoU, and the same of the best checkpoint. The
     headline probe stands first.

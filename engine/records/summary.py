@@ -48,8 +48,10 @@ def protocol(cfg: DictConfig, data: SegmentationDataModule, model: UnsupervisedS
 
 def facts(cfg: DictConfig, model: UnsupervisedSegmenter, steps: int) -> dict[str, Any]:
     """What was trained, on what, and for how long."""
+    stands = {} if model.stands_on is None else {"stands_on": model.stands_on}
     return {
         "method": cfg.method.name,
+        **stands,
         "headline": model.headline,
         "num_clusters": cfg.method.num_clusters,
         "uses_labels": model.uses_labels,

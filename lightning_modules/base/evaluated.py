@@ -41,7 +41,9 @@ class Evaluated(L.LightningModule):
         )
         self.kmeans_probe = KMeansProbe(self.code_dim, clusters_of(cfg, "kmeans"))
         self.linear_probe = (
-            LinearProbe(self.code_dim, meta.num_classes, cfg.seed, rules.linear_mean) if meta.has_labels and linear_probe else None
+            LinearProbe(self.code_dim, meta.num_classes, cfg.seed, rules.linear_mean)
+            if meta.has_labels and linear_probe
+            else None
         )
         self.posthoc_probe: LinearProbe | None = None  # `set_posthoc` gives one, after training
         self.confusion = nn.ModuleDict(

@@ -304,9 +304,7 @@ class UnsupervisedSegmenter(Evaluated):
         kept = self.trainer.callback_metrics
         for name in [name for name in kept if name.startswith("train/") and name not in found]:
             del kept[name]  # what an earlier part of the run had to say is not said of this step
-        kept.update(
-            {name: value if value.is_floating_point() else value.float() for name, value in found.items()}
-        )
+        kept.update({name: value if value.is_floating_point() else value.float() for name, value in found.items()})
 
     def _over_ranks(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Means over the ranks, in one collective: what one process with the whole batch would log."""

@@ -15,31 +15,26 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn import functional as F
 
-import config
 from common import distributed
-from common.errors import CheckpointError, ConfigError
+from common.errors import ConfigError
 from common.precision import exact, real
 from common.spec import IGNORE, Photometric, ViewSpec
 from datamodules.base import SegmentationDataModule
 from evaluation import readout
 from grouping.principal import Moments
-from lightning_modules import registry
-from lightning_modules.base import Loss, UnsupervisedSegmenter
+from lightning_modules.base import Loss
 from lightning_modules.base.staged import StagedSegmenter, check_stage
 from lightning_modules.primaps.masks import PrincipalMasks
+from lightning_modules.primaps.trained import expect_same_features, frozen_method
 from losses.pseudo_labels import balanced_cross_entropy, majority
 from models.backbone import Features
 from models.heads import PrototypeHead
 from models.momentum import Momentum, warmed_up
 from pseudo_labels.steps import Results, Step
 from pseudo_labels.views import Segments, View
-
-PARTS_OF_EVALUATION = ("cluster_probe", "kmeans_probe", "linear_probe", "confusion", "further", "usage")
-"""Parts of a trained method that its codes do not need."""
 
 
 class PriMaPs(StagedSegmenter):
@@ -51,7 +46,7 @@ class PriMaPs(StagedSegmenter):
         settings = self.cfg.method
         check_stage(settings.stage, self.backbone)
         self.refuse_padding()
-        self.base = self._base() if settings.base else None
+        self.base = frozen_method(self.cfg, self.meta, self.backbone) if settings.base else None
         self.stands_on = settings.base.name if settings.base else None
         self.code_dim = self.backbone.dim if self.base is None else self.base.code_dim
         self.start_steps = settings.start.steps if self.base is None else 0
@@ -77,28 +72,10 @@ class PriMaPs(StagedSegmenter):
 
     # ------------------------------------------------------------------ codes and classes
 
-    def _base(self) -> UnsupervisedSegmenter:
-        """The method that `init_from` was trained with, frozen, on this one's backbone; `take_start` gives it weights.
-
-        Its backbone is a plain attribute: it is registered, moved and saved once.
-        """
-        tree = config.plain(self.cfg) | {"method": config.plain(self.cfg.method.base)}
-        cfg = OmegaConf.create(tree)
-        base = registry.method_class(cfg.method.name)(cfg, self.meta, linear_probe=False)
-        for name in ("backbone", *PARTS_OF_EVALUATION):
-            base._modules.pop(name, None)
-        base.__dict__["backbone"] = self.backbone
-        return base.eval().requires_grad_(False)
-
     def take_start(self, checkpoint: dict[str, Any]) -> None:
         """Weights of the trained method, and its cluster probe for the first prototypes (their directions, at length
         1). Raises CheckpointError where it was trained on other features."""
-        found, own = checkpoint["labelfree"]["backbone"], self.backbone.fingerprint
-        if found != own:
-            raise CheckpointError(
-                f"method.init_from={self.cfg.method.init_from}: was trained on the backbone {found}, and this run has "
-                f"{own}; give the words backbone=… and backbone.weights=… that it was trained with"
-            )
+        expect_same_features(checkpoint, self.cfg, self.backbone)
         state = checkpoint["state_dict"]
         self.base.load_state_dict({name: state[name] for name in self.base.state_dict()})
         self.running.start(F.normalize(state["cluster_probe.clusters"].float(), dim=1))

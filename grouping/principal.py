@@ -10,11 +10,15 @@ become a seed again.
 Shapes: B pictures, C channels, h x w patches, N = h*w, T masks, n samples.
 """
 
+import contextlib
+import copy
 from dataclasses import dataclass
 
+import numpy as np
 import scipy.linalg
 import torch
 import torch.nn.functional as F
+from scipy.sparse.linalg import ArpackError, eigsh
 from torch import Tensor
 
 from common.precision import exact, real
@@ -24,6 +28,8 @@ LEFT_OUT = 0.95
 """Rounds end when this share of a picture is in masks."""
 MOST = 254
 """Masks of a picture at most: ids 1..254, 0 being no mask and 255 no label."""
+SMALL = 64
+"""Channels up to which a dense solver finds the vector on a CPU."""
 GAIN = 10.0
 """Filtered masks are multiplied by it and clamped to 0..1: binary for thresholds of 0.1 and more."""
 
@@ -53,9 +59,14 @@ def principal_masks(maps: Tensor, threshold: float, sign: str | Tensor = "mean")
     then). Computed in float32 (float64 for float64 maps), also inside autocast.
     """
     size = tuple(maps.shape[-2:])
+    if maps.device.type == "cpu" and len(maps) > 1:
+        given = sign.split(1) if isinstance(sign, Tensor) else [sign] * len(maps)
+        pairs = zip(maps.split(1), given, strict=True)
+        return [stack for part, own in pairs for stack in principal_masks(part, threshold, own)]
+    size = tuple(maps.shape[-2:])
     with exact(maps.device):
         rows = real(maps).flatten(2)
-        unit = F.normalize(rows, dim=1)
+        picture = Pictures(rows, F.normalize(rows, dim=1), Scatters(rows))
         count, _, cells = rows.shape
         free = torch.ones(count, cells, dtype=torch.bool, device=maps.device)
         found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(count)]
@@ -63,10 +74,9 @@ def principal_masks(maps: Tensor, threshold: float, sign: str | Tensor = "mean")
         for number in range(MOST):
             if not active:
                 break
-            places = torch.tensor(active, device=maps.device)
-            given = sign[places, number] if isinstance(sign, Tensor) else sign
-            masks, seeds = _round(rows[places], unit[places], free[places], threshold, given)
-            free[places] &= masks <= 0
+            given = sign[active, number] if isinstance(sign, Tensor) else sign
+            masks, seeds = _round(picture.of(active), free[active], threshold, given)
+            free[active] &= masks <= 0
             for row, mask, seed in zip(active, masks, seeds, strict=True):
                 found[row].append((mask.unflatten(0, size), seed, free[row].clone().unflatten(0, size)))
             spent = (~free).float().mean(1).tolist()
@@ -78,9 +88,10 @@ def _stuck(rounds: list[tuple[Tensor, Tensor, Tensor]]) -> bool:
     return len(rounds) > 2 and all(bool((left == rounds[-1][2]).all()) for _, _, left in rounds[-3:-1])
 
 
-def _round(rows: Tensor, unit: Tensor, free: Tensor, threshold: float, sign: str | Tensor) -> tuple[Tensor, Tensor]:
+def _round(pictures: "Pictures", free: Tensor, threshold: float, sign: str | Tensor) -> tuple[Tensor, Tensor]:
     """Masks [b,N] and seeds [b] of one round; `sign` as a tensor: [b,C]."""
-    directions = principal_directions(rows, free)
+    rows, unit = pictures.rows, pictures.unit
+    directions = pictures.scatters.directions(free)
     if isinstance(sign, Tensor):
         directions = _along(directions, sign.to(directions))
     elif sign == "mean":
@@ -109,30 +120,81 @@ def first_largest(scores: Tensor) -> Tensor:
 
 def principal_directions(rows: Tensor, chosen: Tensor) -> Tensor:
     """The first principal direction of the chosen, centred samples of each picture: [b,C,N], bool [b,N] -> unit [b,C].
-
-    On a CPU each picture's own samples are taken out and the solver looks for one vector, in the smaller of the two
-    products of the samples with themselves; other devices solve all covariances at once. The sign is the solver's.
-    """
+    The sign is the solver's."""
     if rows.device.type == "cpu":
-        return torch.stack([_direction(part[:, own]) for part, own in zip(rows, chosen, strict=True)])
-    weight = chosen[:, None].to(rows.dtype)
-    mean = (rows * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1)
-    return leading(((rows - mean) * weight), 1)[:, 0]
+        return torch.cat([Scatters(part[None]).directions(own[None]) for part, own in zip(rows, chosen, strict=True)])
+    return Scatters(rows).directions(chosen)
 
 
-def _direction(samples: Tensor) -> Tensor:
-    """Of samples [C,n] of one picture, on a CPU: [C]."""
-    centred = samples - samples.mean(1, keepdim=True)
-    channels, count = centred.shape
-    product = (centred @ centred.T if channels <= count else centred.T @ centred).numpy()
-    last = len(product) - 1
-    vector = torch.from_numpy(scipy.linalg.eigh(product, subset_by_index=[last, last])[1][:, 0])
-    return F.normalize(vector if channels <= count else centred @ vector, dim=0)
+class Scatters:
+    """Products of the samples that are left of each picture with themselves, and their first principal directions.
+
+    Samples are moved by their picture's mean first, so that little is lost when the mean of what is left is taken out.
+    On a CPU, for one picture, the products are kept and those of the samples that have left are taken out, or they are
+    made anew where fewer are left than have left: the smaller of two products in every round. A Lanczos solver then
+    finds one vector. Other devices weigh the samples and solve all pictures at once.
+    """
+
+    def __init__(self, rows: Tensor):
+        self.samples = (rows - rows.mean(2, keepdim=True)).mT.contiguous()
+        self.products: Tensor | None = None
+        self.left: Tensor | None = None
+
+    def of(self, pictures: list[int]) -> "Scatters":
+        """Of some of the pictures."""
+        if len(pictures) == len(self.samples):
+            return self
+        found = copy.copy(self)
+        found.samples = self.samples[pictures]
+        return found
+
+    def directions(self, left: Tensor) -> Tensor:
+        """Of the samples bool [b,N] that are left, as unit rows [b,C]; `left` never grows from call to call."""
+        if self.samples.device.type == "cpu":
+            return self._direction(self.samples[0], left[0])[None]
+        weight = left[..., None].to(self.samples.dtype)
+        mean = (self.samples * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
+        centred = (self.samples - mean) * weight
+        return torch.linalg.eigh(centred.mT @ centred).eigenvectors[..., -1]
+
+    def _direction(self, samples: Tensor, left: Tensor) -> Tensor:
+        """Of samples [N,C] of one picture, on a CPU: [C]."""
+        known = torch.ones_like(left) if self.left is None else self.left
+        gone, count = known & ~left, int(left.sum())
+        if self.products is None or int(gone.sum()) >= count:
+            own = samples[left]
+            self.products = own.T @ own
+        else:
+            own = samples[gone]
+            self.products = self.products.addmm(own.T, own, alpha=-1)
+        self.left = left.clone()
+        total = left.to(samples.dtype) @ samples
+        return torch.from_numpy(_leading((self.products - torch.outer(total, total) / count).numpy()))
 
 
-def leading(centred: Tensor, count: int) -> Tensor:
-    """The first `count` principal directions of centred samples [b,C,n], as unit rows [b,count,C]."""
-    return torch.linalg.eigh(centred @ centred.mT).eigenvectors[..., -count:].flip(-1).mT
+def _leading(matrix: np.ndarray) -> np.ndarray:
+    """The unit eigenvector [C] of the largest eigenvalue of a symmetric matrix; where it is 0, the last axis."""
+    column = matrix[:, matrix.diagonal().argmax()]
+    if len(matrix) > SMALL and column.any():
+        with contextlib.suppress(ArpackError):
+            return eigsh(matrix, k=1, which="LA", v0=column)[1][:, 0]
+    last = len(matrix) - 1
+    return scipy.linalg.eigh(matrix, subset_by_index=[last, last])[1][:, 0]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What rounds look at: features [b,C,N] as they are and at length 1, and their scatters."""
+
+    rows: Tensor
+    unit: Tensor
+    scatters: Scatters
+
+    def of(self, pictures: list[int]) -> "Pictures":
+        """Some of them."""
+        if len(pictures) == len(self.rows):
+            return self
+        return Pictures(self.rows[pictures], self.unit[pictures], self.scatters.of(pictures))
 
 
 @dataclass(frozen=True)

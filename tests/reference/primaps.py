@@ -161,8 +161,8 @@ NAMES = {
 }
 """Of the EM: the authors' names and ours."""
 CENTRES = "cluster_probe.cluster_centers.weight_v"
-"""The prototypes of the initialisation. The running ones, which begin at the same place, rest in it in the release; here
-they are the same."""
+"""The prototypes of the initialisation. The running ones, which begin at the same place, rest in the release; here they
+are the same."""
 LINEAR = {theirs: ours for theirs, ours in NAMES.items() if ours.startswith("linear_probe.")}
 STARTED = {CENTRES: "running.direction"} | LINEAR
 """Of the initialisation."""

@@ -152,6 +152,10 @@ class Scatters:
         """Of the samples bool [b,N] that are left, as unit rows [b,C]; `left` never grows from call to call."""
         if self.samples.device.type == "cpu":
             return self._direction(self.samples[0], left[0])[None]
+        return self.directions_of_all(left)
+
+    def directions_of_all(self, left: Tensor) -> Tensor:
+        """The same of all pictures at once, by weights; nothing is kept."""
         weight = left[..., None].to(self.samples.dtype)
         mean = (self.samples * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
         centred = (self.samples - mean) * weight

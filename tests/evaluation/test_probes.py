@@ -50,6 +50,20 @@ def test_linear_loss_leaves_out_padding():
     assert not torch.equal(probe.loss(codes, label, valid), probe.loss(codes, label))
 
 
+def test_linear_loss_is_a_mean_over_labelled_pixels_or_over_all():
+    codes, label = draw(2, 6, 4, 4), labels(2, 16, 16)
+    label[0] = 255
+    valid = torch.ones(2, 16, 16, dtype=torch.bool)
+    valid[:, :, 9:] = False
+    one, every = LinearProbe(6, 4), LinearProbe(6, 4, mean="all")
+    known = (label >= 0) & (label < 4)
+    for inside in (None, valid):
+        counted = known if inside is None else known & valid
+        total = label.numel() if inside is None else int(valid.sum())
+        share = float(counted.sum()) / total
+        assert every.loss(codes, label, inside).item() == pytest.approx(share * one.loss(codes, label, inside).item())
+
+
 def test_linear_loss_without_a_valid_pixel_is_zero_with_a_graph():
     probe = LinearProbe(6, 4)
     loss = probe.loss(draw(2, 6, 4, 4), torch.full((2, 16, 16), 255))

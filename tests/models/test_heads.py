@@ -5,7 +5,7 @@ import torch
 
 from common import chance
 from common.errors import ConfigError
-from models.heads import ProjectionHead, SegmentationHead, channel_masks, drop_channels, patch_rows
+from models.heads import ProjectionHead, PrototypeHead, SegmentationHead, channel_masks, drop_channels, patch_rows
 
 
 def head(nonlinear=True, in_dim=6, dim=4):
@@ -95,3 +95,19 @@ def test_a_wrong_share_is_named(p):
     with pytest.raises(ConfigError) as caught:
         channel_masks(0, "head", 0, 2, 3, p)
     assert str(caught.value) == f"channel dropout p = {p}: must lie in [0, 1); use 0 to switch it off"
+
+
+def test_prototypes_are_directions_with_a_gain():
+    prototypes, codes = PrototypeHead(6, 3), features(2, 6, 4, 5)
+    directions = features(3, 6)
+    prototypes.start(directions)
+    unit = directions / directions.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(prototypes(codes), torch.einsum("kc,bchw->bkhw", unit, codes))
+    assert torch.equal(prototypes.direction, directions)  # their length is kept
+    with torch.no_grad():
+        prototypes.gain.copy_(torch.tensor([1.0, 2.0, 0.5]))
+        prototypes.direction.mul_(3)
+    scaled = unit * torch.tensor([1.0, 2.0, 0.5])[:, None]
+    torch.testing.assert_close(prototypes(codes), torch.einsum("kc,bchw->bkhw", scaled, codes))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert prototypes(codes).dtype == torch.float32

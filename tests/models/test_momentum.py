@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from common.errors import ConfigError
-from models.momentum import Momentum
+from models.momentum import Momentum, warmed_up
 
 
 def pair():
@@ -63,3 +63,22 @@ def test_a_wrong_momentum_is_named():
     with pytest.raises(ConfigError) as caught:
         momentum.update(1.5)
     assert str(caught.value) == "momentum m = 1.5: must lie in [0, 1]; 1 keeps the copy as it is"
+
+
+def test_an_average_begins_as_a_mean_and_goes_on_with_its_momentum():
+    found = [warmed_up(count, 0.98) for count in (1, 2, 3, 4, 50, 51, 1000)]
+    assert found == pytest.approx([0, 0, 2 / 3, 3 / 4, 0.98, 0.98, 0.98])
+    module, momentum = pair()
+    states = []
+    for count in range(1, 7):
+        move(module)
+        momentum.update(warmed_up(count, 0.98))
+        states.append(module[0].weight.detach().clone())
+    torch.testing.assert_close(momentum.copy[0].weight, (2 * states[1] + sum(states[2:])) / 6)
+
+
+def test_an_average_of_what_stands_still_is_it():
+    module, momentum = pair()
+    for count in range(1, 51):
+        momentum.update(warmed_up(count, 0.98))
+    torch.testing.assert_close(momentum.copy[0].weight, module[0].weight, rtol=1e-6, atol=1e-7)

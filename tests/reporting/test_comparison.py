@@ -283,3 +283,18 @@ def test_axes_have_a_few_round_numbers(low, high):
     assert found[0] == low
     assert found[-1] <= high
     assert 4 <= len(found) <= 8
+
+
+def test_what_a_method_stands_on_is_in_its_name():
+    """Runs on two trainings of one method are seeds of one row; on none, or on another, they are other rows."""
+    begun = {"method.init_from": "a.ckpt", "method.base.name": "stego"}
+    runs = [
+        finished("primaps", 0, stands_on="stego", config=begun),
+        finished("primaps", 1, stands_on="stego", config=begun | {"method.init_from": "b.ckpt"}),
+        finished("primaps", 0, stands_on="hidden_positives", config={"method.base.name": "hidden_positives"}),
+        finished("primaps", 0),
+    ]
+    (section,) = comparison.arrange(runs)
+    assert [entry.label for entry in section.entries] == ["primaps on stego", "primaps on hidden_positives", "primaps"]
+    assert section.entries[0].seeds == [0, 1]
+    assert "| primaps on stego |" in comparison_tables.markdown([section], "x")

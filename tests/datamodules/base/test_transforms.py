@@ -319,3 +319,16 @@ def test_places_of_one_view_in_another():
     away = (found - wanted).abs().amax(1)[inside]
     assert away.max() < 1.2  # pixels of the source: bilinear at the border of the second view is off by half a cell
     assert away.median() < 1e-3
+
+
+def test_a_coin_decides_between_jitter_and_grey():
+    spec = Photometric(jitter_p=1.0, gray_p=1.0, either=True)
+    drawn = views.draw_colour(spec, 400, np.random.default_rng(0))
+    assert (drawn.jitter ^ drawn.gray).all()
+    assert 150 < drawn.jitter.sum() < 250
+    rare = views.draw_colour(Photometric(jitter_p=0.3, gray_p=0.1, either=True), 4000, np.random.default_rng(0))
+    assert rare.jitter.mean() == pytest.approx(0.15, abs=0.02)
+    assert rare.gray.mean() == pytest.approx(0.05, abs=0.02)
+    plain = views.draw_colour(Photometric(), 9, np.random.default_rng(3))
+    both = views.draw_colour(Photometric(either=True), 9, np.random.default_rng(3))
+    assert np.array_equal(plain.factors, both.factors) and np.array_equal(plain.blur, both.blur)

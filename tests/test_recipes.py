@@ -38,6 +38,12 @@ OF_METHOD = {
         "method.head.hidden=16",
         "backbone.levels=[0,1]",
     ],
+    "primaps": [
+        "method.stage.size=112",
+        "method.stage.batch_size=2",
+        "method.stage.shard=2",
+        "method.start.steps=0",
+    ],
     "tokencut": ["method.stage.size=112"],
     "transfgu": [
         "method.stage.size=112",

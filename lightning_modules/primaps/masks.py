@@ -45,6 +45,8 @@ class PrincipalMasks(MapStep):
     def records(self, batch: dict[str, Any]) -> list[Record]:
         images = whole_patches(batch, patch_of(self.backbone))
         maps = self.backbone.features(images).concat()
+        if self.method.masks.centred:
+            maps = maps - maps.mean((2, 3), keepdim=True)
         found = principal_masks(maps, self.method.masks.threshold, self.method.masks.sign)
         labels = refined(self.crf, images, [label_log_probs(stack.masks)[0] for stack in found])
         records = []

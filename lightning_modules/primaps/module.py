@@ -6,8 +6,8 @@ of them gives every mask the class that it predicts most often there (E), and th
 picture, rare classes weighing more (M). The copy is the classifier, scored as val/own/*. `method.init_from` puts the
 codes and the cluster probe of a trained method in place of features and first prototypes. Code: visinf/primaps.
 
-Here, and not as released: directions have a sign (`method.masks.sign`), the first prototypes point along the mean
-feature, masks cover whole pictures, colours are changed before the network normalises, and the linear probe goes on
+Here, and not as released: features are centred, in masks about the picture's mean and in codes about that of all
+pictures (`method.masks.centred`, `method.centred`), directions have a sign (`method.masks.sign`), masks cover whole pictures, colours are changed before the network normalises, and the linear probe goes on
 learning when the EM begins.
 """
 
@@ -38,7 +38,8 @@ from pseudo_labels.views import Segments, View
 
 
 class PriMaPs(StagedSegmenter):
-    """Codes = the backbone's features as they are, or those of the method that `method.init_from` was trained with."""
+    """Codes = the backbone's features, less their mean with `method.centred`, or those of the method that
+    `method.init_from` was trained with."""
 
     title = "PriMaPs-EM"
 
@@ -58,6 +59,7 @@ class PriMaPs(StagedSegmenter):
         self.running = PrototypeHead(self.code_dim, settings.num_clusters)
         self.momentum = Momentum(self.running)
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("centre", torch.zeros(self.code_dim))
 
     # ------------------------------------------------------------------ the stage
 
@@ -91,7 +93,9 @@ class PriMaPs(StagedSegmenter):
         return super().features(images) if self.base is None else self.base.features(images)
 
     def embed(self, features: Features) -> Tensor:
-        return features.concat() if self.base is None else self.base.embed(features)
+        if self.base is not None:
+            return self.base.embed(features)
+        return features.concat() - self.centre[:, None, None]
 
     def classify(self, codes: Tensor) -> Tensor:
         """Logits of the slow prototypes."""
@@ -113,7 +117,7 @@ class PriMaPs(StagedSegmenter):
     @torch.no_grad()
     def prepare(self, loader: Callable[..., Any]) -> None:
         """The first prototypes: principal directions of the features of training pictures, unless `init_from` gave
-        them. The slow ones begin as they do."""
+        them; and the mean of these features, which codes are without. The slow prototypes begin as the running ones."""
         if self.base is None:
             width, device = self.code_dim, self.device
             sizes = ((), (width,), (width, width))
@@ -124,6 +128,8 @@ class PriMaPs(StagedSegmenter):
                 moments = moments + Moments.of(codes.transpose(0, 1).flatten(1).T)
             moments = Moments(*map(distributed.total, (moments.count, moments.sum, moments.products)))
             self.running.start(moments.directions(self.cfg.method.num_clusters).float())
+            if self.cfg.method.centred:
+                self.centre.copy_(moments.sum / moments.count)
         self.momentum.update(0.0)
 
     @property

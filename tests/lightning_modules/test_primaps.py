@@ -18,7 +18,7 @@ SHORT = [
     "evaluation.panels=0", "evaluation.kmeans.pictures=4", "data.train_count=12",
 ]  # fmt: skip
 OPTIONS = [
-    ["masks.threshold=0.8"], ["masks.sign=library"], ["masks.crf=none"], ["start.steps=1"], ["start.pictures=4"],
+    ["centred=false"], ["masks.centred=false"], ["masks.threshold=0.8"], ["masks.sign=library"], ["masks.crf=none"], ["start.steps=1"], ["start.pictures=4"],
     ["gamma=0"], ["ema.every=2"], ["ema.decay=0.3"], ["augment.blur_p=0"], ["augment.blur_sigma=[3,4]"],
     ["augment.blur_kernel=3"], ["augment.jitter_p=1"], ["augment.gray_p=1"], ["augment.either=false"],
 ]  # fmt: skip

@@ -250,6 +250,7 @@ def _words(case: Case, started: int) -> list[str]:
     }
     return [
         "method=primaps",
+        "method.centred=false",
         f"method.num_clusters={int(case['cfg_num_classes'])}",
         f"method.start.steps={started}",
         "evaluation.linear_mean=all",

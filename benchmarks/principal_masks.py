@@ -2,8 +2,8 @@
 
 `python -m benchmarks.principal_masks [--threads T] [--repeats R] [--allocator default|tuned] [--only WORD] [--quick]`
 
-All rounds of the masks of pictures, without the CRF, in float32: the features of a ViT-S at stride 8 on 320 px, drawn as
-regions with a direction each, a direction that all share, and noise. eight: eight pictures in one call.
+All rounds of the masks of pictures, without the CRF, in float32. Features have the size of a ViT-S's at stride 8 on
+320 px; drawn are regions with a direction each, a direction that all share, and noise. eight: eight pictures in a call.
 """
 
 import sys

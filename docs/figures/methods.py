@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.chance import numpy_generator
+from common.spec import IGNORE
 from datamodules.base.regions import RegionPlan, provide
 from docs.figures import drawing
 from docs.figures.drawing import Cell, Grid
@@ -18,6 +19,7 @@ from grouping.regions import over_segment
 from lightning_modules.base.relations import Seen as Picture
 from lightning_modules.families.graph_cuts import patch_features
 from losses.concept_contrast import nearest
+from losses.pseudo_labels import majority
 from losses.smoothness import soft_labels
 from models.vit.masking import block_masks
 from pseudo_labels.views import Segments, Shades, Soft, Strongest
@@ -239,6 +241,24 @@ def tokencut() -> Grid:
     return grid
 
 
+def primaps() -> Grid:
+    """Principal masks, what the slow prototypes see, and the labels that the masks make of it."""
+    seen = trained("primaps")
+    masks, count = Segments(staged(seen)["masks"], None), seen.cfg.method.num_clusters
+    batch = seen.batch("train", TRAIN)
+    size = tuple(batch["image"].shape[-2:])
+    own = readout.predict(read(seen, batch["image"])[1]["own"], size)
+    classes = classes_of("own", seen, own, batch["image"])
+    grid = Grid(["picture", "principal\nmasks", "slow\nprototypes", "labels of\nthe masks", "truth"])
+    for row, index in enumerate(TRAIN):
+        ids = torch.from_numpy(masks.read(index, size)).long()
+        inside = torch.where(ids == 0, IGNORE, ids)[None]
+        labels = majority(inside, classes[row][None], count)[0]
+        shown = (drawing.truth(part, seen.meta) for part in (classes[row], labels))
+        grid.rows.append([*pair(seen, batch, row, drawing.ids(ids, int(ids.max()) + 1), *shown)])
+    return grid
+
+
 def transfgu() -> Grid:
     """Concept maps, the pseudo-labels that they make, and what the student learned of them."""
     seen = trained("transfgu")
@@ -257,7 +277,7 @@ def transfgu() -> Grid:
 FIGURES: dict[str, Callable[[], Grid]] = {
     draw.__name__: draw
     for draw in (
-        cause, deep_spectral, dino, eagle, hidden_positives, hsg, kmeans_baseline, normalized_cut, segsort, smooseg,
+        cause, deep_spectral, dino, eagle, hidden_positives, hsg, kmeans_baseline, normalized_cut, primaps, segsort, smooseg,
         stego, tokencut, transfgu,
     )
 }  # fmt: skip

@@ -62,7 +62,8 @@ class UnsupervisedSegmenter(Evaluated):
     one), `trains_backbone` (the backbone changes, by gradient or as a momentum copy; the run then exports it; None:
     as backbone.frozen says), `exports` (what its weights are, for the card of the export), `headline` (the probe that
     the method's score is read from: `own` where it has classes of its own, else `cluster`, unless it names another),
-    `title` (its name in papers), `stands_on` (the method whose codes it begins with, shown in every table), `region_key` (the key of the folder of region files that are there).
+    `title` (its name in papers), `stands_on` (the method whose codes it begins with, shown in every table),
+    `region_key` (the key of the folder of region files that are there).
     """
 
     title = ""

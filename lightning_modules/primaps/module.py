@@ -7,8 +7,8 @@ picture, rare classes weighing more (M). The copy is the classifier, scored as v
 codes and the cluster probe of a trained method in place of features and first prototypes. Code: visinf/primaps.
 
 Here, and not as released: features are centred, in masks about the picture's mean and in codes about that of all
-pictures (`method.masks.centred`, `method.centred`), directions have a sign (`method.masks.sign`), masks cover whole pictures, colours are changed before the network normalises, and the linear probe goes on
-learning when the EM begins.
+pictures (`method.masks.centred`, `method.centred`), directions have a sign (`method.masks.sign`), masks cover whole
+pictures, colours are changed before the network normalises, and the linear probe goes on learning when the EM begins.
 """
 
 from collections.abc import Callable

@@ -39,7 +39,8 @@ def test_a_mask_is_what_is_alike_enough_to_its_seed():
         free = torch.ones(unit.shape[1], dtype=torch.bool)
         for mask, seed in zip(stack.masks.flatten(1), stack.seeds, strict=True):
             near = unit[:, seed] @ unit
-            assert free[seed] and mask[seed] == 1
+            assert free[seed]
+            assert mask[seed] == 1
             assert ((mask > 0) == (free & (near >= 0.4))).all()
             torch.testing.assert_close(mask[mask > 0], near[mask > 0])
             free &= mask <= 0
@@ -100,9 +101,11 @@ def test_all_pictures_at_once_have_the_directions_of_each_alone():
 def test_a_single_place_and_one_feature_everywhere_end():
     flat = torch.ones(1, 3, 4, 4)
     (stack,) = principal.principal_masks(flat, 0.4)
-    assert len(stack.masks) == 1 and (stack.masks > 0).all()
+    assert len(stack.masks) == 1
+    assert (stack.masks > 0).all()
     (stack,) = principal.principal_masks(torch.zeros(1, 3, 4, 4), 0.4)
-    assert len(stack.masks) == 3 and not stack.masks.any()
+    assert len(stack.masks) == 3
+    assert not stack.masks.any()
     (stack,) = principal.principal_masks(torch.ones(1, 3, 1, 1), 0.4)
     assert stack.masks.tolist() == [[[1.0]]]
 
@@ -112,12 +115,14 @@ def test_log_probabilities_of_cleaned_masks_and_of_what_they_leave():
     masks[0, :, :3] = 0.5
     masks[1, 4, 4] = 1.0  # a single place, which the median removes
     log_probs, background, filtered = principal.label_log_probs(masks)
-    assert filtered[0].tolist() == [[1.0] * 3 + [0.0] * 2] * 5 and not filtered[1].any()
+    assert filtered[0].tolist() == [[1.0] * 3 + [0.0] * 2] * 5
+    assert not filtered[1].any()
     assert torch.equal(background, 1 - filtered[0])
     assert log_probs.shape == (3, 5, 5)
     torch.testing.assert_close(log_probs[1, 0, 0].exp(), torch.e / (torch.e + torch.tensor(2.0)))
     nothing = principal.label_log_probs(torch.zeros(1, 3, 3))
-    assert torch.isfinite(nothing[0]).all() and (nothing[1] == 1).all()
+    assert torch.isfinite(nothing[0]).all()
+    assert (nothing[1] == 1).all()
     assert torch.isfinite(principal.label_log_probs(torch.ones(1, 1, 4))[0]).all()
 
 

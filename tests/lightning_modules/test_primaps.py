@@ -18,9 +18,10 @@ SHORT = [
     "evaluation.panels=0", "evaluation.kmeans.pictures=4", "data.train_count=12",
 ]  # fmt: skip
 OPTIONS = [
-    ["centred=false"], ["masks.centred=false"], ["masks.threshold=0.8"], ["masks.sign=library"], ["masks.crf=none"], ["start.steps=1"], ["start.pictures=4"],
-    ["gamma=0"], ["ema.every=2"], ["ema.decay=0.3"], ["augment.blur_p=0"], ["augment.blur_sigma=[3,4]"],
-    ["augment.blur_kernel=3"], ["augment.jitter_p=1"], ["augment.gray_p=1"], ["augment.either=false"],
+    ["centred=false"], ["masks.centred=false"], ["masks.threshold=0.8"], ["masks.sign=library"], ["masks.crf=none"],
+    ["start.steps=1"], ["start.pictures=4"], ["gamma=0"], ["ema.every=2"], ["ema.decay=0.3"], ["augment.blur_p=0"],
+    ["augment.blur_sigma=[3,4]"], ["augment.blur_kernel=3"], ["augment.jitter_p=1"], ["augment.gray_p=1"],
+    ["augment.either=false"],
 ]  # fmt: skip
 
 
@@ -114,7 +115,8 @@ def test_the_stage_keeps_ids_of_masks_at_the_size_of_what_it_saw():
     assert [record.fields["segments"].shape for record in records] == [(48, 48)] * 3
     for record in records:
         found = set(record.fields["segments"].ravel().tolist()) - {0}
-        assert found == set(record.fields["names"].tolist()) and found
+        assert found == set(record.fields["names"].tolist())
+        assert found
         assert sum(value.nbytes for value in record.fields.values()) < step.record_bytes()
 
 

@@ -64,7 +64,8 @@ def test_classes_that_are_predicted_much_count_less_and_the_divisor_is_every_pix
         wanted, by_class = by_hand(maps, labels, gamma)
         torch.testing.assert_close(loss, wanted)
         torch.testing.assert_close(weights, by_class)
-        assert weights.argmin() == 2 and not weights.requires_grad
+        assert weights.argmin() == 2
+        assert not weights.requires_grad
         one, two = (torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (loss, wanted))
         torch.testing.assert_close(one, two)
     plain, ones = balanced_cross_entropy(logits, labels, 0.0)
@@ -76,7 +77,7 @@ def test_classes_that_are_predicted_much_count_less_and_the_divisor_is_every_pix
 def test_two_ranks_have_the_balanced_gradient_of_one():
     logits, labels = case()
     logits, labels = logits.detach()[:2].requires_grad_(), labels[:2]
-    whole, weights = balanced_cross_entropy(logits, labels, 2.0)
+    whole, _ = balanced_cross_entropy(logits, labels, 2.0)
     share = F.interpolate(logits.detach(), size=(10, 15), mode="bilinear").softmax(1).mean((0, 2, 3))
     parts = [balanced_cross_entropy(logits[n : n + 1], labels[n : n + 1], 2.0, lambda _: share)[0] for n in range(2)]
     torch.testing.assert_close(sum(parts) / 2, whole)

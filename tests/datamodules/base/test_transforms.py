@@ -331,4 +331,5 @@ def test_a_coin_decides_between_jitter_and_grey():
     assert rare.gray.mean() == pytest.approx(0.05, abs=0.02)
     plain = views.draw_colour(Photometric(), 9, np.random.default_rng(3))
     both = views.draw_colour(Photometric(either=True), 9, np.random.default_rng(3))
-    assert np.array_equal(plain.factors, both.factors) and np.array_equal(plain.blur, both.blur)
+    assert np.array_equal(plain.factors, both.factors)
+    assert np.array_equal(plain.blur, both.blur)

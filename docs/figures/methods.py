@@ -243,12 +243,11 @@ def tokencut() -> Grid:
 
 def primaps() -> Grid:
     """Principal masks, what the slow prototypes see, and the labels that the masks make of it."""
-    seen = trained("primaps")
-    masks, count = Segments(staged(seen)["masks"], None), seen.cfg.method.num_clusters
+    seen = trained("primaps", "data.train_count=400", "trainer.max_steps=300")
+    masks, count = Segments(staged(seen)["masks"], None), len(seen.meta.names)
     batch = seen.batch("train", TRAIN)
     size = tuple(batch["image"].shape[-2:])
-    own = readout.predict(read(seen, batch["image"])[1]["own"], size)
-    classes = classes_of("own", seen, own, batch["image"])
+    classes = classes_of("own", seen, read(seen, batch["image"])[1]["own"], batch["image"])
     grid = Grid(["picture", "principal\nmasks", "slow\nprototypes", "labels of\nthe masks", "truth"])
     for row, index in enumerate(TRAIN):
         ids = torch.from_numpy(masks.read(index, size)).long()
@@ -277,8 +276,8 @@ def transfgu() -> Grid:
 FIGURES: dict[str, Callable[[], Grid]] = {
     draw.__name__: draw
     for draw in (
-        cause, deep_spectral, dino, eagle, hidden_positives, hsg, kmeans_baseline, normalized_cut, primaps, segsort, smooseg,
-        stego, tokencut, transfgu,
+        cause, deep_spectral, dino, eagle, hidden_positives, hsg, kmeans_baseline, normalized_cut, primaps, segsort,
+        smooseg, stego, tokencut, transfgu,
     )
 }  # fmt: skip
 

@@ -6,8 +6,8 @@ from tests.support.scores import score
 
 SMOOSEG = (20.0, 26.0)
 """val/own/miou of SmooSeg, mean of seeds 0, 1, 2, as recorded; see docs/results.md."""
-SMOOTHNESS = 4.0
-"""Points of mIoU that it must lose where no energy trains its projector."""
+SMOOTHNESS = 10.0
+"""Points of mIoU that it must lose where no energy trains its projector. Measured: 19.6."""
 CAUSE = (18.5, 24.5)
 """The same of CAUSE."""
 CONTRAST = 1.0

@@ -11,7 +11,7 @@ SMOOTHNESS = 10.0
 CAUSE = (18.5, 24.5)
 """The same of CAUSE."""
 CONTRAST = 1.0
-"""Points that it must lose where its head learns nothing. Measured of seed 0: 2.4."""
+"""Points that it must lose where its head learns nothing. Measured: 2.1."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.precision import real, real_dtype
+from common.precision import exact, real, real_dtype
 
 EPS = 1e-12
 """Smallest norm that a vector is divided by, as in the released probes."""
@@ -102,6 +102,13 @@ def dot_products(codes: Tensor, clusters: Tensor) -> Tensor:
     """<z, c_k / |c_k|> with the code as it is: [B,D,h,w], [K,D] -> [B,K,h,w], float32 (float64 stays)."""
     with torch.autocast(codes.device.type, enabled=False):
         return pointwise(real(codes), F.normalize(clusters.to(real_dtype(codes)), dim=1, eps=EPS))
+
+
+def cosines(codes: Tensor, clusters: Tensor) -> Tensor:
+    """Cosines of codes [B,D,h,w] and centroids [K,D], -1..1: [B,K,h,w], float32 (float64 stays). Gradient reaches what
+    carries any."""
+    with exact(codes.device):
+        return dot_products(F.normalize(real(codes), dim=1, eps=EPS), clusters)
 
 
 def pointwise(codes: Tensor, weight: Tensor) -> Tensor:

@@ -63,7 +63,6 @@ def principal_masks(maps: Tensor, threshold: float, sign: str | Tensor = "mean")
         given = sign.split(1) if isinstance(sign, Tensor) else [sign] * len(maps)
         pairs = zip(maps.split(1), given, strict=True)
         return [stack for part, own in pairs for stack in principal_masks(part, threshold, own)]
-    size = tuple(maps.shape[-2:])
     with exact(maps.device):
         rows = real(maps).flatten(2)
         picture = Pictures(rows, F.normalize(rows, dim=1), Scatters(rows))
@@ -116,14 +115,6 @@ def first_largest(scores: Tensor) -> Tensor:
     """The first place of the largest of scores [b,N], int64 [b], on every device."""
     places = torch.arange(scores.shape[1], device=scores.device)
     return torch.where(scores == scores.amax(1, keepdim=True), places, scores.shape[1]).amin(1)
-
-
-def principal_directions(rows: Tensor, chosen: Tensor) -> Tensor:
-    """The first principal direction of the chosen, centred samples of each picture: [b,C,N], bool [b,N] -> unit [b,C].
-    The sign is the solver's."""
-    if rows.device.type == "cpu":
-        return torch.cat([Scatters(part[None]).directions(own[None]) for part, own in zip(rows, chosen, strict=True)])
-    return Scatters(rows).directions(chosen)
 
 
 class Scatters:

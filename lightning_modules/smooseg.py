@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from common import distributed
 from common.errors import ConfigError
-from common.precision import exact, real
 from evaluation import readout
 from lightning_modules.base import Loss
 from lightning_modules.families.shifts import QuantileShifts
@@ -59,7 +58,8 @@ class SmooSeg(QuantileShifts):
         settings, frozen = self.cfg.method, features.concat()
         codes = self.head(frozen, (self._mask("linear", frozen), self._mask("nonlinear", frozen)))
         signal = drop_channels(frozen, self._mask("signal", frozen) if settings.dropout.signal else None)
-        taught, learnt = cosines(codes, self.teacher), cosines(codes.detach(), self.student)
+        taught = readout.cosines(codes, self.teacher)
+        learnt = readout.cosines(codes.detach(), self.student)
         labels = soft_labels(taught, settings.temperature)
         found = self._smoothness(signal, labels)
         data = data_term(learnt, taught.detach())
@@ -99,20 +99,14 @@ class SmooSeg(QuantileShifts):
         return {
             **{f"discontinuity_{kind}": value for kind, value in found.discontinuities.items()},
             **self.shifts_by_quantile(found.shifts),
-            "entropy": -(labels * labels.clamp(min=1e-12).log()).sum(1).mean(),
-            "used": mean.clamp(min=1e-12).log().mul(-mean).sum().exp(),
+            "entropy": torch.special.entr(labels).sum(1).mean(),
+            "used": torch.special.entr(mean).sum().exp(),
             "agreement": (learnt.argmax(1) == best).float().mean(),
         }
 
     def _mask(self, use: str, maps: Tensor) -> Tensor | None:
         key = (self.cfg.seed, f"smooseg.dropout.{use}", self.global_step)
         return own_channel_masks(*key, maps, self.cfg.method.dropout.p)
-
-
-def cosines(codes: Tensor, prototypes: Tensor) -> Tensor:
-    """Cosines of codes [B,D,h,w] and prototypes [K,D]: [B,K,h,w], float32. Gradient reaches what carries any."""
-    with exact(codes.device):
-        return readout.dot_products(F.normalize(real(codes), dim=1, eps=readout.EPS), prototypes)
 
 
 def spaced(cells: int, device: torch.device) -> Tensor:

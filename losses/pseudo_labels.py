@@ -9,6 +9,7 @@ from torch import Tensor
 
 from common.precision import real
 from common.spec import IGNORE
+from losses.correspondence import same
 
 
 def pseudo_label_loss(logits: Tensor, labels: Tensor, total: Tensor | None = None) -> Tensor:
@@ -25,7 +26,7 @@ def pseudo_label_loss(logits: Tensor, labels: Tensor, total: Tensor | None = Non
 
 
 def balanced_cross_entropy(
-    logits: Tensor, labels: Tensor, gamma: float, average: Callable[[Tensor], Tensor] = lambda value: value
+    logits: Tensor, labels: Tensor, gamma: float, average: Callable[[Tensor], Tensor] = same
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy that counts the less, the more a class is predicted: (loss, class weights [K]).
 

@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from common import distributed
 from common.errors import ConfigError
-from common.precision import exact, real
 from common.spec import IGNORE, Photometric, ViewSpec
 from datamodules.base import SegmentationDataModule
 from evaluation import readout
@@ -148,9 +147,7 @@ class PriMaPs(StagedSegmenter):
 
     def _start_loss(self, codes: Tensor) -> Loss:
         """Minus the mean cosine of codes to the nearest direction; gains rest."""
-        with exact(codes.device):
-            unit = F.normalize(real(codes), dim=1, eps=readout.EPS)
-            cosines = readout.dot_products(unit, self.running.direction)
+        cosines = readout.cosines(codes, self.running.direction)
         total = -cosines.max(1).values.mean() + 0 * self.running.gain.sum()
         return Loss(total, {"start": total.detach()}, codes=codes)
 

@@ -86,14 +86,16 @@ def test_directions_are_those_of_a_decomposition_in_double(channels):
         wanted = torch.linalg.svd(samples - samples.mean(0)).Vh[0]
         assert torch.linalg.vector_norm(found) == pytest.approx(1, abs=1e-5)
         assert abs(float(found[0].double() @ wanted)) > 1 - 1e-6
-        torch.testing.assert_close(found.abs(), principal.principal_directions(rows, left).abs(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(found.abs(), principal.Scatters(rows).directions(left).abs(), rtol=0, atol=1e-4)
 
 
 def test_all_pictures_at_once_have_the_directions_of_each_alone():
     """The way of a GPU."""
     rows = pictures().flatten(2)
     left = torch.rand(len(rows), rows.shape[2], generator=torch.Generator().manual_seed(0)) < 0.3
-    alone = principal.principal_directions(rows, left)
+    alone = torch.cat(
+        [principal.Scatters(part[None]).directions(own[None]) for part, own in zip(rows, left, strict=True)]
+    )
     together = principal.Scatters(rows).directions_of_all(left)
     assert ((together * alone).sum(1).abs() > 1 - 1e-5).all()
 

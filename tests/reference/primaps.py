@@ -32,7 +32,7 @@ def _array(value: Tensor) -> np.ndarray:
 
 def principal_direction(case: Case) -> Case:
     rows, chosen = replay.tensor(case["in_feats"]).flatten(1), replay.tensor(case["in_remaining"]).flatten()
-    found = principal.principal_directions(rows[None], chosen[None])
+    found = principal.Scatters(rows[None]).directions(chosen[None])
     samples = rows[:, chosen].double()
     centred = samples - samples.mean(1, keepdim=True)
     share = (found[0].double() @ centred).square().sum() / centred.square().sum()

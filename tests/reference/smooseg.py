@@ -88,7 +88,7 @@ def energy(case: Case) -> Case:
 def predictor(case: Case) -> Case:
     code, student = _leaf(case, "in_code"), _leaf(case, "in_student")
     teacher, alpha = replay.tensor(case["in_teacher"]), float(case["cfg_alpha"])
-    learnt, taught = method.cosines(code.detach(), student), method.cosines(code, teacher)
+    learnt, taught = readout.cosines(code.detach(), student), readout.cosines(code, teacher)
     (learnt.square().sum() + taught.pow(3).sum()).backward()
     results = {
         "out_inner_student": _array(learnt),
@@ -135,7 +135,7 @@ def train_step(case: Case) -> Case:
     smooth, data = [], []
     for features, partners in zip(case["in_feats"], case["in_perm"], strict=True):
         code = head(replay.tensor(features))
-        taught, learnt = method.cosines(code, teacher), method.cosines(code.detach(), student)
+        taught, learnt = readout.cosines(code, teacher), readout.cosines(code.detach(), student)
         labels = losses.soft_labels(taught, float(case["cfg_temperature"]))
         found = _found({**case, "in_signal": features, "in_perm": partners}, labels)
         smooth.append(sum(found.energies.values()))

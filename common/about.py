@@ -23,5 +23,9 @@ def signature() -> str:
 
 
 def module_of(room: str, name: str) -> str:
-    """The module that holds a method or a data set: `<room>/<name>.py`, or `<room>/<name>/module.py`."""
-    return f"{room}.{name}.module" if (ROOT / room / name).is_dir() else f"{room}.{name}"
+    """The module that holds a method or a data set: `<room>/<name>.py`, `<room>/<name>/module.py`, or, where methods of
+    one kind share a folder, `<room>/<folder>/<name>.py`."""
+    if (ROOT / room / name).is_dir():
+        return f"{room}.{name}.module"
+    shared = [] if (ROOT / room / f"{name}.py").is_file() else sorted((ROOT / room).glob(f"*/{name}.py"))
+    return f"{room}.{shared[0].parent.name}.{name}" if shared else f"{room}.{name}"

@@ -1,4 +1,4 @@
-"""Finds methods by their files: `lightning_modules/<name>.py`, or `<name>/module.py`, beside their yaml."""
+"""Finds methods by their files: `<name>.py`, `<name>/module.py` or `<folder>/<name>.py` here, beside their yaml."""
 
 import importlib
 

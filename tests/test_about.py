@@ -31,6 +31,15 @@ def test_citation_and_licence_agree():
     assert (ROOT / "LICENSE").read_text().startswith("MIT License\n\nCopyright (c) 2026 The Labelfree authors\n")
 
 
+def test_a_module_is_found_beside_its_room_in_a_folder_of_its_own_or_in_a_shared_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(about, "ROOT", tmp_path)
+    for file in ("room/plain.py", "room/own/module.py", "room/kind/shared.py", "room/kind/plain.py"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    found = [about.module_of("room", name) for name in ("plain", "own", "shared", "absent")]
+    assert found == ["room.plain", "room.own.module", "room.kind.shared", "room.absent"]
+
+
 def tracked() -> list[str]:
     done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:

@@ -1,4 +1,4 @@
-"""k-means on frozen features (or on colours, or SIFT): the row that every method has to beat. Its score is val/kmeans/*.
+"""k-means on frozen features (or colours, or SIFT): the row that every method has to beat. Its score is val/kmeans/*.
 
 Nothing is trained but the two online probes. `method.features: keys` clusters what EAGLE is trained on; `colour` mean
 patch colours, the floor that any feature has to beat; `sift` descriptors of gradients, what was there before networks.

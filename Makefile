@@ -186,6 +186,7 @@ bench: $(READY) ## [ARGS=…]: time and memory beside the plain formulation; pic
 	@$(PY) -m benchmarks.segments
 	@$(PY) -m benchmarks.objects
 	@$(PY) -m benchmarks.smoothness
+	@$(PY) -m benchmarks.scratch.information
 	@$(PY) -m benchmarks.principal_masks
 	@$(PY) -m benchmarks.spectral
 	@$(PY) -m benchmarks.concepts

@@ -58,6 +58,18 @@ def total(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def summed(tensor: Tensor) -> Tensor:
+    """The sum over ranks, with gradient: what each rank's loss has to say of the sum reaches the parts of all ranks.
+
+    A loss that every rank computes from the sum so has, averaged over ranks as DDP does, the gradient of one process.
+    """
+    if not active():
+        return tensor
+    from torch.distributed.nn.functional import all_reduce
+
+    return all_reduce(tensor.contiguous())
+
+
 def mean(tensor: Tensor) -> Tensor:
     """The mean over ranks, without gradient."""
     return total(tensor) / world_size()
@@ -90,6 +102,10 @@ class Reach:
     def gather(self, tensor: Tensor, grad: bool = False) -> Tensor:
         """As `gather`, over the ranks that are reached."""
         return gather(tensor, grad) if not self.local else tensor if grad else tensor.detach()
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """As `summed`, over the ranks that are reached."""
+        return tensor if self.local else summed(tensor)
 
     def ranks(self) -> int:
         """How many ranks are reached."""

@@ -29,8 +29,11 @@ from models.features import Features
 from models.output_stride import OutputStrides
 from models.pretrained import origins, weights
 from models.pretrained.folding import fold_batch_norms
+from models.scratch.net10a import net10a
 from models.vit import attention as layers
 from models.vit import positions
+
+timm.models.register_model(net10a)
 
 LOG = logging.getLogger(__name__)
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,6 +64,7 @@ class Backbone(nn.Module):
     """A timm network under the keys of `configs/backbone/*.yaml`.
 
     Attributes:
+        in_channels: of the pictures (`backbone.create.in_chans`, 3 where it is not set).
         channels: C of each level; `dim` is their sum (the width of `Features.concat()`).
         file_names: name of each weight here -> its name in weight files (timm's whole network).
         strides: pixels per patch of each level (in training, where it differs); `stride` is that of `Features.map`.
@@ -106,10 +110,12 @@ class Backbone(nn.Module):
         else:
             self._describe_maps()
         mean, std = _plain(cfg.mean) or published["mean"], _plain(cfg.std) or published["std"]
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ConfigError(f"backbone.mean={mean}, backbone.std={std}: expected three numbers each, std above 0")
-        self.register_buffer("mean", torch.tensor(mean).reshape(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).reshape(1, 3, 1, 1), persistent=False)
+        self.in_channels: int = create.get("in_chans") or 3
+        if {len(mean), len(std)} != {self.in_channels} or min(std) <= 0:
+            given = f"backbone.mean={list(mean)}, backbone.std={list(std)}"
+            raise ConfigError(f"{given}: expected {self.in_channels} numbers each, one a channel, std above 0")
+        for key, values in (("mean", mean), ("std", std)):
+            self.register_buffer(key, torch.tensor(values).reshape(1, -1, 1, 1), persistent=False)
         self.output_strides = self._output_strides(cfg, create, options)
         self.norms_frozen = bool(cfg.get("freeze_norms"))
         self._load(cfg, source, seed, whole, published)
@@ -121,7 +127,7 @@ class Backbone(nn.Module):
         self._set_gradients()
         self.train()
         if self.frozen and not self.transformer:
-            self.net = fold_batch_norms(self.net).eval()
+            self.net = fold_batch_norms(self.net, self.in_channels).eval()
 
     # ---- what is asked of the configuration -----------------------------------------------------------------------
 
@@ -349,11 +355,11 @@ class Backbone(nn.Module):
         hidden: tuple[Tensor, Tensor] | None = None,
         keys: Sequence[int] = (),
     ) -> Features:
-        """Features of pictures [B,3,H,W] in 0..1 (normalised here).
+        """Features of pictures [B,3,H,W] in 0..1, `in_channels` in place of 3 where they differ (normalised here).
 
-        Maps have H / stride rows, for convolutional networks rounded up. Without `grad`, and always for a frozen
-        backbone, there is no graph; the results are ordinary tensors even under `torch.inference_mode`, so that they
-        may be kept and trained on later.
+        Maps have H / stride rows, for convolutional networks rounded up; `net10a` may have some fewer. Without `grad`,
+        and always for a frozen backbone, there is no graph; the results are ordinary tensors even under
+        `torch.inference_mode`, so that they may be kept and trained on later.
 
         Args:
             images: float, H and W multiples of `patch_multiple`.
@@ -466,8 +472,7 @@ def _numbers(network: nn.Module) -> int:
 
 
 def _expect_known(name: str) -> None:
-    known = [*timm.list_models(), *timm.list_models(pretrained=True)]
-    if name not in known:
+    if name not in (known := [*timm.list_models(), *timm.list_models(pretrained=True)]):
         raise ConfigError(f"backbone.timm={name}: timm has no such network; {did_you_mean(name, known)}")
 
 

@@ -217,7 +217,7 @@ def test_restricted_hub_weights_are_refused_before_any_download(monkeypatch):
         ),
         (make_cfg(create={"num_classes": 3}), "backbone.create.num_classes: cannot be set here"),
         (make_cfg(create={"depht": 3}), "backbone.timm=vit_tiny_patch16_224: timm cannot build it with depht=3"),
-        (make_cfg(mean=[0.5]), "backbone.mean=[0.5], backbone.std=[0.5, 0.5, 0.5]: expected three numbers each"),
+        (make_cfg(mean=[0.5]), "backbone.mean=[0.5], backbone.std=[0.5, 0.5, 0.5]: expected 3 numbers each"),
         (
             make_cfg(create=SMALL | {"final_norm": False}),
             "backbone.level_norm=true: vit_tiny_patch16_224 has no final norm; set it to false",
@@ -233,7 +233,7 @@ def test_wrong_settings(cfg, expected):
 NAMES = [
     "densecl_resnet50", "dino_resnet50", "dino_vits16", "dino_vits8", "dino_vits8_300ep", "dino_vitb8",
     "dinov2_vitb14_reg", "dinov2_vits14_reg", "dinov3_vits16", "mobilenetv2", "mobilenetv2_coral", "moco_v2_resnet50",
-    "resnet101", "resnet18", "resnet50", "selfpatch_vits16", "swav_resnet50", "tiny",
+    "net10a", "resnet101", "resnet18", "resnet50", "selfpatch_vits16", "swav_resnet50", "tiny",
 ]  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""Pieces of the methods that train a network from nothing."""

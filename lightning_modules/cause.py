@@ -19,7 +19,6 @@ from common import chance, distributed
 from common.errors import ConfigError
 from common.precision import real
 from datamodules.base import SegmentationDataModule
-from evaluation.probes import seeding_points
 from lightning_modules.base import Loss, UnsupervisedSegmenter
 from losses.concept_contrast import Likeness, between, concept_contrast, nearest
 from losses.correspondence import quantile
@@ -36,8 +35,9 @@ PATCHES_A_CONCEPT, MOST = 50, 2048
 """Where `method.concepts` is null: sampled patches that a concept has for itself at least, and the released number."""
 SAME = 0.999
 """The highest threshold of concepts that are alike: a concept is like itself."""
-LOOKED = 256
-"""Training pictures that the mean feature, and the patches that the book begins with, are of."""
+LOOKED, POINTS = 256, 16384
+"""Training pictures that the mean feature, and the patches that book and prototypes begin with, are of; patches of the
+k-means of the prototypes."""
 
 
 class Cause(UnsupervisedSegmenter):
@@ -139,9 +139,7 @@ class Cause(UnsupervisedSegmenter):
             rows = patch_rows(maps).double()
             sums += torch.cat([rows.sum(0), rows.new_tensor([len(rows)])])
             for picture in maps.flatten(2).mT:
-                draws = chance.generator(self.cfg.seed, "cause.start", place)
-                chosen = torch.randperm(len(picture), generator=draws)[: -(-len(self.book) // pictures)]
-                found.append(picture[chosen.to(picture.device)])
+                found.append(self._few(picture, -(-len(self.book) // pictures), "cause.start", place))
                 place += 1
         if settings.centre:
             sums = distributed.total(sums)
@@ -171,7 +169,7 @@ class Cause(UnsupervisedSegmenter):
         masks = self._masks("prototypes", frozen)
         codes = self._centred(self._codes_of(self.teacher.copy, frozen, self._queries(frozen), masks))
         if self.cfg.method.start == "patches" and not self.started:
-            self._start_prototypes(codes)
+            self._start_prototypes()
         loss = self._modularity(sampled(codes, self._places(frozen)), self.own)
         parts = {"modularity": loss.detach()}
         if self.cfg.method.prototypes == "labels":
@@ -200,9 +198,17 @@ class Cause(UnsupervisedSegmenter):
         return Loss(loss, {"contrastive": loss.detach(), **parts}, codes=self._followed(whole))
 
     @torch.no_grad()
-    def _start_prototypes(self, codes: Tensor) -> None:
-        """Those of a spherical k-means on the codes of the step; of fewer codes than prototypes, codes."""
-        points = seeding_points(codes)
+    def _start_prototypes(self) -> None:
+        """Those of a spherical k-means on codes of some training pictures; of fewer codes than prototypes, codes."""
+        batches = self.unlabelled_loader("train", "train", order="shuffled", limit=LOOKED, purpose="cause.prototypes")
+        pictures = min(LOOKED, len(batches.dataset))
+        place = pictures * distributed.rank() // distributed.world_size()
+        found = [self.own.new_empty(0, self.own.shape[1])]
+        for batch in batches:
+            for codes in self.embed(self.frozen_features("train", batch)).flatten(2).mT:
+                found.append(self._few(codes, -(-POINTS // pictures), "cause.prototypes", place))
+                place += 1
+        points = F.normalize(distributed.gather_uneven(torch.cat(found)), dim=1).cpu()
         if len(points) > len(self.own):
             points = kmeans.fit(points, len(self.own), seed=self.cfg.seed, iterations=20, restarts=10).centroids
         self.own[: len(points)] = distributed.broadcast(points.to(self.own))
@@ -282,6 +288,11 @@ class Cause(UnsupervisedSegmenter):
         return self.book.detach()[nearest(frozen.flatten(2).mT - self.mean, self.book)] if self.wide else None
 
     # ------------------------------------------------------------------ draws
+
+    def _few(self, rows: Tensor, count: int, purpose: str, place: int) -> Tensor:
+        """`count` random rows of those [n,C] of the picture at a place of a pass, or all of them."""
+        draws = chance.generator(self.cfg.seed, purpose, place)
+        return rows[torch.randperm(len(rows), generator=draws)[:count].to(rows.device)]
 
     def _places(self, maps: Tensor) -> Tensor:
         """A random patch of each cell of each picture, flat places int64 [B,n]; drawn for the global batch."""

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from omegaconf import OmegaConf
 
 import config
 from common.errors import ConfigError
 from engine import evaluating, setup
-from models.heads import own_element_masks
+from models.heads import own_element_masks, patch_rows
+from retrieval import kmeans
 from tests.conftest import Run, read_json, run_small, small_words
 from tests.test_ddp import expect_equal, run_two
 
@@ -21,6 +23,7 @@ def model(*words: str):
 
 
 def stepped(made, batch, with_labels=False):
+    made.started.fill_(True)  # the prototypes' start reads pictures, which only a run has
     views = batch if with_labels else {"image": batch["image"]}
     return made.loss(views, made.features(batch["image"]))
 
@@ -122,6 +125,28 @@ def transformer(tmp_path_factory):
 def test_the_transformer_sees_maps_of_other_sizes(transformer):
     metrics = evaluating.evaluate(transformer.folder / "checkpoints" / "last.ckpt", ["data.eval_size=[64,80]"])
     assert metrics["val/own/miou"] > 0
+
+
+@pytest.mark.train
+def test_the_prototypes_begin_with_the_codes_of_all_pictures(tmp_path):
+    """They divide all training codes as well as k-means does that has seen them all; k-means of a step's does not."""
+    run = run_small("cause", tmp_path, "start", *FEW, "optim.prototypes.lr=0", "data.batch_size=2")
+    checkpoint = setup.read_checkpoint(run.folder / "checkpoints" / "last.ckpt")
+    cfg, data = setup.build_data(config.restore(checkpoint["labelfree"]["config"]))
+    made = setup.restore_model(checkpoint, cfg, data.meta, True)
+    with torch.no_grad():
+        maps = [made.embed(made.features(batch["image"])) for batch in data.loader("train", "train")]
+    points = F.normalize(torch.cat([patch_rows(codes) for codes in maps]), dim=1)
+
+    def fit_of(centroids):
+        return float((points @ F.normalize(centroids, dim=1).T).amax(1).mean())
+
+    few = patch_rows(maps[0][:2])
+    bound, of_two = (
+        fit_of(kmeans.fit(F.normalize(rows, dim=1), len(made.own), seed=0, iterations=20, restarts=10).centroids)
+        for rows in (points, few)
+    )
+    assert fit_of(made.own.detach()) > bound - 0.2 * (bound - of_two)
 
 
 @pytest.mark.ddp

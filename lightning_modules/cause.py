@@ -51,7 +51,7 @@ class Cause(UnsupervisedSegmenter):
         """The size of the book: a fiftieth of the patches that there are, and of those that its phase samples."""
         if cfg.method.concepts is not None:
             return {}
-        height, width = grid(cfg, Backbone(config.changed(cfg, {"backbone.weights": "none"}).backbone, cfg.seed))
+        height, width = grid(cfg, Backbone(cfg.backbone, cfg.seed))
         rows, columns = cells(height, width, cfg.method.cell)
         overlays = config.plain(cfg)["phases"]
         books = sum(part["share"] for part in overlays if part.get("method.phase") == "book")

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 import config
 from common.errors import ConfigError
 from engine import evaluating, setup
+from models import backbone
 from models.heads import own_element_masks, patch_rows
 from retrieval import kmeans
 from tests.conftest import Run, read_json, run_small, small_words
@@ -176,6 +177,12 @@ def test_the_book_has_a_fiftieth_of_the_patches_that_its_phase_samples():
     assert cfg.method.concepts == 3
     cfg, _ = setup.build_data(config.compose([*words, "trainer.max_steps=500", "phases=[]", "method.concepts=9"]))
     assert cfg.method.concepts == 9
+
+
+def test_looking_for_the_size_of_the_book_says_nothing_of_random_weights(caplog):
+    backbone._log_once.cache_clear()
+    setup.build_data(config.compose(small_words("cause", "backbone.weights=bundled", "method.concepts=null")))
+    assert "random weights" not in caplog.text
 
 
 def test_masks_of_elements_belong_to_a_picture_and_keep_the_mean():

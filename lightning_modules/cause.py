@@ -20,6 +20,7 @@ from common.errors import ConfigError
 from common.precision import real
 from datamodules.base import SegmentationDataModule
 from lightning_modules.base import Loss, UnsupervisedSegmenter
+from lightning_modules.families import head_start
 from losses.concept_contrast import Likeness, between, concept_contrast, nearest
 from losses.correspondence import quantile
 from losses.grid_sampling import cells, grid_places, sampled
@@ -127,6 +128,11 @@ class Cause(UnsupervisedSegmenter):
     def prepare(self, loader: Callable[..., Any]) -> None:
         """One pass over some training pictures: their mean feature, and random patches that the book begins with."""
         settings = self.cfg.method
+        if not self.wide:
+            head_start.begin(
+                settings.head_start, self.head, loader, lambda batch: self.frozen_features("train", batch).concat()
+            )
+            self.teacher.update(0.0)
         if not settings.centre and settings.start == "uniform":
             return
         batches = loader("train", "train", order="shuffled", limit=LOOKED, purpose="cause.start")
@@ -366,6 +372,10 @@ def arrival_order(seed: int, step: int, concepts: Tensor) -> Tensor:
 def check_settings(settings: Any, grid: tuple[int, int], lacking: bool) -> None:
     """Raises ConfigError for values that do not go together, or not with maps of this size. lacking: labels are to
     train and there are none."""
+    if settings.head == "tr" and settings.head_start != "random":
+        raise ConfigError(
+            f"method.head_start={settings.head_start}: is a start of the MLP head; set random, or method.head=mlp"
+        )
     if lacking:
         raise ConfigError(
             "method.prototypes=labels and method.clipping=joint let labels train as the release does, and the data has "

@@ -5,7 +5,7 @@ trains it first; then mainly the object loss: a graph of a picture's codes and c
 every patch, in this view and in a blurred one, is told by the prototype of its segment. Code: MICV-yonsei/EAGLE.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from evaluation.probes import ClusterProbe
 from grouping import eicue
 from lightning_modules.base import Loss
 from lightning_modules.base.relations import Place, Relation, Seen, cell
+from lightning_modules.families import head_start
 from lightning_modules.families.keys import KeyFeatures
 from losses.adaptive_shift import Pair, ShiftRule, adaptive_correspondence
 from losses.correspondence import random_negatives, random_points, sample
@@ -57,6 +58,15 @@ class Eagle(KeyFeatures):
     def views(self) -> dict[str, ViewSpec]:
         blur = Photometric(jitter_p=0.0, gray_p=0.0, blur_p=self.cfg.method.blur_p, **BLUR)
         return {"augmented": ViewSpec(photometric=blur)}
+
+    def prepare(self, loader: Callable[..., Any]) -> None:
+        """The head's start, see `method.head_start`."""
+        head_start.begin(
+            self.cfg.method.head_start,
+            self.head,
+            loader,
+            lambda batch: self.features(batch["image"].to(self.device)).concat(),
+        )
 
     def param_groups(self) -> list[dict[str, Any]]:
         return [

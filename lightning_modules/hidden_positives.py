@@ -21,6 +21,7 @@ from common.errors import ConfigError
 from common.spec import Photometric, ViewSpec
 from lightning_modules.base import Loss, UnsupervisedSegmenter
 from lightning_modules.base.relations import Place, Relation, Seen, cell, stacked
+from lightning_modules.families import head_start
 from losses.consistency import consistency
 from losses.contrastive import (
     ghp_contrastive,
@@ -258,6 +259,10 @@ class HiddenPositives(UnsupervisedSegmenter):
 
     def prepare(self, loader: Callable[..., Any]) -> None:
         """Fill both pools before the first step: M pictures, one random patch each, independent draws for the two."""
+        head_start.begin(
+            self.cfg.method.head_start, self.head, loader, lambda batch: self.frozen_features("train", batch).concat()
+        )
+        self.momentum_head.update(0.0)
         agnostic, kept = self._random_patches(loader, "hp.pool", 0, ("agnostic", "specific"))
         self.pool.fill_agnostic(distributed.gather_uneven(agnostic))
         self._replace_kept(kept)

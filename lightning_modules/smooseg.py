@@ -5,6 +5,7 @@ features and labels trains the projector through a slow teacher copy of the prot
 teacher's hard labels. The teacher is the classifier, scored as val/own/*. Code: mc-lan/SmooSeg.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from common import distributed
 from common.errors import ConfigError
 from evaluation import readout
 from lightning_modules.base import Loss
+from lightning_modules.families import head_start
 from lightning_modules.families.shifts import QuantileShifts
 from losses.correspondence import random_negatives
 from losses.smoothness import KINDS, Smoothness, data_term, smoothness, soft_labels
@@ -42,6 +44,12 @@ class SmooSeg(QuantileShifts):
         self.student = nn.Parameter(start)
         self.register_buffer("teacher", start.clone())
         self.build_shifts()
+
+    def prepare(self, loader: Callable[..., Any]) -> None:
+        """The head's start, see `method.head_start`."""
+        head_start.begin(
+            self.cfg.method.head_start, self.head, loader, lambda batch: self.frozen_features("train", batch).concat()
+        )
 
     def param_groups(self) -> list[dict[str, Any]]:
         return [{"name": "head", "params": self.head.parameters()}, {"name": "prototypes", "params": [self.student]}]

@@ -4,6 +4,7 @@ A small head maps frozen patch features to codes whose cosines copy, sharpened, 
 and itself, one of its nearest pictures, and random pictures of the batch. Section 3 of the paper.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from common.errors import ConfigError
 from common.spec import Geometric, NeighbourSpec, Photometric, RegionSpec, ViewSpec
 from evaluation import readout
 from lightning_modules.base import Loss
+from lightning_modules.families import head_start
 from lightning_modules.families.shifts import QuantileShifts
 from losses.correspondence import (
     Term,
@@ -71,6 +73,12 @@ class Stego(QuantileShifts):
         """Salience masks travel as region maps: 0 is background, all else salient."""
         root = self.cfg.method.salience.root
         return None if root is None else RegionSpec(source="folder", root=root)
+
+    def prepare(self, loader: Callable[..., Any]) -> None:
+        """The head's start, see `method.head_start`."""
+        head_start.begin(
+            self.cfg.method.head_start, self.head, loader, lambda batch: self.frozen_features("train", batch).concat()
+        )
 
     def param_groups(self) -> list[dict[str, Any]]:
         trained = [self.head] if self.decoder is None else [self.head, self.decoder]

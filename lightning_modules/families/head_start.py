@@ -1,0 +1,45 @@
+"""Where the head of a method begins (`method.head_start`): with random weights, or where it loses least.
+
+A random projection to fewer channels loses part of what k-means finds in the features before the first step, and a
+short run on few pictures does not bring it back. The first principal directions keep most of the features' variance.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common import distributed
+from grouping.principal import Moments
+from models.heads import SegmentationHead
+
+LOOKED = 256
+"""Training pictures whose features are looked at."""
+
+
+@torch.no_grad()
+def begin(
+    how: str, head: SegmentationHead, loader: Callable[..., Any], features: Callable[[dict[str, Any]], Tensor]
+) -> None:
+    """Let a head begin `random` (as it is) or `principal`: its codes are then the features less their mean, along their
+    first D principal directions; the non-linear term begins at 0, as do channels of codes beyond those of the features.
+
+    loader: `unlabelled_loader` of the method; features: of one of its batches, maps [B,C,h,w].
+    """
+    if how == "random":
+        return
+    width, weight = head.in_dim, head.linear.weight
+    shapes = (), (width,), (width, width)
+    moments = Moments(*(torch.zeros(shape, dtype=torch.float64, device=weight.device) for shape in shapes))
+    for batch in loader("train", "train", order="shuffled", limit=LOOKED, purpose="head.start"):
+        moments = moments + Moments.of(features(batch).transpose(0, 1).flatten(1).T)
+    moments = Moments(*map(distributed.total, (moments.count, moments.sum, moments.products)))
+    found = min(head.dim, width)
+    directions = moments.directions(found)
+    last = [head.linear, *([head.nonlinear[2]] if head.nonlinear is not None else [])]
+    for layer in last:
+        layer.weight.zero_()
+        layer.bias.zero_()
+    weight[:found, :, 0, 0] = directions.to(weight)
+    head.linear.bias[:found] = -(directions @ (moments.sum / moments.count)).to(weight)

@@ -31,7 +31,7 @@ class PointwiseHead(nn.Sequential):
     """1x1 convolution, norm, ReLU, 1x1 convolution with bias."""
 
     def __init__(self, in_dim: int, hidden: int, dim: int, norm: str):
-        super().__init__(*_block(in_dim, hidden, 1, norm), nn.Conv2d(hidden, dim, 1))
+        super().__init__(*conv_block(in_dim, hidden, 1, norm), nn.Conv2d(hidden, dim, 1))
 
 
 class PyramidHead(nn.Module):
@@ -39,9 +39,9 @@ class PyramidHead(nn.Module):
 
     def __init__(self, in_dim: int, hidden: int, dim: int, norm: str):
         super().__init__()
-        self.pools = nn.ModuleList(nn.Sequential(*_block(in_dim, hidden, 1, norm)) for _ in POOLS)
+        self.pools = nn.ModuleList(nn.Sequential(*conv_block(in_dim, hidden, 1, norm)) for _ in POOLS)
         wide = in_dim + hidden * len(POOLS)
-        self.merge = nn.Sequential(*_block(wide, hidden, 3, norm), nn.Conv2d(hidden, dim, 1))
+        self.merge = nn.Sequential(*conv_block(wide, hidden, 3, norm), nn.Conv2d(hidden, dim, 1))
 
     def forward(self, maps: Tensor) -> Tensor:
         size = maps.shape[-2:]
@@ -50,7 +50,8 @@ class PyramidHead(nn.Module):
         return self.merge(torch.cat([*wide, maps], dim=1))
 
 
-def _block(in_dim: int, dim: int, side: int, norm: str) -> list[nn.Module]:
+def conv_block(in_dim: int, dim: int, side: int, norm: str) -> list[nn.Module]:
+    """A convolution of `side` x `side` that keeps the size, its norm (NORMS), and a ReLU."""
     conv = nn.Conv2d(in_dim, dim, side, padding=side // 2, bias=norm == "none")
     if norm == "batch":
         return [conv, nn.BatchNorm2d(dim), nn.ReLU()]

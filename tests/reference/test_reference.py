@@ -43,6 +43,7 @@ def test_every_kind_of_the_foundation_has_a_case():
         "primaps": "principal_direction mask_stack refine_labels assign_classes focal_loss ema cluster_loss pca_init "
         "metrics training",
         "iic": "loss_collapsed loss_uncollapsed match sobel head trunk_narrow",
+        "classic_priors": "context_patches cooccurrence_patches patch_pair context_loss cooccurrence_loss",
         "hsg": "knn_affinity dmon_loss transition_composition group_means transformer_clustering generate_clusters "
         "end_to_end_gradient losses centroid_contrastive gather_prototypes cluster_mapping reorder_image_indices",
     }

@@ -51,6 +51,13 @@ class KMeansFit(L.Callback):
         if self.cfg.data.eval_crop == "keep":
             return
         pictures = min(settings.pictures, len(self.data.source("train")))
+        if settings.sample == "batch":
+            if (batches := -(-pictures // int(self.cfg.data.eval_batch_size))) < clusters:
+                raise ConfigError(
+                    f"evaluation.kmeans.sample=batch: the k-means probe needs a point a cluster, {key} is {clusters}, "
+                    f"and {pictures} pictures give one of each of {batches} batches; lower data.eval_batch_size"
+                )
+            return
         size, patch = self.cfg.data.eval_size, min(model.backbone.strides)
         height, width = (size, size) if isinstance(size, int) else size
         patches = min(-(-height // patch) * -(-width // patch), max(1, settings.points // pictures))
@@ -81,7 +88,8 @@ class KMeansFit(L.Callback):
     def training_codes(
         self, trainer: L.Trainer, pl_module: UnsupervisedSegmenter, pictures: int, points: int
     ) -> torch.Tensor:
-        """Unit codes of this rank's part of the chosen training pictures, [n,D]: all patches, or as many of each."""
+        """Unit codes of this rank's part of the chosen training pictures, [n,D]: all patches, or as many of each; with
+        `evaluation.kmeans.sample=batch` one of each batch."""
         rows = []
         loader = self.data.loader("train", geometry="eval", order="shuffled", limit=pictures, purpose="kmeans")
         total = min(pictures, len(loader.dataset))
@@ -91,6 +99,9 @@ class KMeansFit(L.Callback):
                 codes = pl_module.seen(images)["codes"].float()
             patches = F.normalize(codes.flatten(2), dim=1).transpose(1, 2)
             inside = readout.valid_patches(batch["valid"], codes.shape[-2:]).flatten(1)
+            if self.cfg.evaluation.kmeans.sample == "batch":
+                rows.append(self._single(batch["index"], patches[inside.to(patches.device)]))
+                continue
             share = max(1, points // total)
             for index, picture, valid in zip(batch["index"].tolist(), patches, inside, strict=True):
                 picture = picture[valid.to(picture.device)]
@@ -101,6 +112,11 @@ class KMeansFit(L.Callback):
                     picture = picture[order[:share].to(picture.device)]
                 rows.append(picture)
         return torch.cat(rows) if rows else torch.empty(0, pl_module.code_dim, device=pl_module.device)
+
+    def _single(self, indices: Tensor, codes: Tensor) -> Tensor:
+        """One of the codes [n,D] of a batch, [1,D], or none where there are none; keyed by its first picture."""
+        draws = chance.generator(self.cfg.seed, "kmeans.batch", int(indices[0]))
+        return codes[torch.randint(len(codes), (1,), generator=draws)] if len(codes) else codes
 
 
 class RetrievalFit(L.Callback):

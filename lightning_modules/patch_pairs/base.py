@@ -67,11 +67,10 @@ class PatchPairs(UnsupervisedSegmenter):
         """Cells a side of what the network makes of a window. Raises ConfigError where that is nothing."""
         side = self.cfg.method.side
         self.backbone.check_size(side, "method.side")
-        channels = self.backbone.mean.numel()
         self.backbone.eval()
         try:
             with torch.no_grad(), self.backbone.training_stride():
-                found = self.backbone.features(torch.zeros(1, channels, side, side)).concat().shape[-1]
+                found = self.backbone.features(torch.zeros(1, self.backbone.in_channels, side, side)).concat().shape[-1]
         except RuntimeError:
             found = 0
         self.backbone.train()
@@ -169,8 +168,8 @@ class PatchPairs(UnsupervisedSegmenter):
 
 
 def drop_colours(images: Tensor, dropped: Tensor, kept: Tensor, colours: Tensor, noise: Tensor) -> Tensor:
-    """Two of the three colours of a picture become noise around the mean of the third, with a hundredth of its deviation,
-    so that the shift of colours at a lens' rim tells no place (Doersch et al., ICCV 2015).
+    """Two of the three colours of a picture become noise around the mean of the third, of a hundredth of its deviation:
+    the shift of colours at a lens' rim then tells no place (Doersch et al., ICCV 2015).
 
     Args:
         images: [B,C,H,W], red, green and blue first; further channels stay.

@@ -11,8 +11,8 @@ from models.pixel_heads import conv_block
 class PairHead(nn.Module):
     """Logits of pairs of patches: a 3x3 convolution that both share, then two linear layers on both side by side.
 
-    Source: the baselines of IIC (ICCV 2019). There every cell of a patch goes into the first linear layer, whose weights
-    are then 254 million for patches of 11 x 11; here it is averaged to `cells` x `cells` first.
+    Source: the baselines of IIC (ICCV 2019). There every cell of a patch goes into the first linear layer, which has
+    254 million weights for patches of 11 x 11; here it is averaged to `cells` x `cells` first.
 
     Args:
         dim: C of the patches.

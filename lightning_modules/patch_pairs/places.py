@@ -1,7 +1,7 @@
 """Where the two patches of a pair lie, as IIC's baselines draw them (xu-ji/IIC, ICCV 2019), and what is cut out there.
 
-Places are (row, column) in pixels of the picture, int64 [n,2]; a patch of `side` px reaches side // 2 px to each side of
-its place. Whatever is drawn comes in as numbers in 0..1, so that a draw is a pure function.
+Places are (row, column) in pixels of the picture, int64 [n,2]; a patch of `side` px reaches side // 2 px beyond its
+place. Whatever is drawn comes in as numbers in 0..1, so that a draw is a pure function.
 """
 
 from collections.abc import Callable
@@ -131,8 +131,8 @@ def counted(valid: Tensor, centre: Tensor, other: Tensor) -> Tensor:
 
 
 def cut_features(maps: Tensor, place: Tensor, side: int, size: tuple[int, int]) -> Tensor:
-    """The features [B,C,n,n] of the n = 2 (side // 2) + 1 pixels around each place, out of maps [B,C,h,w] of pictures of
-    `size` px that are enlarged to it (bilinear); nothing else is enlarged. Float32, with gradient."""
+    """The features [B,C,n,n] of the n = 2 (side // 2) + 1 pixels around each place, as if maps [B,C,h,w] of pictures of
+    `size` px were enlarged to that (bilinear); nothing else is enlarged. With gradient."""
     reach = torch.arange(-(side // 2), side // 2 + 1, device=place.device)
     rows, columns = (
         _mixed(place[:, axis, None] + reach, maps.shape[2 + axis], size[axis], maps.dtype) for axis in (0, 1)
@@ -142,7 +142,7 @@ def cut_features(maps: Tensor, place: Tensor, side: int, size: tuple[int, int]) 
 
 
 def _mixed(pixels: Tensor, cells: int, length: int, dtype: torch.dtype) -> Tensor:
-    """How pixels [B,n] of an axis of `length` px mix its cells: weights [B,n,cells], as bilinear enlargement has them."""
+    """How pixels [B,n] of an axis of `length` px mix its cells: weights [B,n,cells] of bilinear enlargement."""
     source = ((pixels.double() + 0.5) * (cells / length) - 0.5).clamp(0, cells - 1)
     distance = (source[..., None] - torch.arange(cells, device=pixels.device)).abs()
     return (1 - distance).clamp(min=0).to(dtype)

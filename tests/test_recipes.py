@@ -55,6 +55,8 @@ OF_METHOD = {
         "method.decoder.dim=24",
         "method.restarts.repeat=1",
     ],
+    "context_prediction": ["backbone.create.widths=[8,8,8,8,8,8]", "method.head.channels=8", "method.head.hidden=8"],
+    "cooccurrence": ["backbone.create.widths=[8,8,8,8,8,8]", "method.head.channels=8", "method.head.hidden=8"],
     "eagle": ["method.blocks=2"],
     "cause": ["method.concepts=32", "method.bank=8"],
     "dino": ["method.head.out_dim=64", "method.crops.local_count=2", "data.train_size=128"],
@@ -62,7 +64,7 @@ OF_METHOD = {
 
 """What makes the other sizes of a method small, where it has any."""
 
-WHOLE = ("resnet18", "resnet50", "resnet101", "selfpatch_vits16", "tiny")
+WHOLE = ("resnet18", "resnet50", "resnet101", "selfpatch_vits16", "tiny", "net10a")
 """Backbones whose depth is not set here: they have none, their file lists the arguments that may be given, or they are
 small and read at late blocks."""
 
@@ -256,5 +258,5 @@ def test_published_figures_are_those_of_the_metrics():
     assert config.published("dino_tiny") == {}
     for name in config.names("experiment"):
         for key, value in config.published(name).items():
-            assert re.fullmatch(r"(cluster|own|linear|retrieval)(_crf)?/(acc|miou)", key), name
+            assert re.fullmatch(r"(cluster|kmeans|own|linear|retrieval)(_crf)?/(acc|miou)", key), name
             assert 0 < value < 100, name

@@ -18,6 +18,7 @@ from grouping import spectral
 from grouping.regions import over_segment
 from lightning_modules.base.relations import Seen as Picture
 from lightning_modules.families.graph_cuts import patch_features
+from lightning_modules.patch_pairs.places import cut_picture, draw_pairs
 from losses.concept_contrast import nearest
 from losses.pseudo_labels import majority
 from losses.smoothness import soft_labels
@@ -164,6 +165,34 @@ def dino() -> Grid:
     return grid
 
 
+def context_prediction() -> Grid:
+    """Pairs of patches, whose direction is asked."""
+    return patch_pairs("context_prediction")
+
+
+def cooccurrence() -> Grid:
+    """Pairs of patches: adjacent, or far."""
+    return patch_pairs("cooccurrence")
+
+
+def patch_pairs(method: str) -> Grid:
+    """The pair of patches of a picture, in its colours and in what the network sees of it."""
+    seen = untrained(method)
+    model, batch = seen.model, seen.views(TRAIN)
+    model.prepare(seen.data.loader)
+    size, side = tuple(batch["image"].shape[-2:]), seen.cfg.method.side
+    pairs = draw_pairs(seen.cfg.seed, 1, len(TRAIN), size, side, model.draw())
+    shown = model.dropped(batch["recoloured"])
+    both = [cut_picture(shown, place, side) for place in (pairs.centre, pairs.other)]
+    grid = Grid(["picture", "what the\nnetwork sees", "the first\npatch", "the other\npatch"])
+    for row in range(len(TRAIN)):
+        (top, left), (down, along) = pairs.centre[row].tolist(), pairs.other[row].tolist()
+        box, point = (left - side // 2, top - side // 2, left + side // 2, top + side // 2), (along, down)
+        pictures = [Cell(drawing.picture(part[row]), point, box) for part in (batch["image"], shown)]
+        grid.rows.append([*pictures, *(drawing.picture(patches[row]) for patches in both)])
+    return grid
+
+
 def segsort() -> Grid:
     """Contour regions, two windows of the picture with the same regions, and the codes of pixels."""
     seen = trained("segsort")
@@ -276,8 +305,8 @@ def transfgu() -> Grid:
 FIGURES: dict[str, Callable[[], Grid]] = {
     draw.__name__: draw
     for draw in (
-        cause, deep_spectral, dino, eagle, hidden_positives, hsg, kmeans_baseline, normalized_cut, primaps, segsort,
-        smooseg, stego, tokencut, transfgu,
+        cause, context_prediction, cooccurrence, deep_spectral, dino, eagle, hidden_positives, hsg, kmeans_baseline,
+        normalized_cut, primaps, segsort, smooseg, stego, tokencut, transfgu,
     )
 }  # fmt: skip
 

@@ -111,7 +111,7 @@ class PatchPairs(UnsupervisedSegmenter):
 
     def loss(self, views: dict[str, Any], features: Features | None) -> Loss:
         """The mean cost of the pairs of all ranks that do not lie in padding."""
-        settings, images = self.cfg.method, self._dropped(views["recoloured"])
+        settings, images = self.cfg.method, self.dropped(views["recoloured"])
         size = tuple(images.shape[-2:])
         pairs = places.draw_pairs(
             self.cfg.seed, self.global_step, len(images), size, settings.side, self.draw(), settings.pair == "batch"
@@ -148,7 +148,7 @@ class PatchPairs(UnsupervisedSegmenter):
         rows = torch.empty(pictures, head.hidden, device=self.device)
         return own_channel_masks(self.cfg.seed, "patch_pairs.dropout", self.global_step, rows, head.dropout)
 
-    def _dropped(self, images: Tensor) -> Tensor:
+    def dropped(self, images: Tensor) -> Tensor:
         """Pictures [B,C,H,W] of which some keep one of their three colours; see `drop_colours`. Keyed by step and place
         in the global batch."""
         p = self.cfg.method.augment.drop_p

@@ -21,14 +21,25 @@ HARD = {"train/fine": 0.15, "train/coarse": 0.15, "train/modularity": 1e-3}
 """Bands of values that follow hard labels of groups, at the first step: from then on single segments near the border of
 two groups have changed sides. Measured: 7 %. CAUSE's modularity is later that of prototypes, which begin with a k-means
 of codes and may begin with another one."""
-BANDS = {"segsort": 2.5e-2, "stego": 1e-2, "deep_spectral": 1e-2, "hsg": 0.12, "smooseg": 1e-2, "eagle": 0.1}
+BANDS = {
+    "segsort": 2.5e-2,
+    "stego": 1e-2,
+    "deep_spectral": 1e-2,
+    "hsg": 0.12,
+    "smooseg": 1e-2,
+    "eagle": 0.1,
+    "context_prediction": 4e-2,
+    "cooccurrence": 4e-2,
+}
 """Measured of the cluster probe, whose patches near the border of two clusters change sides: segsort 1.8 % (0.2 % of
 the rest; backbone and head are trained, and their codes are short), stego 0.6 % (its codes are nearly one here),
 deep_spectral 0.1 to 0.7 % (by the kind of processor: products in bfloat16 are summed in another order). hsg:
 all hangs on hard groups; 0.8 % of the whole loss and 2 % of its centroids for five steps, 5 and 10 % later, with norms
 held (held_norms.py). smooseg: below 0.1 %, but for the share of patches that student and teacher agree on, where one of
 the 144 is 0.7 %. eagle: 0.4 % but for what hangs on the segments, whose border patches change sides: 7 % of the object
-losses, 2 % of the whole."""
+losses, 2 % of the whole. context_prediction and cooccurrence: 0.05 % at the first step and up to 2 % at later
+ones, since the whole network is trained from random weights by steps of Adam, which are as large for a small gradient,
+and the loss is of four pairs."""
 
 EXACT = ("primaps",)
 """Methods that train prototypes alone, which are float32 in every precision."""

@@ -1,6 +1,5 @@
 """What the questions teach: adjacency tells two textures apart that random features do not, place beats chance."""
 
-import csv
 import json
 import math
 from pathlib import Path

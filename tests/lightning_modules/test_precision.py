@@ -37,9 +37,9 @@ deep_spectral 0.1 to 0.7 % (by the kind of processor: products in bfloat16 are s
 all hangs on hard groups; 0.8 % of the whole loss and 2 % of its centroids for five steps, 5 and 10 % later, with norms
 held (held_norms.py). smooseg: below 0.1 %, but for the share of patches that student and teacher agree on, where one of
 the 144 is 0.7 %. eagle: 0.4 % but for what hangs on the segments, whose border patches change sides: 7 % of the object
-losses, 2 % of the whole. context_prediction and cooccurrence: 0.05 % at the first step and up to 2 % at later
-ones, since the whole network is trained from random weights by steps of Adam, which are as large for a small gradient,
-and the loss is of four pairs."""
+losses, 2 % of the whole. context_prediction and cooccurrence: 0.05 % at the first step, later up to 2 %, and 4 % of the
+probability of a direction: the whole network is trained from random weights, by steps of Adam that are as large for a
+small gradient, on four pairs a step."""
 
 EXACT = ("primaps",)
 """Methods that train prototypes alone, which are float32 in every precision."""

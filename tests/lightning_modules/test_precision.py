@@ -28,7 +28,7 @@ BANDS = {
     "hsg": 0.12,
     "smooseg": 1e-2,
     "eagle": 0.1,
-    "context_prediction": 4e-2,
+    "context_prediction": 8e-2,
     "cooccurrence": 4e-2,
 }
 """Measured of the cluster probe, whose patches near the border of two clusters change sides: segsort 1.8 % (0.2 % of

@@ -25,6 +25,7 @@ BASELINE = {
 def test_methods_name_their_headline():
     found = {name: registry.method_class(name).headline for name in registry.names()}
     other = {"kmeans_baseline": "kmeans", "tokencut": "foreground"}
+    other |= dict.fromkeys(("context_prediction", "cooccurrence"), "kmeans")
     own = ("cause", "deep_spectral", "normalized_cut", "primaps", "smooseg", "transfgu")
     assert found == {name: other.get(name, "own" if name in own else "cluster") for name in found}
     assert all(registry.method_class(name).title for name in registry.names())

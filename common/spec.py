@@ -59,6 +59,9 @@ class Photometric:
     either: bool = False
     """Whether jitter and grey exclude each other: a fair coin decides which of the two may happen to a picture, with
     its probability (PriMaPs)."""
+    separate: bool = False
+    """Whether each of the four changes of the jitter happens by itself with probability `jitter_p`, in the order in
+    which they stand here (PiCIE)."""
     faithful: bool = False
     """As released by HP: the jitter acts on ImageNet-normalised floats and clamps them to 0..1."""
 
@@ -81,6 +84,9 @@ class Geometric:
     source's that is uniform in this range (TransFGU)."""
     side_step: float | None = None
     """Where set, only the lower end of `sides` and every further such step up to the upper end are drawn."""
+    whole_cells: bool = False
+    """With `sides`: on whatever the crop is replayed, a picture or a map of features, it takes whole cells of that
+    grid and nothing beyond them, so that its place differs between the two by a cell at most (PiCIE)."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,9 @@ class ViewSpec:
     photometric: Photometric | None = None
     geometric: Geometric | None = None
     source: str = "image"
+    of_epoch: bool = False
+    """Whether the draws belong to (epoch, picture), so that every pass over the pictures of an epoch sees the same
+    view; else to the step and the place in its batch."""
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """Cityscapes in the 27 classes of this field (label ids 7..33; void ids 0..6 ignored), or in its usual 19.
 
-Fine train (2,975) and val (500); five crops of each picture in training. PiCIE trains on other splits, so its figures
-belong to another protocol.
+Fine train (2,975) and val (500); five crops of each picture in training. `data.split=picie` is PiCIE's own: trained on
+the pictures of test and train_extra, which have no fine labels, evaluated on val and train together.
 """
 
 from common.spec import ClassMeta
 from datamodules.base.label_map import LabelMap
+from datamodules.base.listed import Entry
 from datamodules.base.official import Facts, OfficialDataModule, Part
 
 FIRST = 7
@@ -24,6 +25,11 @@ CLASSES = (
 TRAIN_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 """Label ids of the 19 classes of the benchmark, in the order of its train ids."""
 COUNTS = {"train": 2975, "val": 500}
+UNLABELLED = {
+    "test": (1525, "leftImg8bit_trainvaltest.zip"),
+    "train_extra": (None, "leftImg8bit_trainextra.zip"),
+}
+"""Of PiCIE's split: pictures, and the download that brings them; the copies of train_extra differ by a broken one."""
 
 
 class Cityscapes27DataModule(OfficialDataModule):
@@ -52,10 +58,28 @@ class Cityscapes27DataModule(OfficialDataModule):
                 f"labels of {split}", (f"gtFine/{split}",), ("_gtfine_labelids.png",), count,
                 "gtFine_trainvaltest.zip", deep=True,
             )  # fmt: skip
+        for split, (count, fetch) in UNLABELLED.items() if self.of_picie else ():
+            place = (f"leftImg8bit/{split}",)
+            found[f"{split}.images"] = Part(
+                f"pictures of {split}", place, ("_leftimg8bit.png",), count, fetch, deep=True
+            )
         return found
 
-    def official_count(self, split: str) -> int:
-        return COUNTS[split]
+    @property
+    def of_picie(self) -> bool:
+        return self.data.split == "picie"
+
+    def entries(self, split: str) -> list[Entry]:
+        if not self.of_picie:
+            return super().entries(split)
+        if split == "train":
+            return [entry for part in UNLABELLED for entry in self.paired(f"{part}.images", None)]
+        return [entry for part in ("val", "train") for entry in super(Cityscapes27DataModule, self).entries(part)]
+
+    def official_count(self, split: str) -> int | None:
+        if not self.of_picie:
+            return COUNTS[split]
+        return None if split == "train" else sum(COUNTS.values())
 
     def label_map(self) -> LabelMap:
         return label_map(self.data.classes)

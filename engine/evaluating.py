@@ -20,7 +20,7 @@ from engine.callbacks import screen
 from engine.callbacks.panel_keeper import PanelKeeper
 from engine.callbacks.progress import TrainingProgress
 from engine.callbacks.run_keeper import numbers
-from engine.fitting import KMeansFit, PosthocFit, RetrievalFit
+from engine.fitting import KMeansFit, OwnFit, PosthocFit, RetrievalFit
 from engine.records import environment, recipes, summary
 from engine.training import write_files
 from lightning_modules.base import UnsupervisedSegmenter
@@ -70,7 +70,7 @@ def evaluate(checkpoint_path: Path, tokens: list[str], into: Path | None = None)
     step = int(checkpoint["global_step"])
     root, started = evaluations(checkpoint_path), time.perf_counter()
     # At data.eval_size, once, where they are not there yet.
-    fits: list[Callback] = [centroids, posthoc, RetrievalFit(cfg, data)]
+    fits: list[Callback] = [OwnFit(), centroids, posthoc, RetrievalFit(cfg, data)]
     sizes = config.plain(cfg)["evaluation"]["resolutions"]
     metrics: dict[str, Any] = {}
     if not sizes:

@@ -119,6 +119,18 @@ class KMeansFit(L.Callback):
         return codes[torch.randint(len(codes), (1,), generator=draws)] if len(codes) else codes
 
 
+class OwnFit(L.Callback):
+    """Lets a method fit classes of its own that a run ends with (`fit_own`), before an evaluation that needs them.
+
+    It comes before the other fits: it may change what codes are.
+    """
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: UnsupervisedSegmenter) -> None:
+        if not pl_module.own_fitted:
+            with torch.inference_mode(False):  # Lightning evaluates in it, and running statistics are kept
+                pl_module.fit_own()
+
+
 class RetrievalFit(L.Callback):
     """Fills the bank of `evaluation.retrieval` with labelled segments of training pictures, before an evaluation.
 

@@ -23,7 +23,7 @@ from engine.callbacks.preemption import Preemption
 from engine.callbacks.progress import TrainingProgress
 from engine.callbacks.run_keeper import RunKeeper, numbers
 from engine.callbacks.wandb_rows import masked_pictures
-from engine.fitting import KMeansFit, PosthocFit, RetrievalFit
+from engine.fitting import KMeansFit, OwnFit, PosthocFit, RetrievalFit
 from engine.records import environment, recipes, summary
 from engine.records.metrics_file import FACTS, read_metrics
 from engine.records.run_folder import RunFolder, open_run
@@ -92,7 +92,7 @@ def _train(cfg: DictConfig) -> dict[str, Any]:
                 checkpoint = folder.last
             if not keeper.history.rows and trainer.is_global_zero:  # killed in the closing evaluation: no step was left
                 keeper.restore_history(trainer)
-            trainer.callbacks += [KMeansFit(cfg, data), PosthocFit(cfg, data), RetrievalFit(cfg, data)]
+            trainer.callbacks += [OwnFit(), KMeansFit(cfg, data), PosthocFit(cfg, data), RetrievalFit(cfg, data)]
             progress.close(closing_parts(cfg, data))
             metrics = close(cfg, data, model, trainer, keeper, folder, steps)
             metrics |= recipes.published_figures(config.flatten(base))

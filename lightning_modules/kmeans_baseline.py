@@ -2,18 +2,25 @@
 
 Nothing is trained but the two online probes. `method.features: keys` clusters what EAGLE is trained on; `colour` mean
 patch colours, the floor that any feature has to beat; `sift` descriptors of gradients, what was there before networks.
+`method.whitening` clusters principal components of equal variance, as DeepCluster does with pictures.
 """
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from kornia.feature import SIFTDescriptor
 from torch import Tensor
 from torch.nn import functional as F
 
+from common import chance, distributed
+from common.errors import ConfigError
 from datamodules.base.views import GRAY
+from evaluation.readout import valid_patches
 from lightning_modules.families.keys import KeyFeatures
 from models.backbone import Features
+from retrieval.whitening import principal, whitened
 
 PATCHES = 1 << 14
 """Patches whose descriptors are computed at once: their gradient histograms take 75 MB."""
@@ -30,7 +37,35 @@ class KMeansBaseline(KeyFeatures):
         settings = self.cfg.method
         self.kind = settings.features
         self.build_keys(settings.blocks if self.kind == "keys" else 0)
-        self.code_dim = {"colour": 3, "sift": 128}.get(self.kind, self.feature_dim)
+        width = {"colour": 3, "sift": 128}.get(self.kind, self.feature_dim)
+        self.code_dim = settings.whitening or width
+        if self.code_dim > width:
+            raise ConfigError(
+                f"method.whitening={self.code_dim}: the features have {width} channels; set {width} at most, or null"
+            )
+        if settings.whitening:
+            self.register_buffer("mean", torch.zeros(width))
+            self.register_buffer("axes", torch.zeros(settings.whitening, width))
+
+    @torch.no_grad()
+    def prepare(self, loader: Callable[..., Any]) -> None:
+        """The principal axes of features of training pictures, where they are whitened."""
+        if not self.cfg.method.whitening:
+            return
+        rules, rows = self.cfg.evaluation.kmeans, []
+        batches = loader("train", order="shuffled", limit=rules.pictures, purpose="whitening")
+        share = max(1, rules.points // min(rules.pictures, len(batches.dataset)))
+        for batch in batches:
+            maps = self.features(batch["image"].to(self.device)).concat()
+            inside = valid_patches(batch["valid"].to(self.device), maps.shape[-2:]).flatten(1)
+            for index, picture, valid in zip(batch["index"].tolist(), maps.flatten(2).mT, inside, strict=True):
+                own = picture[valid]
+                order = torch.randperm(len(own), generator=chance.generator(self.cfg.seed, "whitening.points", index))
+                rows.append(own[order[:share].to(own.device)])
+        points = torch.cat(rows) if rows else self.mean.new_empty(0, len(self.mean))
+        mean, axes = principal(distributed.gather_uneven(points), len(self.axes))
+        self.mean.copy_(mean)
+        self.axes.copy_(axes)
 
     def features(self, images: Tensor) -> Features:
         finest = min(self.backbone.strides)
@@ -44,7 +79,10 @@ class KMeansBaseline(KeyFeatures):
         return Features(levels=[maps], cls=None, attention=None, qkv=None, prefix=0)
 
     def embed(self, features: Features) -> Tensor:
-        return F.normalize(features.concat(), dim=1)
+        maps = features.concat()
+        if not self.cfg.method.whitening:
+            return F.normalize(maps, dim=1)
+        return whitened(maps.movedim(1, -1), self.mean, self.axes).movedim(-1, 1)
 
 
 @torch.no_grad()

@@ -42,6 +42,7 @@ SMALL_OF = {
     "method.objects.start": "2", "method.restarts.start": "1", "method.restarts.intervals": "[1]",
     "method.concepts": "24", "method.projection_dim": "32", "method.bank": "6",
     "method.start.steps": "3", "method.ema.every": "2",
+    "method.kmeans.batch_size": "8", "method.kmeans.first": "2", "method.kmeans.counted": "12",
 }  # fmt: skip
 """Method keys made small where a method has them. Drop path and dropout are off: a library draws them. At their own
 rate the transformers of HSG make rounding grow: segments change groups after a few steps."""

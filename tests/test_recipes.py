@@ -59,6 +59,8 @@ OF_METHOD = {
     "cooccurrence": ["backbone.create.widths=[8,8,8,8,8,8]", "method.head.channels=8", "method.head.hidden=8"],
     "eagle": ["method.blocks=2"],
     "cause": ["method.concepts=32", "method.bank=8"],
+    "picie": ["method.view_size=56"],
+    "mdc": ["method.view_size=56"],
     "dino": ["method.head.out_dim=64", "method.crops.local_count=2", "data.train_size=128"],
 }
 
@@ -187,6 +189,31 @@ def test_recipes_of_smooseg_hold_the_released_values(name):
         0,
     )
     assert (cfg.data.batch_size, cfg.trainer.max_steps, cfg.data.train_size) == (32, 3000, 224)
+
+
+@pytest.mark.parametrize("name", [name for name in config.names("experiment") if name.startswith(("picie", "mdc"))])
+def test_recipes_of_picie_and_mdc_hold_the_released_values(name):
+    """Scripts and paper: a trained ResNet-18, ten epochs, views of 320 px out of pictures of 640."""
+    cfg = config.compose([f"experiment={name}", "data.root=x"])
+    method, kmeans, coco = cfg.method, cfg.method.kmeans, cfg.data.name == "cocostuff27"
+    assert (cfg.backbone.name, cfg.backbone.weights, cfg.backbone.frozen) == ("resnet18", "hub", False)
+    assert list(cfg.backbone.levels) == [-4, -3, -2, -1]
+    assert (cfg.data.batch_size, cfg.data.train_size, cfg.data.eval_size, method.view_size) == (128, 640, 320, 320)
+    assert (cfg.data.train_crop, cfg.data.interpolation) == ("center", "bilinear")
+    assert {group.lr for key, group in cfg.optim.items() if "probe" not in key} == {1e-4 if coco else 1e-3}
+    assert (method.weights, method.dim, cfg.trainer.max_epochs, cfg.trainer.max_steps) == (
+        "proportional",
+        128,
+        10,
+        None,
+    )
+    first = 30 if method.name == "mdc" and not coco else 20
+    assert (kmeans.batch_size, kmeans.first, kmeans.group, kmeans.iterations) == (256, first, 1, 20)
+    assert (kmeans.init, kmeans.pictures, kmeans.counted, kmeans.fresh) == ("random", None, None, None)
+    assert (method.augment.whole_cells, list(method.augment.sides), method.augment.gray_p) == (True, [0.5, 1.0], 0)
+    assert cfg.data.train_list == "curated7" if coco else cfg.data.split == ("fine" if "fine" in name else "picie")
+    heads = {"picie_h_cocostuff27_resnet18": [27, 100], "picie_h_cocostuff15_resnet18": [15, 100]}
+    assert method.get("heads") == heads.get(name)
 
 
 @pytest.mark.parametrize("name", [name for name in config.names("experiment") if name.startswith("cause")])

@@ -7,6 +7,7 @@ and what the classes are called (`build_meta`). Splitting over devices, order, c
 import dataclasses
 import importlib
 import inspect
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import lightning as L
@@ -80,6 +81,7 @@ class SegmentationDataModule(L.LightningDataModule):
         self.neighbours: np.ndarray | None = None
         self.regions: RegionFiles | None = None
         self.pseudo: Any = None
+        self.view_steps: int | None = None
         self.meta = ClassMeta()
         self.broken = {split: BrokenFiles(split, float(self.data.max_broken)) for split in ("train", "val")}
         self.foreign = {split: ForeignIds(split) for split in ("train", "val")}
@@ -329,6 +331,53 @@ class SegmentationDataModule(L.LightningDataModule):
         data = PictureDataset(source, geometry, False, self.seed, purpose, flip=geometry.flip_p > 0, pseudo=pseudo)
         return self._loader(data, batches, split, len(batches) * int(self.data.batch_size), persistent=False)
 
+    def in_step(
+        self,
+        split: str,
+        geometry: Geometry,
+        keys: Sequence[sampling.Key],
+        batch_size: int,
+        purpose: str = "train",
+    ) -> Iterator[dict[str, Any]]:
+        """Pictures of a split by their keys (pass, index), in global batches of `batch_size` that the ranks share in
+        contiguous parts: all ranks get the same number of batches, so collectives may stand in the loop.
+
+        purpose: keys the random crops; with "train" a key shows what training shows in that pass. No labels, no views.
+        A last batch of fewer pictures than ranks is left out. A picture that cannot be read is replaced by another.
+        """
+        rank, world = distributed.rank(), distributed.world_size()
+        whole = [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]
+        parts = [list(sampling.contiguous(part, rank, world)) for part in whole if len(part) >= world]
+        data = PictureDataset(
+            self.source(split), geometry, False, self.seed, purpose, replace_broken=True, flip=geometry.flip_p > 0,
+            store=self._decoded(split, geometry, make=False),
+        )  # fmt: skip
+        return iter(self._loader(data, parts, split, len(keys) // world, persistent=False))
+
+    def shown(
+        self,
+        step: int,
+        wanted: Sequence[str],
+        batch_size: int,
+        purpose: str,
+        device: torch.device,
+        most: int | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """The training pictures, at most so many, as the epoch of `step` shows them in the views `wanted` (`of_epoch`),
+        in an order keyed by `purpose` and the epoch; on the device, `in_step`, without labels."""
+        epoch, number = self.epoch_of(step), step // self.steps_per_epoch
+        order = sampling.permutation(self.train_items, self.seed, f"{purpose}.order", epoch.number)[:most]
+        specs, needed = {}, set(wanted)
+        for name, spec in reversed(self.views.items()):
+            if name in needed:
+                specs[name] = spec
+                needed.add(spec.source)
+        specs = dict(reversed(specs.items()))
+        keys = [(number, int(index)) for index in order]
+        for batch in self.in_step("train", self.train_geometry, keys, batch_size):
+            found = {key: batch[key].to(device, non_blocking=True) for key in ("image", "valid", "index")}
+            yield views.make_views(found, specs, self.seed, step, epoch)
+
     def _share(self, batch_size: int, key: str) -> int:
         """Pictures of a rank's batch where the split into batches changes no result: rounded up."""
         if batch_size < 1:
@@ -369,7 +418,12 @@ class SegmentationDataModule(L.LightningDataModule):
         """Makes the views of a training batch on its device (`views.make_views`), without gradient."""
         if self.trainer is None or not self.trainer.training or not self.views:
             return batch
-        return views.make_views(batch, self.views, self.seed, self.trainer.global_step)
+        step = self.trainer.global_step
+        return views.make_views(batch, self.views, self.seed, step, self.epoch_of(step))
+
+    def epoch_of(self, step: int) -> views.Epoch:
+        """What the draws of views `of_epoch` belong to at a step."""
+        return views.Epoch(step // (self.view_steps or self.steps_per_epoch), self.train_items)
 
     def sync_broken(self) -> None:
         """Puts the unreadable files and foreign label values of all ranks together; raises DataError on every rank when

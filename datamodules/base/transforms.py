@@ -5,7 +5,7 @@ no label value is ever invented.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from common.errors import ConfigError
+from common.precision import exact, real
 from common.spec import IGNORE, Geometric
 from datamodules.base.resizing import INTERPOLATIONS, resize_ids, resize_picture
 
@@ -235,6 +236,9 @@ class Replay:
     source: tuple[int, int]
     size: tuple[int, int]
     identity: bool = False
+    shares: Tensor | None = None
+    """Where set (`Geometric.whole_cells`), float64 [B,3]: share of the sides, draws of the top and of the left, from
+    which every grid makes a box of its own whole cells."""
 
 
 def identity(batch: int, size: tuple[int, int], device: torch.device) -> Replay:
@@ -299,16 +303,28 @@ def _sided(spec: Geometric, count: int, source: tuple[int, int], draw: np.random
         steps = int((high - low) / spec.side_step + 1e-6)
         share = low + spec.side_step * draw.integers(steps + 1, size=count)
     place, flip = draw.random((count, 2)), draw.random(count) < spec.flip_p
+    if spec.whole_cells:
+        shares = torch.from_numpy(np.column_stack([share, place]))
+        boxes = cell_boxes(shares, source).float()
+        return Replay(boxes, torch.from_numpy(flip), source, _result(spec, source), shares=shares)
     sides = [np.maximum(1, np.floor(side * share + 1e-6)) for side in source]
     offsets = [np.floor(place[:, i] * (source[i] - sides[i] + 1)) for i in range(2)]
     boxes = torch.from_numpy(np.stack([*offsets, *sides], axis=1)).float()
     return Replay(boxes, torch.from_numpy(flip), source, _result(spec, source))
 
 
-def take(params: Replay, rows: slice, device: torch.device) -> Replay:
+def cell_boxes(shares: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Boxes of whole cells of a grid (h, w), float64 [B,4] as in `Replay`: sides rounded down."""
+    cells = torch.tensor(grid, dtype=torch.float64, device=shares.device)
+    sides = (shares[:, :1] * cells).floor().clamp_(min=1)
+    return torch.cat([((cells - sides) * shares[:, 1:]).round(), sides], dim=1)
+
+
+def take(params: Replay, rows: slice | Tensor, device: torch.device) -> Replay:
     """The geometry of some pictures of the batch, on a device."""
-    boxes = params.boxes[rows].to(device, non_blocking=True)
-    return Replay(boxes, params.flip[rows].to(device, non_blocking=True), params.source, params.size, params.identity)
+    of = {name: getattr(params, name) for name in ("boxes", "flip", "shares")}
+    mine = {name: None if part is None else part[rows].to(device, non_blocking=True) for name, part in of.items()}
+    return replace(params, **mine)
 
 
 def replay(
@@ -324,7 +340,7 @@ def replay(
     them, and so is the result unless `size` says otherwise. mode "nearest" copies values (any type, ids stay exact),
     "bilinear" interpolates floats (align_corners False, no antialias; gradient flows). Positions outside the frame get
     `fill`; default for nearest: 255 (IGNORE) in integer maps, False in masks, 0 in floats; for bilinear: the nearest
-    border value.
+    border value. With `shares` a bilinear box is of the tensor's own whole cells, and nothing beyond it is looked at.
     """
     if params.identity and (size is None or size == tuple(tensor.shape[-2:])):
         return tensor
@@ -332,6 +348,8 @@ def replay(
     scale = height / params.source[0], width / params.source[1]
     if size is None:
         size = tuple(max(1, round(n * s)) for n, s in zip(params.size, scale, strict=True))
+    if params.shares is not None and mode == "bilinear":
+        return _own_cells(tensor, params, size)
     y, x = _positions(params, scale, size)
     outside = ((y < 0) | (y >= height))[:, :, None] | ((x < 0) | (x >= width))[:, None, :]
     flat = tensor if tensor.dim() == 4 else tensor.unsqueeze(1)
@@ -355,6 +373,32 @@ def replay(
     if fill is not None:
         out = out.masked_fill(outside[:, None], fill)
     return out if tensor.dim() == 4 else out.squeeze(1)
+
+
+def _own_cells(tensor: Tensor, params: Replay, size: tuple[int, int]) -> Tensor:
+    """Crops of whole cells of [B,C,h,w], resized to `size` and mirrored, as two products with interpolation weights:
+    their gradient is the same in every run, which that of torch's own interpolation is not on GPUs."""
+    boxes = cell_boxes(params.shares, tuple(tensor.shape[-2:]))
+    down, right = (_weights(boxes[:, i], boxes[:, i + 2], tensor.shape[2 + i], size[i]) for i in range(2))
+    right = torch.where(params.flip[:, None, None], right.flip(1), right)
+    values = real(tensor)
+    with exact(tensor.device):
+        out = down[:, None].to(values.dtype) @ values @ right[:, None].mT.to(values.dtype)
+    return out.to(tensor.dtype)
+
+
+def _weights(first: Tensor, side: Tensor, cells: int, size: int) -> Tensor:
+    """Of bilinear interpolation (align_corners False) of `side` cells from `first` on to `size` ones: float64
+    [B,size,cells]; beyond the ends the border value counts."""
+    steps = torch.arange(size, device=side.device, dtype=torch.float64) + 0.5
+    place = (steps * side[:, None] / size - 0.5).clamp_(min=0)
+    low = place.floor()
+    share, ends = place - low, side[:, None] - 1
+    weights = place.new_zeros(len(side), size, cells)
+    for at, part in ((low, 1 - share), (low + 1, share)):
+        where = (first[:, None] + torch.minimum(at, ends)).long()
+        weights.scatter_add_(2, where[..., None], part[..., None])
+    return weights
 
 
 def meeting(own: Replay, other: Replay, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:

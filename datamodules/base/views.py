@@ -1,12 +1,14 @@
 """Views of a training batch, made on its device from keyed parameters.
 
 Each picture of the GLOBAL batch has its own draw, keyed by (seed, view, step) and its place in the batch; a rank takes
-the draws of its slice, so one process and several see the same views. torchvision draws the order of the colour changes
-anew at each call, which in the released loaders is once a picture: so here too.
+the draws of its slice, so one process and several see the same views. With `of_epoch` the draws of a whole epoch are
+made at once, keyed by (seed, view, epoch), and a batch takes those of its pictures. torchvision draws the order of the
+colour changes anew at each call, which in the released loaders is once a picture: so here too.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from torch import Tensor
 from common import chance, distributed
 from common.errors import ConfigError
 from common.spec import OUTSIDE, Photometric, ViewSpec
-from datamodules.base.transforms import draw_geometry, identity, replay, take
+from datamodules.base.transforms import Replay, draw_geometry, identity, replay, take
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -25,7 +27,18 @@ GRAY = (0.2989, 0.587, 0.114)
 """torchvision's weights of red, green and blue in grey."""
 
 
-def make_views(batch: dict[str, Any], specs: Mapping[str, ViewSpec], seed: int, step: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Epoch:
+    """What draws of views with `of_epoch` belong to."""
+
+    number: int
+    items: int
+    """Training items of an epoch, one of which every index of a batch is."""
+
+
+def make_views(
+    batch: dict[str, Any], specs: Mapping[str, ViewSpec], seed: int, step: int, epoch: Epoch | None = None
+) -> dict[str, Any]:
     """Adds to the batch, for each view: `<name>` float32 [B,3,h,w]; `<name>.params`, a `transforms.Replay` from the
     frame of the view's source to the view; and `<name>.<map>` for each integer or bool map [B,H,W] of the source
     (`label`, `valid`, `regions`), carried along with nearest; outside labels are IGNORE and regions OUTSIDE.
@@ -38,21 +51,33 @@ def make_views(batch: dict[str, Any], specs: Mapping[str, ViewSpec], seed: int, 
         _check(name, spec, batch)
         image = batch[spec.source]
         count, frame = len(image), tuple(image.shape[-2:])
-        mine = slice(rank * count, (rank + 1) * count)
+        if spec.of_epoch:
+            drawn, number, rows = epoch.items, epoch.number, batch["index"].cpu()
+        else:
+            drawn, number, rows = count * world, step, slice(rank * count, (rank + 1) * count)
         with torch.no_grad():
             params = identity(count, frame, image.device)
             if spec.geometric is not None:
-                draw = chance.numpy_generator(seed, f"view.{name}.geometry", step)
-                params = take(draw_geometry(spec.geometric, count * world, frame, draw), mine, image.device)
+                params = take(_geometry(spec, drawn, frame, seed, name, number), rows, image.device)
             view = replay(image, params, "bilinear")
             if spec.photometric is not None:
-                draw = chance.numpy_generator(seed, f"view.{name}.colour", step)
-                view = recolour(view, spec.photometric, draw_colour(spec.photometric, count * world, draw).take(mine))
+                view = recolour(view, spec.photometric, _colour(spec, drawn, seed, name, number).take(rows))
             for key, value in _maps(batch, spec.source, frame).items():
                 fill = OUTSIDE if key == "regions" else None
                 batch[f"{name}.{key}"] = replay(value, params, "nearest", fill=fill)
         batch[name], batch[f"{name}.params"] = view, params
     return batch
+
+
+@lru_cache(maxsize=8)
+def _geometry(spec: ViewSpec, count: int, frame: tuple[int, int], seed: int, name: str, number: int) -> Replay:
+    """The draws of a step or epoch; kept, because all batches of an epoch may ask for the same."""
+    return draw_geometry(spec.geometric, count, frame, chance.numpy_generator(seed, f"view.{name}.geometry", number))
+
+
+@lru_cache(maxsize=8)
+def _colour(spec: ViewSpec, count: int, seed: int, name: str, number: int) -> "Colour":
+    return draw_colour(spec.photometric, count, chance.numpy_generator(seed, f"view.{name}.colour", number))
 
 
 def _check(name: str, spec: ViewSpec, batch: Mapping[str, Any]) -> None:
@@ -86,7 +111,7 @@ class Colour:
     jitter: np.ndarray
     """bool [B]"""
     order: np.ndarray
-    """int [B,4]: which of brightness, contrast, saturation, hue comes first, second, …"""
+    """int [B,4]: which of brightness, contrast, saturation, hue comes first, second, …; -1: none of them."""
     factors: np.ndarray
     """float32 [B,4]: the three factors, and the shift of hue in turns."""
     gray: np.ndarray
@@ -98,7 +123,8 @@ class Colour:
     solarize: np.ndarray
     """bool [B]"""
 
-    def take(self, rows: slice) -> "Colour":
+    def take(self, rows: slice | Tensor) -> "Colour":
+        rows = rows.numpy() if isinstance(rows, Tensor) else rows  # a tensor of one row would be taken for a number
         return Colour(*(getattr(self, f.name)[rows] for f in fields(self)))
 
 
@@ -115,6 +141,9 @@ def draw_colour(spec: Photometric, count: int, draw: np.random.Generator) -> Col
         sigma=draw.uniform(*spec.blur_sigma, size=count).astype(np.float32),
         solarize=draw.random(count) < spec.solarize_p,
     )
+    if spec.separate:
+        order = np.where(draw.random((count, 4)) < spec.jitter_p, np.arange(4), -1)
+        drawn = replace(drawn, jitter=np.ones(count, dtype=bool), order=order)
     if spec.either:
         first = draw.random(count) < 0.5
         drawn = replace(drawn, jitter=drawn.jitter & first, gray=drawn.gray & ~first)

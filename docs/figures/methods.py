@@ -287,6 +287,44 @@ def primaps() -> Grid:
     return grid
 
 
+FEW_STEPS = (
+    "trainer.max_steps=12", "data.batch_size=4", "method.kmeans.pictures=40", "method.kmeans.counted=4",
+    "evaluation.kmeans.pictures=40",
+)  # fmt: skip
+"""Of a method that trains its backbone: enough for a picture of what it does."""
+
+
+def picie() -> Grid:
+    """Both views of a picture, and what the copy of the network makes of them in the frame that they share."""
+    seen = trained("picie", *FEW_STEPS)
+    views, count = seen.views(TRAIN), seen.cfg.method.num_clusters
+    with torch.no_grad():
+        labels = [seen.model.labels_of(views, number)[0] for number in range(2)]
+        own = classes_of("own", seen, read(seen, views["image"])[1]["own"], views["image"])
+    grid = Grid(["view 1", "its clusters", "view 2", "its clusters,\ncropped alike", "final clusters", "truth"])
+    for row in range(len(TRAIN)):
+        shown = [(drawing.picture(views[f"view{n + 1}"][row]), drawing.ids(labels[n][row], count)) for n in range(2)]
+        ends = [drawing.truth(ids[row], seen.meta) for ids in (own, views["label"])]
+        grid.rows.append([*shown[0], *shown[1], *ends])
+    return grid
+
+
+def mdc() -> Grid:
+    """A view, its clusters, what the classifier of the epoch makes of it, and the final clusters."""
+    seen = trained("mdc", *FEW_STEPS)
+    views, count = seen.views(TRAIN), seen.cfg.method.num_clusters
+    with torch.no_grad():
+        (labels,) = seen.model.labels_of(views, 0)
+        classes = seen.model.classifier_logits(seen.model.codes_of(views, "view1"), 0).argmax(1)
+        own = classes_of("own", seen, read(seen, views["image"])[1]["own"], views["image"])
+    grid = Grid(["the view", "its clusters", "its classifier", "picture", "final clusters", "truth"])
+    for row in range(len(TRAIN)):
+        shown = (drawing.ids(ids[row], count) for ids in (labels, classes))
+        found = pair(seen, views, row, drawing.truth(own[row], seen.meta))
+        grid.rows.append([drawing.picture(views["view1"][row]), *shown, *found])
+    return grid
+
+
 def transfgu() -> Grid:
     """Concept maps, the pseudo-labels that they make, and what the student learned of them."""
     seen = trained("transfgu")
@@ -306,7 +344,7 @@ FIGURES: dict[str, Callable[[], Grid]] = {
     draw.__name__: draw
     for draw in (
         cause, context_prediction, cooccurrence, deep_spectral, dino, eagle, hidden_positives, hsg, kmeans_baseline,
-        normalized_cut, primaps, segsort, smooseg, stego, tokencut, transfgu,
+        mdc, normalized_cut, picie, primaps, segsort, smooseg, stego, tokencut, transfgu,
     )
 }  # fmt: skip
 

@@ -46,7 +46,7 @@ class Seen:
     def views(self, chosen: list[int]) -> dict[str, Any]:
         """Some training pictures with the views that the method trains on at step 0."""
         batch = self._collated("train", chosen, self.data.train_geometry)
-        return make_views(batch, self.model.views, self.data.seed, 0)
+        return make_views(batch, self.model.views, self.data.seed, 0, self.data.epoch_of(0))
 
     def _collated(self, split: str, chosen: list[int], geometry: Any) -> dict[str, Any]:
         data = self.data.dataset(split, geometry, "figures", regions=self.data.regions if split == "train" else None)

@@ -213,6 +213,14 @@ class UnsupervisedSegmenter(Evaluated):
     def after_step(self) -> None:
         """After the optimiser's step: banks and momentum copies."""
 
+    @property
+    def own_fitted(self) -> bool:
+        """False: `fit_own` has to be called before the closing evaluation, or that of a checkpoint from before it."""
+        return True
+
+    def fit_own(self) -> None:
+        """Fit the classes of the method's own that a run ends with; `offline_state` has to name what it changes."""
+
     # ------------------------------------------------------------------ training
 
     def features(self, images: Tensor) -> Features:

@@ -53,15 +53,16 @@ def coco(root: Path) -> Path:
 
 
 def cityscapes(root: Path) -> Path:
-    """Two cities in train, one in val, pictures of 64x32; 16-bit instance files and colours beside the label ids."""
-    cities = {"train/aachen": 3, "train/bochum": 2, "val/ulm": 2, "test/bonn": 1}
+    """Two cities in train, one in val, one without labels in test and in train_extra; pictures of 64x32, 16-bit
+    instance files and colours beside the label ids."""
+    cities = {"train/aachen": 3, "train/bochum": 2, "val/ulm": 2, "test/bonn": 1, "train_extra/bayreuth": 2}
     for folder, count in cities.items():
         split, city = folder.split("/")
         for i in range(count):
             stem = f"{city}_{i:06d}_000019"
             save(root / "leftImg8bit" / split / city / f"{stem}_leftImg8bit.png", noise(32, 64, seed=i))
             label = ids([0, 3, 6, 7, 8, 11, 33, 23, 255, 40 if i else 7], 32, 64)
-            if split == "test":
+            if split in ("test", "train_extra"):
                 continue
             gt = root / "gtFine" / split / city
             save(gt / f"{stem}_gtFine_labelIds.png", label if i else label.astype(np.uint16))

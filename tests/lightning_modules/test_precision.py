@@ -40,6 +40,9 @@ the 144 is 0.7 %. eagle: 0.4 % but for what hangs on the segments, whose border 
 losses, 2 % of the whole. context_prediction and cooccurrence: 0.05 % at the first step, later up to 2 %, and 4 % of the
 probability of a direction: the whole network is trained from random weights, by steps of Adam that are as large for a
 small gradient, on four pairs a step."""
+BANDS |= dict.fromkeys(("picie", "mdc"), 0.1)
+"""Their clusters begin with a k-means of codes, which ends elsewhere for others: 2 % of the losses, 7 % of the clusters
+in use."""
 
 EXACT = ("primaps",)
 """Methods that train prototypes alone, which are float32 in every precision."""

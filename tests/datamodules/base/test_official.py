@@ -239,6 +239,13 @@ def test_cityscapes(tmp_path):
     assert stripes(nineteen.source("val").read(0)[1]) == [255, 0, 1, 2, 18, 10, 255, 0]
     assert nineteen.meta.names[:4] == ("road", "sidewalk", "building", "wall")
     assert nineteen.meta.names[-1] == "bicycle"
+    other = module("cityscapes27", tmp_path, "data.split=picie")
+    assert ids(other.source("train")) == [f"{name}_000019" for name in (
+        "bonn/bonn_000000", "bayreuth/bayreuth_000000", "bayreuth/bayreuth_000001",
+    )]  # fmt: skip
+    assert [len(other.source(split)) for split in ("train", "val")] == [3, 7]
+    assert other.source("train").read(0)[1] is None
+    assert all(other.source("val").read(i)[1] is not None for i in range(7))
     shutil.move(tmp_path / "gtFine", tmp_path / "gt")
     assert refused("cityscapes27", tmp_path) == (
         f"data.root={tmp_path}: holds no gtFine/train (labels of train, *_gtfine_labelids.png); `run.py data "

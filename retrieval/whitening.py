@@ -1,0 +1,32 @@
+"""PCA whitening of features before they are clustered, as DeepCluster (Caron et al., ECCV 2018) does."""
+
+import torch
+from torch import Tensor
+
+from common.precision import exact
+
+FLAT = 1e-12
+"""Share of the largest variance up to which a direction counts as having none."""
+
+
+def principal(points: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Mean [C] and axes [dim,C] of points [N,C]: the first `dim` principal directions, each divided by the standard
+    deviation along it. float32; computed in float64. A direction without variance is a row of zeros; so are those that
+    C does not have."""
+    rows = points.detach().double()
+    mean = rows.mean(0)
+    centred = rows - mean
+    with exact(points.device):
+        values, vectors = torch.linalg.eigh(centred.T @ centred / max(1, len(rows)))
+    values, vectors = values.flip(0)[:dim], vectors.flip(1)[:, :dim]
+    there = values > FLAT * values[:1].clamp(min=FLAT)
+    scale = torch.where(there, values.clamp(min=FLAT).rsqrt(), 0.0)
+    axes = points.new_zeros(dim, points.shape[1], dtype=torch.float64)
+    axes[: len(values)] = (vectors * scale).T
+    return mean.float(), axes.float()
+
+
+def whitened(points: Tensor, mean: Tensor, axes: Tensor) -> Tensor:
+    """Points [...,C] along the axes, as unit vectors [...,dim], float32."""
+    with exact(points.device):
+        return torch.nn.functional.normalize((points.float() - mean) @ axes.T, dim=-1)

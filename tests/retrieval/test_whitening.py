@@ -1,0 +1,47 @@
+"""Whitened features: unit vectors of components with equal variance."""
+
+import pytest
+import torch
+
+import config
+from common.errors import ConfigError
+from engine import setup
+from retrieval.whitening import principal, whitened
+from tests.conftest import run_small, small_words
+
+
+def stretched(count: int = 400) -> torch.Tensor:
+    """Points [count,6] with very different spreads, turned and moved; the last direction has none."""
+    generator = torch.Generator().manual_seed(0)
+    spreads = torch.tensor([100.0, 10.0, 3.0, 1.0, 0.1, 0.0])
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q
+    return torch.randn(count, 6, generator=generator) * spreads @ turn + 5
+
+
+def test_the_first_components_have_unit_variance_and_no_correlation():
+    points = stretched()
+    mean, axes = principal(points, 4)
+    components = (points.double() - mean) @ axes.T.double()
+    assert torch.allclose(components.T @ components / len(points), torch.eye(4, dtype=torch.float64), atol=1e-3)
+    rows = whitened(points, mean, axes)
+    assert torch.allclose(rows.norm(dim=1), torch.ones(len(points)), atol=1e-5)
+
+
+def test_a_direction_without_variance_adds_nothing():
+    points = stretched()
+    five, six = (whitened(points, *principal(points, dim)) for dim in (5, 6))
+    assert torch.allclose(five @ five.T, six @ six.T, atol=1e-4)
+    assert not principal(points[:1], 3)[1].any()
+
+
+@pytest.mark.train
+def test_the_baseline_clusters_whitened_features_and_keeps_the_axes(tmp_path):
+    run = run_small("kmeans_baseline", tmp_path, "white", "method.whitening=8", "trainer.max_steps=1")
+    assert run.weights["kmeans_probe.centroids"].shape[1] == 8
+    assert run.weights["axes"].any()
+
+
+def test_more_components_than_channels_are_refused():
+    cfg, data = setup.build_data(config.compose(small_words("kmeans_baseline", "method.whitening=10000")))
+    with pytest.raises(ConfigError, match=r"method\.whitening=10000: the features have 320 channels; set 320 at most"):
+        setup.build_model(cfg, data.meta)

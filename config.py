@@ -118,20 +118,18 @@ def compose(tokens: Iterable[str] = (), defaults: dict[str, str] | None = None) 
     `defaults` replaces the default group words (tests use it). Raises ConfigError with one clear line.
     """
     words = parse_words(tokens)
-    chosen = {**DEFAULT_WORDS, **(defaults or {})}
-    recipe: dict[str, Any] = {}
-    if "experiment" in words:
-        recipe = load_group("experiment", words["experiment"])
-        chosen |= recipe.pop("words", {})
-        recipe.pop("figure", None)
-    chosen |= {word: words[word] for word in DEFAULT_WORDS if word in words}
+    recipe = load_group("experiment", words["experiment"]) if "experiment" in words else {}
+    recipe.pop("figure", None)
+    named = recipe.pop("words", {}) | {word: words[word] for word in DEFAULT_WORDS if word in words}
+    chosen = {**DEFAULT_WORDS, **(defaults or {}), **named}
+    method = load_group("method", chosen["method"])
+    chosen |= method.pop("words", {}) | named  # what a method is at home with, where nothing else is asked for
     dotted = {key: raw for key, raw in words.items() if key not in WORDS}
 
     tree = read_yaml(CONFIGS / "default.yaml")
     for group in GROUPS[:2]:
         tree[group] = load_group(group, chosen[group])
         expect_shared(group, chosen[group], tree[group])
-    method = load_group("method", chosen["method"])
     tree["method"] = method.pop("method")
     for group, settings in method.pop("optim", {}).items():
         tree["optim"][group] = tree["optim"].get(group, {}) | settings

@@ -236,3 +236,18 @@ def test_settings_of_a_phase_keep_the_rules_of_all_settings(phase, message):
     with pytest.raises(ConfigError) as caught:
         config.compose(["method=segsort", f"phases=[{{share: 1}}, {{share: 1, {phase}}}]"])
     assert str(caught.value).startswith(f"phases: phase 2: {message}")
+
+
+def test_a_method_may_be_at_home_with_a_backbone(monkeypatch):
+    """Its `words` stand in for the default words, and give way to a recipe and to the command line."""
+    load = config.load_group
+
+    def with_words(group, name):
+        at_home = group == "method" and name in ("stego", "eagle")
+        return load(group, name) | ({"words": {"backbone": "resnet18"}} if at_home else {})
+
+    monkeypatch.setattr(config, "load_group", with_words)
+    assert config.compose(["method=stego"]).backbone.name == "resnet18"
+    assert config.compose(["method=dino"]).backbone.name == "tiny"
+    assert config.compose(["method=stego", "backbone=tiny"]).backbone.name == "tiny"
+    assert config.compose(["experiment=eagle_cityscapes27_vits8"]).backbone.name == "dino_vits8_300ep"

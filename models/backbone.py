@@ -29,11 +29,12 @@ from models.features import Features
 from models.output_stride import OutputStrides
 from models.pretrained import origins, weights
 from models.pretrained.folding import fold_batch_norms
-from models.scratch.net10a import net10a
+from models.scratch.makers import MAKERS
 from models.vit import attention as layers
 from models.vit import positions
 
-timm.models.register_model(net10a)
+for maker in MAKERS:
+    timm.models.register_model(maker)
 
 LOG = logging.getLogger(__name__)
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.precision import real
+from models.scratch.levels import Levels
 
 WIDTHS = (64, 128, 256, 256, 512, 512)
 DILATIONS = (1, 1, 1, 1, 2, 2)
@@ -49,7 +50,8 @@ class Net10a(nn.Module):
         check(in_chans, widths, padding, sobel)
         self.sobel = sobel
         self.out_indices = tuple(out_indices) if out_indices is not None else (len(widths) - 1,)
-        self.feature_info = Levels(widths, self.out_indices)
+        strides = [1 if number < POOLED else 2 for number in range(len(widths))]
+        self.feature_info = Levels(widths, strides, self.out_indices)
         self.pretrained_cfg = {"mean": (0.0,) * in_chans, "std": (1.0,) * in_chans}
         layers: list[nn.Module] = []
         channels, self.ends = in_chans + (2 if sobel else 0), {}
@@ -107,22 +109,6 @@ class InformationHead(nn.Module):
         if size is None:
             return found
         return [F.interpolate(values, tuple(size), mode="bilinear", align_corners=False) for values in found]
-
-
-class Levels(list):
-    """timm's record of the levels of a network: each by its index, and widths and strides of those that are given."""
-
-    def __init__(self, widths: Sequence[int], given: Sequence[int]) -> None:
-        super().__init__(
-            {"num_chs": width, "reduction": 1 if number < POOLED else 2} for number, width in enumerate(widths)
-        )
-        self.given = tuple(given)
-
-    def channels(self) -> list[int]:
-        return [self[number]["num_chs"] for number in self.given]
-
-    def reduction(self) -> list[int]:
-        return [self[number]["reduction"] for number in self.given]
 
 
 def net10a(

@@ -24,7 +24,13 @@ THREE = (("roads and cars", (255, 255, 255)), ("buildings and clutter", (0, 0, 2
 SIX_TO_THREE = {0: 0, 4: 0, 1: 1, 5: 1, 2: 2, 3: 2}
 COUNTS = {"labelled_train": 4545, "unlabelled_train": 3150, "labelled_test": 855, "all": 8550}
 """Blocks of each list."""
-TRAIN_LISTS = ("labelled_train", "unlabelled_train", "all")
+TRAIN_LISTS = {
+    "labelled_train": ("labelled_train",),
+    "unlabelled_train": ("unlabelled_train",),
+    "train": ("labelled_train", "unlabelled_train"),
+    "all": ("all",),
+}
+"""Lists of each choice of `data.train_list`."""
 
 
 class BlockSource(ListedSource):
@@ -60,28 +66,30 @@ class Potsdam3DataModule(OfficialDataModule):
         }
 
     def entries(self, split: str) -> list[Entry]:
-        name = self._list(split)
-        path = self._list_file(name)
-        if not path.is_file():
-            raise DataError(f"data.root={self.data.root}: holds no {name}.txt, the list of {split}; {self._help}")
-        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        names = []
+        for name in self._lists(split):
+            path = self._list_file(name)
+            if not path.is_file():
+                raise DataError(f"data.root={self.data.root}: holds no {name}.txt, the list of {split}; {self._help}")
+            names += [line.strip() for line in path.read_text().splitlines() if line.strip()]
         blocks, labels = self.files("images"), self.files("labels", needed=split == "val")
-        return self.chosen(names, blocks, labels, f"blocks of {name}.txt", "imgs", ".mat")
+        files = " and ".join(f"{name}.txt" for name in self._lists(split))
+        return self.chosen(names, blocks, labels, f"blocks of {files}", "imgs", ".mat")
 
-    def _list(self, split: str) -> str:
-        chosen = self.data.train_list if split == "train" else "labelled_test"
-        if split == "train":
-            one_of("data.train_list", chosen, TRAIN_LISTS)
-        return chosen
+    def _lists(self, split: str) -> tuple[str, ...]:
+        if split != "train":
+            return ("labelled_test",)
+        one_of("data.train_list", self.data.train_list, TRAIN_LISTS)
+        return TRAIN_LISTS[self.data.train_list]
 
     def _list_file(self, name: str) -> Path:
         return self.base / f"{name}.txt"
 
     def describe(self, split: str) -> str:
-        return f"{super().describe(split)} of {self._list(split)}"
+        return f"{super().describe(split)} of {' and '.join(self._lists(split))}"
 
     def official_count(self, split: str) -> int:
-        return COUNTS[self._list(split)]
+        return sum(COUNTS[name] for name in self._lists(split))
 
     def more_checks(self, rebuild: bool) -> Iterator[Check]:
         for name, count in COUNTS.items():

@@ -268,8 +268,11 @@ def test_potsdam(tmp_path):
     everything = module("potsdam3", tmp_path, "data.train_list=all")
     assert len(everything.source("train")) == 8
     assert everything.source("train").read(4)[1] is None  # unlabelled
+    both = module("potsdam3", tmp_path, "data.train_list=train").source("train")
+    assert len(both) == 6  # without the evaluated ones
+    assert [both.read(index)[1] is None for index in (3, 4)] == [False, True]
     assert refused("potsdam3", tmp_path, "data.train_list=some", kind=ConfigError) == (
-        "data.train_list=some: not one of labelled_train, unlabelled_train, all"
+        "data.train_list=some: not one of labelled_train, unlabelled_train, train, all"
     )
     (tmp_path / "potsdam" / "labelled_test.txt").unlink()
     assert refused("potsdam3", tmp_path) == (

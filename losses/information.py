@@ -69,8 +69,8 @@ def mutual_information(
         second = shifted(second, *sparse_shift)
     if mask is not None:
         first, second = (values * mask[:, None].to(values.dtype) for values in (first, second))
-    joint = reach.summed(joint_of_shifts(first, second, half_side))
-    return information(joint, balance, collapsed)
+    joint = joint_of_box(first, second, half_side)[None] if collapsed else joint_of_shifts(first, second, half_side)
+    return information(reach.summed(joint), balance, collapsed)
 
 
 def information(joint: Tensor, balance: float = 1.0, collapsed: bool = False) -> Information:
@@ -84,15 +84,28 @@ def information(joint: Tensor, balance: float = 1.0, collapsed: bool = False) ->
     totals = joint.sum((1, 2), keepdim=True)
     seen = totals.detach() > LEAST_SEEN * totals.detach().amax().clamp_min(SMALLEST)
     divisors = torch.where(seen, totals.detach() if collapsed else totals, 1.0)
-    joint = joint / divisors
-    joint = ((joint + joint.mT) / 2).clamp_min(SMALLEST)
-    rows, columns = joint.sum(2, keepdim=True), joint.sum(1, keepdim=True)
-    marginals = rows.clamp_min(SMALLEST).log() + columns.clamp_min(SMALLEST).log()
     loss, plain = (
-        (joint * (weight * marginals - joint.log())).sum((1, 2), keepdim=True)[seen].sum() / seen.sum().clamp_min(1)
-        for weight in (balance, 1.0)
+        _negative(joint / divisors, weight, SMALLEST)[seen].sum() / seen.sum().clamp_min(1) for weight in (balance, 1.0)
     )
     return Information(loss, plain, seen.any())
+
+
+def information_of_counts(joint: Tensor, pairs: int, smallest: float = 1e-10) -> Tensor:
+    """What the reproduction of the autoregressive method (ECCV 2020) takes of a joint distribution [K,K] that is not
+    normalised: with its total S, `pairs` (pictures times shifts) and the information I, S (log S - I) / pairs.
+
+    S does not change where maps add up to one over classes: then the gradient is that of `information`, times
+    S / pairs. Counts below `smallest` are set to it without gradient.
+    """
+    return _negative(joint[None], 1.0, smallest).sum() / pairs
+
+
+def _negative(joint: Tensor, balance: float, smallest: float) -> Tensor:
+    """-P (log P - balance (log p + log q)) of joint distributions [S,K,K] made symmetric, summed: [S,1,1]."""
+    joint = (joint + joint.mT) / 2
+    rows, columns = (joint.sum(axis, keepdim=True).clamp_min(smallest).log() for axis in (2, 1))
+    joint = joint.clamp_min(smallest)
+    return (joint * (balance * (rows + columns) - joint.log())).sum((1, 2), keepdim=True)
 
 
 def joint_of_shifts(first: Tensor, second: Tensor, half_side: int) -> Tensor:
@@ -105,6 +118,22 @@ def joint_of_shifts(first: Tensor, second: Tensor, half_side: int) -> Tensor:
     """
     with exact(first.device):
         return (_by_pixels if half_side <= BY_PIXELS else _by_frequencies)(first, second, half_side)
+
+
+def joint_of_box(first: Tensor, second: Tensor, half_side: int) -> Tensor:
+    """The sum of `joint_of_shifts` over all shifts, [K,K], at the cost of one of them: the second maps meet the sums of
+    the first maps over the box around each pixel."""
+    with exact(first.device):
+        rows, columns = (_band(first, side, half_side) for side in first.shape[-2:])
+        boxes = rows @ first @ columns
+        return boxes.transpose(0, 1).flatten(1) @ second.transpose(0, 1).flatten(1).T
+
+
+def _band(maps: Tensor, side: int, half_side: int) -> Tensor:
+    """[side,side] of the maps' type: 1 where row and column are at most `half_side` apart, else 0. A product with it is
+    several times faster than pooling, whose cost grows with the box."""
+    places = torch.arange(side, device=maps.device)
+    return ((places[:, None] - places).abs() <= half_side).to(maps.dtype)
 
 
 def _by_pixels(first: Tensor, second: Tensor, half_side: int) -> Tensor:

@@ -38,6 +38,43 @@ def test_both_ways_to_the_joint_are_that_of_one_shift_after_the_other(half_side)
         torch.testing.assert_close(found, gradients)
 
 
+@pytest.mark.parametrize("half_side", [0, 2, 11])
+def test_the_joint_of_a_box_is_the_sum_over_its_shifts(half_side):
+    first, second = (values.requires_grad_() for values in maps())
+    found, wanted = loss.joint_of_box(first, second, half_side), plain_joint(first, second, half_side).sum(0)
+    torch.testing.assert_close(found, wanted)
+    weights = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gradients = (torch.autograd.grad((joint * weights).sum(), (first, second)) for joint in (found, wanted))
+    torch.testing.assert_close(*gradients)
+
+
+def test_information_of_counts_has_the_gradient_of_information_times_what_is_counted():
+    """Where the maps are softmax outputs; a class that is never used takes no gradient in either."""
+    logits = torch.randn(2, 3, 4, 7, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits[:, :, 2] = -1000
+    logits.requires_grad_()
+    joint = loss.joint_of_box(*logits.softmax(2), 2)
+    counted, plain = loss.information_of_counts(joint, 75), loss.information(joint[None], collapsed=True).loss
+    total = float(joint.detach().sum())
+    assert float(counted.detach()) == pytest.approx(total * (math.log(total) + float(plain.detach())) / 75)
+    ours, theirs = (torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (plain, counted))
+    torch.testing.assert_close(ours * total / 75, theirs)
+    assert not theirs[:, :, 2].any()
+
+
+@pytest.mark.parametrize("smallest", [loss.SMALLEST, 1e-2])
+def test_pairs_below_the_smallest_pass_no_gradient_but_marginals_do(smallest):
+    """As released: marginals are those of the joint before its small entries are lifted."""
+    joint = torch.tensor([[0.5, 1e-3], [1e-3, 0.498]], dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(loss.information_of_counts(joint, 1, smallest), joint)
+    row = torch.tensor([0.501, 0.499], dtype=torch.float64)
+    lifted = joint.detach().clamp_min(smallest)
+    through_marginals = (lifted.sum(1) / row)[:, None] + lifted.sum(0) / row
+    direct = row.log()[:, None] + row.log() - lifted.log() - 1
+    wanted = through_marginals + torch.where(joint.detach() < smallest, 0.0, direct)
+    torch.testing.assert_close(found, wanted)
+
+
 def test_a_shift_reads_at_right_and_below_and_zeros_outside():
     values = torch.arange(12.0).view(1, 1, 3, 4)
     assert torch.equal(loss.shifted(values, 1, 2)[0, 0], torch.tensor([[9.0, 10, 11, 0], [0] * 4, [0] * 4]))

@@ -43,9 +43,11 @@ SMALL_OF = {
     "method.concepts": "24", "method.projection_dim": "32", "method.bank": "6",
     "method.start.steps": "3", "method.ema.every": "2",
     "method.kmeans.batch_size": "8", "method.kmeans.first": "2", "method.kmeans.counted": "12",
+    "backbone.create.width": "4", "backbone.freeze_norms": "true",
 }  # fmt: skip
-"""Method keys made small where a method has them. Drop path and dropout are off: a library draws them. At their own
-rate the transformers of HSG make rounding grow: segments change groups after a few steps."""
+"""Keys made small where a method, or the backbone that it is at home with, has them. Drop path and dropout are off: a
+library draws them. Batch norms are held: two processes on CPUs see half the batch each. At their own rate the
+transformers of HSG make rounding grow: segments change groups after a few steps."""
 
 TRAINED = ("segsort", "hsg")
 """Methods whose small runs train the network, which their defaults leave alone."""
@@ -54,8 +56,9 @@ TRAINED = ("segsort", "hsg")
 def small_words(method: str, *more: str) -> list[str]:
     """The words of a small run of a method; of scenes, unless `more` chooses a folder."""
     data = [word for word in SMALL if "data=folder" not in more or not word.startswith(OF_SCENES)]
-    words = ["backbone=tiny", *data, f"method={method}"]
-    known = config.flatten(config.compose([f"method={method}"]))
+    cfg = config.compose([f"method={method}"])
+    known = config.flatten(cfg)
+    words = [f"backbone={cfg.backbone.name}", *data, f"method={method}"]
     words += [f"{key}={value}" for key, value in SMALL_OF.items() if key in known]
     words += ["backbone.frozen=false"] if method in TRAINED else []
     return [*words, *more]

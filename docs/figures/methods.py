@@ -22,6 +22,7 @@ from lightning_modules.patch_pairs.places import cut_picture, draw_pairs
 from losses.concept_contrast import nearest
 from losses.pseudo_labels import majority
 from losses.smoothness import soft_labels
+from models.scratch.ordered import past_mask, reading
 from models.vit.masking import block_masks
 from pseudo_labels.views import Segments, Shades, Soft, Strongest
 
@@ -121,6 +122,31 @@ def eagle() -> Grid:
     for row, found in enumerate(drawing.components(vectors)):
         own = regions(segments[row], seen.cfg.method.cue.clusters)
         grid.rows.append([*pair(seen, batch, row, found, own, drawing.truth(clusters[row], seen.meta))])
+    return grid
+
+
+def autoregressive() -> Grid:
+    """What a cell may see in two orders, and the classes of the picture in these and in no order."""
+    seen = trained("autoregressive", "trainer.max_steps=100")
+    batch, orders, (down, along) = seen.batch("val", VAL), (1, 5), (0.5, 0.5)
+    classes, pasts = [], []
+    for order in (*orders, 0):
+        with torch.no_grad(), reading(seen.model.backbone.net, order):
+            own = read(seen, batch["image"])[1]["own"]
+        classes.append(classes_of("own", seen, own, batch["image"]))
+        rows, columns = own.shape[-2:]
+        if order:
+            cell = int(down * rows) * columns + int(along * columns)
+            pasts.append(past_mask(order, rows, columns)[cell].view(rows, columns))
+    columns = [f"past of a cell\nin order {order}" for order in orders]
+    columns += [f"classes in\norder {order}" for order in orders] + ["classes in\nno order", "truth"]
+    grid = Grid(columns)
+    for row, image in enumerate(batch["image"]):
+        shown = drawing.picture(image)
+        point = (along * len(shown), down * len(shown))
+        cells = [Cell(drawing.lit(shown, past), point) for past in pasts]
+        cells += [drawing.truth(found[row], seen.meta) for found in (*classes, batch["label"])]
+        grid.rows.append(cells)
     return grid
 
 
@@ -343,8 +369,8 @@ def transfgu() -> Grid:
 FIGURES: dict[str, Callable[[], Grid]] = {
     draw.__name__: draw
     for draw in (
-        cause, context_prediction, cooccurrence, deep_spectral, dino, eagle, hidden_positives, hsg, kmeans_baseline,
-        mdc, normalized_cut, picie, primaps, segsort, smooseg, stego, tokencut, transfgu,
+        autoregressive, cause, context_prediction, cooccurrence, deep_spectral, dino, eagle, hidden_positives, hsg,
+        kmeans_baseline, mdc, normalized_cut, picie, primaps, segsort, smooseg, stego, tokencut, transfgu,
     )
 }  # fmt: skip
 

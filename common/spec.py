@@ -1,10 +1,11 @@
-"""Facts that data, methods and evaluation tell each other. Plain data, no behaviour.
+"""Facts that data, methods and evaluation tell each other. Plain data, next to no behaviour.
 
 Glossary of shapes, used in every docstring: B pictures, C feature channels, D code dimension, H W pixels, h w patches,
 N = B*h*w patches of a batch, K clusters, M entries of a bank, S segments, T tokens.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from common.names import shown
 
@@ -12,6 +13,11 @@ IGNORE = 255
 """The label of pixels that no score counts."""
 OUTSIDE = -1
 """The region of places that are no part of the picture; every other region id is 0 or more."""
+
+
+def channels_of(data: Any) -> int:
+    """Channels of the pictures of a data set, by its keys `data.*`: `data.channels` where it has that key, else 3."""
+    return int(data.get("channels", 3))
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,19 @@ class Geometric:
 
 
 @dataclass(frozen=True)
+class Affine:
+    """Random linear map of a view about its centre, after colour; 0 where it reaches beyond the picture (IIC). One draw
+    a picture."""
+
+    rotation: float = 30.0
+    """Degrees, either way."""
+    shear: float = 10.0
+    """Degrees, either way."""
+    scale: tuple[float, float] = (0.8, 1.2)
+    """Side of what is seen, as a share of the side of the view."""
+
+
+@dataclass(frozen=True)
 class RegionSpec:
     """Contour regions of every training picture, made without labels: see {grouping,datamodules}/regions.py."""
 
@@ -113,11 +132,12 @@ class RegionSpec:
 class ViewSpec:
     """A view of the batch that a method asks for: `{"augmented": ViewSpec(photometric=Photometric())}`.
 
-    Geometry comes first, colour second, both on the device, from keyed parameters.
+    Geometry comes first, colour second, an affine map last, all on the device, from keyed parameters.
     """
 
     photometric: Photometric | None = None
     geometric: Geometric | None = None
+    affine: Affine | None = None
     source: str = "image"
     of_epoch: bool = False
     """Whether the draws belong to (epoch, picture), so that every pass over the pictures of an epoch sees the same

@@ -25,7 +25,7 @@ from common.errors import ConfigError, DataError
 from common.files import no_folder
 from common.names import of_results
 from common.palette import default_palette
-from common.spec import ClassMeta
+from common.spec import ClassMeta, channels_of
 from datamodules.base import SegmentationDataModule
 from datamodules.base.listed import Entry, ListedSource, entries_below
 from datamodules.files import ranges, walking
@@ -50,18 +50,23 @@ class FolderSource(ListedSource):
     """
 
     def __init__(
-        self, entries: list[Entry], values: LabelValues | None = None, value_range: Range | None = None
+        self,
+        entries: list[Entry],
+        values: LabelValues | None = None,
+        value_range: Range | None = None,
+        channels: int = 3,
     ) -> None:
-        """values: what the labels hold; None: no labels. value_range: of pictures of more than 8 bits."""
+        """values: what the labels hold; None: no labels. value_range: of pictures of more than 8 bits. channels: of the
+        pictures."""
         super().__init__(entries)
         self.values = values
-        self.read_with(value_range)
+        self.read_with(value_range, channels)
         self.classes = 0 if values is None else values.classes
 
-    def read_with(self, value_range: Range | None) -> None:
-        """The range of values of pictures of more than 8 bits from now on."""
-        self.value_range = value_range
-        self.read_picture = partial(read_picture, value_range=value_range)
+    def read_with(self, value_range: Range | None, channels: int = 3) -> None:
+        """From now on: the range of values of pictures of more than 8 bits, and the channels of a picture."""
+        self.value_range, self.channels = value_range, channels
+        self.read_picture = partial(read_picture, value_range=value_range, channels=channels)
 
     @property
     def has_classes(self) -> bool:
@@ -76,7 +81,8 @@ class FolderSource(ListedSource):
 
     def fingerprint(self) -> str:
         values = self.values.facts() if self.values is not None else ""
-        return f"{super().fingerprint()}/{self.classes}{values}{self.value_range or ''}"
+        channels = "" if self.channels == 3 else f"/{self.channels}"
+        return f"{super().fingerprint()}/{self.classes}{values}{self.value_range or ''}{channels}"
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,7 @@ class FolderDataModule(SegmentationDataModule):
         label_look.examine(self._entries, self._names, self._values)
 
     def build_source(self, split: str) -> FolderSource:
-        return FolderSource(self._entries[split], self._values, self._range)
+        return FolderSource(self._entries[split], self._values, self._range, channels_of(self.data))
 
     def settled(self) -> dict[str, Any]:
         return {"data.value_range": None if self._range is None else list(self._range)}
@@ -217,9 +223,9 @@ def pictures_below(root: str | Path, key: str = "input", data: Any = None) -> Fo
     entries = entries_below(root, key)
     if data is None:
         return FolderSource(entries)
-    chosen = ranges.kept(data)
+    chosen, channels = ranges.kept(data), channels_of(data)
     picture_look.settle(entries, chosen, settable="value_range" in data)
-    return FolderSource(entries, value_range=chosen)
+    return FolderSource(entries, value_range=chosen, channels=channels)
 
 
 def _common_names(trees: list[Tree], labelled: set[str]) -> tuple[str, ...]:

@@ -1,16 +1,17 @@
 """ISPRS Potsdam in three classes, or in its six: blocks of 200 x 200 pixels, as IIC cut them.
 
 The blocks have random names, so the lists of the release are indispensable. Of 8,550 blocks 5,400 have labels: 4,545 to
-train on, 855 to evaluate. Infrared, the fourth channel, is left out.
+train on, 855 to evaluate. Infrared, the fourth channel, is left out unless `data.channels` is 4.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from common.errors import DataError, one_of
-from common.spec import ClassMeta
+from common.spec import ClassMeta, channels_of
 from datamodules.base.label_map import LabelMap
 from datamodules.base.listed import Entry, ListedSource
 from datamodules.base.official import Check, Facts, OfficialDataModule, Part
@@ -38,8 +39,9 @@ class BlockSource(ListedSource):
 
     headers = False
 
-    def __init__(self, entries: list[Entry], labels: LabelMap) -> None:
-        super().__init__(entries, labels, read_block, read_ids)
+    def __init__(self, entries: list[Entry], labels: LabelMap, channels: int = 3) -> None:
+        super().__init__(entries, labels, partial(read_block, channels=channels), read_ids)
+        self.channels = channels
 
 
 class Potsdam3DataModule(OfficialDataModule):
@@ -99,7 +101,7 @@ class Potsdam3DataModule(OfficialDataModule):
             yield Check(found == count, path.name, f"{found:,} of {count:,} names", remedy)
 
     def make_source(self, entries: list[Entry]) -> BlockSource:
-        return BlockSource(entries, self.label_map())
+        return BlockSource(entries, self.label_map(), channels_of(self.data))
 
     def label_map(self) -> LabelMap:
         return label_map(self.data.classes)
@@ -114,12 +116,12 @@ def label_map(classes: int) -> LabelMap:
     return LabelMap(SIX_TO_THREE if classes == 3 else {value: value for value in range(len(SIX))})
 
 
-def read_block(path: str) -> np.ndarray:
-    """uint8 [H,W,3] of a block with red, green, blue and infrared. Raises UnreadableError."""
+def read_block(path: str, channels: int = 3) -> np.ndarray:
+    """uint8 [H,W,channels] of a block with red, green, blue and infrared. Raises UnreadableError."""
     block = read_mat(path, "img")
-    if block.ndim != 3 or block.shape[2] < 3 or block.dtype != np.uint8:
+    if block.ndim != 3 or block.shape[2] < channels or block.dtype != np.uint8:
         raise UnreadableError(path, f"img is {block.dtype} of shape {block.shape}, not uint8 [H,W,4]")
-    return np.ascontiguousarray(block[..., :3])
+    return np.ascontiguousarray(block[..., :channels])
 
 
 def read_ids(path: str) -> np.ndarray:

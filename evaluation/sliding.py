@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import ConfigError
@@ -57,6 +58,7 @@ def averaged(
         for left in lefts:
             found = seen(images[..., top : top + side, left : left + side])
             for name, maps in found.items():
+                maps = whole_cells(maps, (min(side, height), min(side, width)), unit)
                 cell = min(side, height) // maps.shape[-2]
                 if name not in sums:
                     sums[name] = maps.new_zeros((*maps.shape[:2], height // cell, width // cell), dtype=torch.float32)
@@ -66,6 +68,17 @@ def averaged(
                 sums[name][..., rows, columns] += maps
                 counts[name][rows, columns] += 1
     return {name: total / counts[name] for name, total in sums.items()}
+
+
+def whole_cells(maps: Tensor, sides: tuple[int, int], unit: int) -> Tensor:
+    """Maps [B,C,h,w] of pictures of `sides` px (multiples of `unit`) with a whole number of px a cell, at most `unit`.
+
+    They are as they are but for a network that gives some cells fewer than fit (`net10a`): these are stretched."""
+    stride = min(unit, max(1, sides[0] // maps.shape[-2]))
+    while any(side % stride for side in sides):
+        stride -= 1
+    grid = sides[0] // stride, sides[1] // stride
+    return maps if tuple(maps.shape[-2:]) == grid else F.interpolate(maps, grid, mode="bilinear", align_corners=False)
 
 
 def _starts(length: int, side: int, stride: int, unit: int) -> list[int]:

@@ -110,6 +110,7 @@ def sizes(cfg: DictConfig, model: UnsupervisedSegmenter) -> dict[str, int | str]
     return {
         "size": size if isinstance(size, int) else min(size),
         "interpolation": "bilinear" if INTERPOLATIONS[cfg.data.interpolation].bilinear else "nearest",
+        "channels": model.backbone.in_channels,
         "multiple": unit,
         "smallest": 4 * unit,
         "largest": LARGEST // unit * unit,
@@ -120,7 +121,7 @@ def traced(module: nn.Module, facts: dict[str, Any]) -> torch.export.ExportedPro
     """The program, for all sizes of the range. Raises ConfigError with the first line of what torch says."""
     unit, low, high = (facts[key] for key in ("multiple", "smallest", "largest"))
     rows, columns = (torch.export.Dim(name, min=low // unit, max=high // unit) for name in ("rows", "columns"))
-    example = torch.rand(1, 3, 12 * unit, 17 * unit)  # unequal, and neither a border of the range
+    example = torch.rand(1, facts["channels"], 12 * unit, 17 * unit)  # unequal, and neither a border of the range
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, about its own ways of tracing
@@ -159,7 +160,7 @@ def fix_padding(module: nn.Module) -> None:
 def check(program: torch.export.ExportedProgram, module: nn.Module, facts: dict[str, Any]) -> None:
     """Raises ConfigError where the program differs from the model on another size than it was traced on."""
     unit = facts["multiple"]
-    image = torch.rand(1, 3, 21 * unit, 9 * unit, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(1, facts["channels"], 21 * unit, 9 * unit, generator=torch.Generator().manual_seed(0))
     found, wanted = program.module()(image), module(image)
     if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=1e-3, atol=1e-4):
         worst = "another shape" if found.shape != wanted.shape else f"{float((found - wanted).abs().max()):.2g}"

@@ -188,7 +188,9 @@ def seen_whole(
     geometry: Geometry,
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """The pictures of these numbers."""
-    rest = FolderSource([pictures.entries[number] for number in numbers], value_range=pictures.value_range)
+    rest = FolderSource(
+        [pictures.entries[number] for number in numbers], value_range=pictures.value_range, channels=pictures.channels
+    )
     reader = SegmentationDataModule(cfg)
     reader.pad_multiple = model.pad_multiple
     loader = reader.loader(rest, geometry=geometry, batch_size=1)
@@ -278,7 +280,7 @@ def cluster_ids(model: UnsupervisedSegmenter, batch: dict[str, Any], probe: str)
         log_probs = model.log_probs(codes, {probe: maps}, tuple(image.shape[-2:]))[probe]
         maps = log_probs.exp()
         window = (slice(None), slice(None), slice(0, rows), slice(0, columns))
-        maps[window] = model.crf(as_bytes(image[window]), [log_probs[window]])[0]
+        maps[window] = model.crf(as_bytes(image[:, :3][window]), [log_probs[window]])[0]
     return windows.bands(readout.strips(maps, frame), (height, width), maps.shape[1])
 
 
@@ -288,7 +290,7 @@ def write(output: Path, name: str, picture: np.ndarray, ids: np.ndarray, legend:
     for path in (index, over):
         path.parent.mkdir(parents=True, exist_ok=True)
     panels.index_png(index, ids, legend.colours)
-    regions, drawn = legend.joined()[ids], np.empty_like(picture)
+    regions, drawn = legend.joined()[ids], np.empty((*ids.shape, 3), np.uint8)
     for first in range(0, len(ids), BAND):  # a band at a time, with the row above it for the outlines
         above = max(0, first - 1)
         part = panels.overlay(picture[above : first + BAND], regions[above : first + BAND], legend.colours, alpha)

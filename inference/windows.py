@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaluation import sliding
+
 log = logging.getLogger(__name__)
 
 BATCH = 8
@@ -120,7 +122,7 @@ def blended(
     for first in range(0, len(grid), BATCH):
         part = grid[first : first + BATCH]
         seen = torch.stack([_cut(picture, (top * unit, left * unit), sides) for (top, left), _ in part])
-        found = scores_of(seen.to(device)).float().cpu()
+        found = sliding.whole_cells(scores_of(seen.to(device)).float(), tuple(sides), unit).cpu()
         stride = sides[0] // found.shape[2]
         if total is None:
             total = torch.zeros(found.shape[1], height // stride, width // stride)

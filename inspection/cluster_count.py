@@ -168,7 +168,7 @@ def side_by_side(path: Path, shown: list[Seen], columns: dict[int, Tensor]) -> N
         maps[f"K = {k}"] = kept
     rows = [
         panels.Row(
-            (one.image * 255).round().byte().permute(1, 2, 0).numpy(),
+            panels.as_picture(one.image),
             {name: one.ids(values) for name, values in maps.items()},
             None,
             one.name,

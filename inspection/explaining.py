@@ -12,6 +12,7 @@ from common import precision
 from common.errors import ConfigError
 from common.files import make_output, write_text
 from common.names import of_results
+from common.spec import channels_of
 from datamodules.base import SegmentationDataModule, shapes
 from datamodules.base.transforms import Geometry
 from datamodules.files import ranges
@@ -48,7 +49,7 @@ def explain(
     where, source = asked.parse_point(point), one_picture(image)
     cfg, data, model, checkpoint = restore(checkpoint_path, tokens)
     expect_apart(cfg, output=output)
-    source.read_with(ranges.kept(cfg.data))
+    source.read_with(ranges.kept(cfg.data), channels_of(cfg.data))
     height, width = source.read(0)[0].shape[:2]
     expect_inside(where, image, height, width)
     how = embedding.choose(cfg.explain.embedding)

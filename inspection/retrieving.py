@@ -21,6 +21,7 @@ from common import precision
 from common.errors import ConfigError, DataError
 from common.files import make_output, write_text
 from common.names import of_results
+from common.spec import channels_of
 from datamodules.base import shapes
 from datamodules.base.listed import Entry
 from datamodules.base.transforms import Geometry
@@ -77,7 +78,7 @@ def retrieve(checkpoint_path: Path, image: Path, k: int, output: Path | None, to
     source = one_picture(image)
     cfg, data = setup.build_data(cfg)
     expect_apart(cfg, output=output)
-    source.read_with(ranges.kept(cfg.data))
+    source.read_with(ranges.kept(cfg.data), channels_of(cfg.data))
     model = setup.restore_model(checkpoint, cfg)
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu")
     model.to(device)

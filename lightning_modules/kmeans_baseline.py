@@ -37,7 +37,7 @@ class KMeansBaseline(KeyFeatures):
         settings = self.cfg.method
         self.kind = settings.features
         self.build_keys(settings.blocks if self.kind == "keys" else 0)
-        width = {"colour": 3, "sift": 128}.get(self.kind, self.feature_dim)
+        width = {"colour": self.backbone.in_channels, "sift": 128}.get(self.kind, self.feature_dim)
         self.code_dim = settings.whitening or width
         if self.code_dim > width:
             raise ConfigError(

@@ -390,7 +390,7 @@ class Backbone(nn.Module):
                 stack.enter_context(torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None))
             elif grad and images.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
                 stack.enter_context(layers.unfused(self.net))
-            pictures = (images.float() - self.mean) / self.std
+            pictures = (real(images) - self.mean) / self.std
             try:
                 if not self.transformer:
                     return Features(self._maps(pictures))

@@ -142,9 +142,11 @@ def shrunk(image: Tensor, scores: Tensor, size: tuple[int, int]) -> tuple[Tensor
 
 
 def faded(small: Tensor, ids: Tensor, cluster: int) -> np.ndarray:
-    """A picture [3,h,w], faded where its cluster is another one: uint8 [h,w,3]."""
-    others = 0.7 + 0.2 * small.mean(0, keepdim=True)
-    return (torch.where(ids == cluster, small, others).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    """A picture [3,h,w] (more channels are not shown), faded where its cluster is another one: uint8 [h,w,3]."""
+    others = 0.7 + 0.2 * small[:3].mean(0, keepdim=True)
+    return (
+        (torch.where(ids == cluster, small[:3], others).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    )
 
 
 def cut(image: Tensor, patch: tuple[int, int], stride: float) -> tuple[np.ndarray, tuple[int, int, int, int]]:
@@ -159,7 +161,7 @@ def cut(image: Tensor, patch: tuple[int, int], stride: float) -> tuple[np.ndarra
     )
     rows = torch.arange(top, top + side).clamp(0, image.shape[1] - 1).to(image.device)
     columns = torch.arange(left, left + side).clamp(0, image.shape[2] - 1).to(image.device)
-    crop = (image[:, rows][:, :, columns] * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    crop = (image[:3, rows][:, :, columns] * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     y, x = round(patch[0] * stride) - top, round(patch[1] * stride) - left
     return crop, (x, y, x + round(stride), y + round(stride))
 

@@ -157,11 +157,12 @@ def errors(image, ids, truth, mapping) -> np.ndarray:
 
 
 def as_picture(image) -> np.ndarray:
-    """A picture as uint8 [H,W,3]: from floats [3,H,W] in 0..1 or from uint8 [H,W,3]; tensors or arrays."""
+    """A picture as uint8 [H,W,3]: from floats [3,H,W] in 0..1 or from uint8 [H,W,3]; tensors or arrays. Of more
+    channels than the three colours (infrared) the colours are shown."""
     array = _numpy(image)
     if array.dtype == np.uint8:
-        return np.ascontiguousarray(array)
-    return np.ascontiguousarray((array.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
+        return np.ascontiguousarray(array[..., :3])
+    return np.ascontiguousarray((array[:3].clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
 
 
 def as_ids(ids) -> np.ndarray:

@@ -62,6 +62,7 @@ OF_METHOD = {
     "picie": ["method.view_size=56"],
     "mdc": ["method.view_size=56"],
     "autoregressive": ["backbone.create.width=4"],
+    "iic": ["method.over_clusters=9", "method.half_side=2"],
     "dino": ["method.head.out_dim=64", "method.crops.local_count=2", "data.train_size=128"],
 }
 

@@ -220,11 +220,12 @@ def read_of(source: Any, picture: int) -> tuple[np.ndarray, np.ndarray | None]:
             f"{type(source).__name__}.read({picture}): {type(error).__name__}: {error} ({Path(place.filename).name}, "
             f"line {place.lineno}); mend the data set's own code"
         ) from error
-    wanted = "a picture uint8 [H,W,3], and a label [H,W] of whole numbers or None"
+    channels = getattr(source, "channels", 3)
+    wanted = f"a picture uint8 [H,W,{channels}], and a label [H,W] of whole numbers or None"
     if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], np.ndarray)):
         raise DataError(f"{type(source).__name__}.read({picture}): gave no pair; expected {wanted}")
     image, label = found
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != channels:
         given = f"a picture {image.dtype} {list(image.shape)}"
         raise DataError(f"{type(source).__name__}.read({picture}): gave {given}; expected {wanted}")
     if label is not None and (label.shape != image.shape[:2] or label.dtype.kind not in "iu"):
@@ -284,7 +285,7 @@ class Collate:
         return batch
 
     def _pictures(self, images: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-        """Pictures float32 [B,3,H,W] in 0..1 and where they are not padding, bool [B,H,W]."""
+        """Pictures float32 [B,C,H,W] in 0..1 and where they are not padding, bool [B,H,W]."""
         height, width = (max(image.shape[side] for image in images) for side in (0, 1))
         height, width = (-(-side // self.multiple) * self.multiple for side in (height, width))
         stacked = _stack(images, (height, width), 0).permute(0, 3, 1, 2).contiguous().float().div_(255)

@@ -6,6 +6,7 @@ a file that was cut, or belongs to other pictures or another geometry, is told b
 and every item have a check sum: one that a disk gives back changed is decoded again from its own file.
 """
 
+import math
 import os
 import struct
 from contextlib import suppress
@@ -49,6 +50,7 @@ class DecodedStore:
         ).reshape(-1, COLUMNS)
         if checksum(self.table) != meta["of_table"]:
             raise ValueError(f"{path}: changed since it was written")
+        self.channels: int = meta.get("channels", 3)
         self.broken: dict[str, list[str]] = meta["broken"]
         self.foreign: Foreign = {
             file: {int(value): count for value, count in values.items()} for file, values in meta["foreign"].items()
@@ -72,7 +74,8 @@ class DecodedStore:
         place, height, width, label_place, depth, *size, wanted = self.table[index].tolist()
         if place < 0:
             raise UnreadableError(*self.broken[str(index)])
-        image = self.data[place : place + 3 * height * width].reshape(height, width, 3)
+        shape = height, width, self.channels
+        image = self.data[place : place + math.prod(shape)].reshape(shape)
         label = None
         if label_place >= 0:
             values = self.data[label_place : label_place + depth * height * width]
@@ -111,6 +114,7 @@ class DecodedWriter:
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         self.path, self.fingerprint = path, fingerprint
+        self.channels = 3
         self.rows: list[tuple[int, ...]] = []
         self.broken: dict[int, list[str]] = {}
 
@@ -123,7 +127,8 @@ class DecodedWriter:
         self.work.__exit__(*exception)
 
     def add(self, image: np.ndarray, label: np.ndarray | None, size: tuple[int, int]) -> None:
-        """The next item: uint8 [h,w,3], uint8 or int32 [h,w] or None."""
+        """The next item: uint8 [h,w,3] (as many channels as every other item), uint8 or int32 [h,w] or None."""
+        self.channels = image.shape[2]
         place = self._write(image)
         label_place, depth = -1, 0
         if label is not None:
@@ -140,7 +145,7 @@ class DecodedWriter:
         rows = np.array(self.rows, dtype=np.int64).reshape(-1, COLUMNS)
         table = self._write(rows)
         facts = {"fingerprint": self.fingerprint, "items": len(rows), "of_table": checksum(rows)}
-        text = sealed(facts | {"broken": self.broken, "foreign": foreign}).encode()
+        text = sealed(facts | {"channels": self.channels, "broken": self.broken, "foreign": foreign}).encode()
         place = self.file.tell()
         self.file.write(text + TAIL.pack(table, place, len(text), MAGIC))
         self.file.flush()

@@ -36,10 +36,12 @@ class ListedSource:
 
     `read(i)` gives the picture uint8 [H,W,3] and its label uint8 [H,W] in class ids, 255 = ignore (None without).
     Raises UnreadableError for a broken file, DataError for a label of another size than its picture.
-    `headers`: pictures can be measured from their first bytes (False for .mat files).
+    `channels`: of its pictures, 3, or 4 with infrared as the last. `headers`: pictures can be measured from their first
+    bytes (False for .mat files).
     """
 
     headers = True
+    channels = 3
 
     def __init__(
         self,

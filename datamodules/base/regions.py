@@ -127,7 +127,7 @@ class RegionPlan:
 
     def compute(self, picture: int) -> np.ndarray:
         """Region ids of a picture, uint8 or uint16 [H,W]. Raises UnreadableError for one that cannot be read."""
-        ids = self.segment(self.source.read(picture)[0], self.spec)
+        ids = self.segment(self.source.read(picture)[0][..., :3], self.spec)
         return ids.astype(np.uint8 if ids.max() < 256 else np.uint16)
 
     def keep(self, path: Path, ids: np.ndarray) -> None:

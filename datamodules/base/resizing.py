@@ -31,10 +31,14 @@ the same library."""
 
 
 def resize_picture(picture: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
-    """A picture uint8 [H,W,3] at `size` (H, W), by one of INTERPOLATIONS."""
+    """A picture uint8 [H,W,3], or [H,W,4] with infrared, at `size` (H, W), by one of INTERPOLATIONS."""
     rule = INTERPOLATIONS[interpolation]
     if picture.shape[:2] == size:
         return picture
+    if picture.shape[2] > 3 and not rule.tensor:  # Pillow would take the fourth channel for transparency
+        return np.dstack([resize_picture(part, size, interpolation) for part in (picture[..., :3], picture[..., 3:])])
+    if picture.shape[2] == 1 and not rule.tensor:
+        picture = picture[..., 0]
     if not rule.tensor:
         how = Image.Resampling.BILINEAR if rule.bilinear else Image.Resampling.NEAREST
         return np.asarray(Image.fromarray(picture).resize(size[::-1], how))

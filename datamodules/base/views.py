@@ -18,7 +18,8 @@ from torch import Tensor
 
 from common import chance, distributed
 from common.errors import ConfigError
-from common.spec import OUTSIDE, Photometric, ViewSpec
+from common.spec import IGNORE, OUTSIDE, Photometric, ViewSpec
+from datamodules.base import affine
 from datamodules.base.transforms import Replay, draw_geometry, identity, replay, take
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -41,7 +42,8 @@ def make_views(
 ) -> dict[str, Any]:
     """Adds to the batch, for each view: `<name>` float32 [B,3,h,w]; `<name>.params`, a `transforms.Replay` from the
     frame of the view's source to the view; and `<name>.<map>` for each integer or bool map [B,H,W] of the source
-    (`label`, `valid`, `regions`), carried along with nearest; outside labels are IGNORE and regions OUTSIDE.
+    (`label`, `valid`, `regions`), carried along with nearest; outside labels are IGNORE and regions OUTSIDE. Where a
+    view has an affine map, also `<name>.affine` float32 [B,2,3], see `affine.draw_affine`.
 
     A view may start from another one that stands before it (`source`). Without geometry the maps are the source's own.
     Raises ConfigError for a source or a name that cannot be.
@@ -62,9 +64,15 @@ def make_views(
             view = replay(image, params, "bilinear")
             if spec.photometric is not None:
                 view = recolour(view, spec.photometric, _colour(spec, drawn, seed, name, number).take(rows))
-            for key, value in _maps(batch, spec.source, frame).items():
-                fill = OUTSIDE if key == "regions" else None
-                batch[f"{name}.{key}"] = replay(value, params, "nearest", fill=fill)
+            fills = {"regions": OUTSIDE}
+            maps = _maps(batch, spec.source, frame)
+            maps = {key: replay(value, params, "nearest", fill=fills.get(key)) for key, value in maps.items()}
+            if spec.affine is not None:
+                moved = _affine(spec, drawn, seed, name, number)[rows].to(image.device, non_blocking=True)
+                view = affine.warped(view, moved)
+                maps = {key: affine.warped_ids(value, moved, fills.get(key, IGNORE)) for key, value in maps.items()}
+                batch[f"{name}.affine"] = moved
+            batch |= {f"{name}.{key}": value for key, value in maps.items()}
         batch[name], batch[f"{name}.params"] = view, params
     return batch
 
@@ -78,6 +86,11 @@ def _geometry(spec: ViewSpec, count: int, frame: tuple[int, int], seed: int, nam
 @lru_cache(maxsize=8)
 def _colour(spec: ViewSpec, count: int, seed: int, name: str, number: int) -> "Colour":
     return draw_colour(spec.photometric, count, chance.numpy_generator(seed, f"view.{name}.colour", number))
+
+
+@lru_cache(maxsize=8)
+def _affine(spec: ViewSpec, count: int, seed: int, name: str, number: int) -> Tensor:
+    return affine.draw_affine(spec.affine, count, chance.numpy_generator(seed, f"view.{name}.affine", number))
 
 
 def _check(name: str, spec: ViewSpec, batch: Mapping[str, Any]) -> None:
@@ -153,13 +166,18 @@ def draw_colour(spec: Photometric, count: int, draw: np.random.Generator) -> Col
 def recolour(image: Tensor, spec: Photometric, drawn: Colour) -> Tensor:
     """ColorJitter, grey, Gaussian blur, solarisation on pictures float32 [B,3,H,W] in 0..1; torchvision's formulas.
 
+    Channels beyond the three colours (infrared) are blurred with them and otherwise left as they are.
+
     `spec.faithful`: on ImageNet-normalised values, as HP released it; each jitter step clamps them to 0..1, which loses
     everything below the mean and above one deviation. The result is un-normalised again, so that a backbone that
     normalises with the same constants sees what the released one saw; it may then leave 0..1.
     """
     mean = image.new_tensor(IMAGENET_MEAN).view(3, 1, 1)
     std = image.new_tensor(IMAGENET_STD).view(3, 1, 1)
-    out = (image - mean) / std if spec.faithful else image.clone()
+    whole = image.clone()
+    out = whole[:, :3]
+    if spec.faithful:
+        out.sub_(mean).div_(std)
     for place in range(4):
         for number, change in enumerate((_brightness, _contrast, _saturation, _hue)):
             chosen = drawn.jitter & (drawn.order[:, place] == number)
@@ -167,9 +185,11 @@ def recolour(image: Tensor, spec: Photometric, drawn: Colour) -> Tensor:
     _apply(out, drawn.gray, lambda part, _: _gray(part).expand_as(part))
     kernel = (spec.blur_kernel, spec.blur_kernel)
     sigma = torch.from_numpy(drawn.sigma[drawn.blur]).view(-1, 1).expand(-1, 2)  # on the host, where kornia checks it
-    _apply(out, drawn.blur, lambda part, _: gaussian_blur2d(part, kernel, sigma))
+    _apply(whole, drawn.blur, lambda part, _: gaussian_blur2d(part, kernel, sigma))
     _apply(out, drawn.solarize, lambda part, _: torch.where(part >= 0.5, 1 - part, part))
-    return out * std + mean if spec.faithful else out
+    if spec.faithful:
+        out.mul_(std).add_(mean)
+    return whole
 
 
 def _apply(

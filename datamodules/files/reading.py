@@ -66,14 +66,15 @@ def is_picture(name: str) -> bool:
     return name.lower().endswith(ENDINGS) and not name.startswith(".")
 
 
-def read_picture(path: str | Path, value_range: Range | None = None) -> np.ndarray:
+def read_picture(path: str | Path, value_range: Range | None = None, channels: int = 3) -> np.ndarray:
     """The picture as uint8 [H,W,3], as a viewer shows it. Raises UnreadableError.
 
-    value_range: the values that become 0 and 255, of pictures of more than 8 bits; None: 0 and 65535.
+    value_range: the values that become 0 and 255, of pictures of more than 8 bits; None: 0 and 65535. channels: 4:
+    uint8 [H,W,4], the four bands of the file as they are, infrared where others have transparency.
     """
     try:
         with opened(path) as image:
-            return _whole(image, value_range)
+            return _whole(image, value_range) if channels == 3 else _four_bands(image, value_range)
     except Exception as error:  # the decoders raise whatever they like: OSError, SyntaxError, struct.error, …
         raise unreadable(path, error) from error
 
@@ -229,6 +230,28 @@ def _whole(image: Image.Image, value_range: Range | None) -> np.ndarray:
     return np.ascontiguousarray(found[..., :3]) if coloured else np.repeat(found[..., :1], 3, axis=2)
 
 
+def _four_bands(image: Image.Image, value_range: Range | None) -> np.ndarray:
+    """An open picture of four bands, not yet decoded, as uint8 [H,W,4]; none of them is taken for transparency."""
+    count = len(image.getbands())
+    if count != 4 or image.mode == "CMYK":
+        raise OSError(f"it has {count} bands of mode {image.mode}; data.channels=4 needs red, green, blue and infrared")
+    if is_deep(image) and (value_range is not None or in_planes(image)):
+        bands = values(image)
+        return np.ascontiguousarray(sixteen_bits(bands) if value_range is None else to_bytes(bands, value_range))
+    if image.format == "TIFF" and raw_mode(image).startswith("RGBa"):  # Pillow would divide by the fourth band
+        with opened(image.filename) as again:
+            return _plain(again)
+    image.load()
+    return np.array(upright(image))
+
+
+def _plain(image: Image.Image) -> np.ndarray:
+    """The four bands of an open tif as they stand in the file, uint8 [H,W,4]."""
+    image.tile = [tile._replace(args=plain_bands(tile.args)) for tile in image.tile]
+    image.load()
+    return np.asarray(upright(image))
+
+
 def _rgb(image: Image.Image, tif: bool = False) -> np.ndarray:
     """A decoded picture, upright, as uint8 [H,W,3]. `tif`: a fourth band may be no transparency."""
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -245,9 +268,7 @@ def _rgb(image: Image.Image, tif: bool = False) -> np.ndarray:
 def _straight(image: Image.Image) -> np.ndarray:
     """A tif whose colours are multiplied with its fourth band, if that is transparency, as uint8 [H,W,3]."""
     with opened(image.filename) as again:
-        again.tile = [tile._replace(args=plain_bands(tile.args)) for tile in again.tile]
-        again.load()
-        bands = np.asarray(upright(again))
+        bands = _plain(again)
     if not is_alpha(bands[..., 3]):
         return np.ascontiguousarray(bands[..., :3])
     image.load()

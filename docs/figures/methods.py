@@ -109,6 +109,22 @@ def smooseg() -> Grid:
     return grid
 
 
+def iic() -> Grid:
+    """Pictures and their copies, and the classes of both heads."""
+    small = ["data.train_size=64", "data.eval_size=64", "data.batch_size=8"]
+    seen = trained("iic", "backbone=net10a", "backbone.create.widths=[16,32,64,64,128,128]", *small)
+    batch = seen.views(TRAIN)
+    with torch.inference_mode():
+        features = seen.model.features(batch["image"])
+        over = seen.model.head_a(features.concat(), tuple(batch["image"].shape[-2:]))[0]
+        classes = classes_of("own", seen, seen.model.scores(features), batch["image"])
+    grid = Grid(["picture", "its copy", "classes of\nhead A", "classes of\nhead B", "truth"])
+    for row, ids in enumerate(over.argmax(1)):
+        shown = drawing.picture(batch["copy"][row]), drawing.ids(ids, over.shape[1])
+        grid.rows.append(pair(seen, batch, row, *shown, drawing.truth(classes[row], seen.meta)))
+    return grid
+
+
 def eagle() -> Grid:
     """Eigenvectors of a picture's graph, the segments in them, and clusters of the codes."""
     seen = trained("eagle")
@@ -369,7 +385,7 @@ def transfgu() -> Grid:
 FIGURES: dict[str, Callable[[], Grid]] = {
     draw.__name__: draw
     for draw in (
-        autoregressive, cause, context_prediction, cooccurrence, deep_spectral, dino, eagle, hidden_positives, hsg,
+        autoregressive, cause, context_prediction, cooccurrence, deep_spectral, dino, eagle, hidden_positives, hsg, iic,
         kmeans_baseline, mdc, normalized_cut, picie, primaps, segsort, smooseg, stego, tokencut, transfgu,
     )
 }  # fmt: skip

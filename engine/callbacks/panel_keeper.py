@@ -10,6 +10,7 @@ from torch import Tensor
 from datamodules.base.dataset import Collate
 from datamodules.base.transforms import Geometry
 from lightning_modules.base import UnsupervisedSegmenter
+from reporting import panels
 
 
 class PanelKeeper(Callback):
@@ -53,7 +54,7 @@ def unpadded(batch: dict[str, Any], maps: dict[str, Tensor]) -> dict[str, Any]:
     rows, columns = int(valid.any(1).sum()), int(valid.any(0).sum())
     return {
         "id": batch["id"][0],
-        "image": (batch["image"][0, :, :rows, :columns] * 255).round().byte().permute(1, 2, 0).cpu().numpy(),
+        "image": panels.as_picture(batch["image"][0, :, :rows, :columns]),
         "label": batch["label"][0, :rows, :columns].cpu().numpy() if "label" in batch else None,
         "maps": {probe: values[0, :rows, :columns].cpu().numpy() for probe, values in maps.items()},
     }

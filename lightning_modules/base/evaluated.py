@@ -185,7 +185,7 @@ class Evaluated(L.LightningModule):
             rows = slice(first, first + step)
             own = {probe: values[rows] for probe, values in scores.items()}
             probs = self.log_probs(codes[rows], own, tuple(images.shape[-2:]))
-            parts.append(self.crf.predict(images[rows], valid[rows], list(probs.values())))
+            parts.append(self.crf.predict(images[rows, :3], valid[rows], list(probs.values())))
         return {f"{probe}_crf": torch.cat(maps) for probe, maps in zip(scores, zip(*parts, strict=True), strict=True)}
 
     def on_validation_epoch_start(self) -> None:

@@ -61,7 +61,7 @@ def keep_features(method: Asked, data: Any) -> dict[str, FeatureStore]:
 def _keep(method: Asked, data: Any, split: str, geometry: Geometry) -> FeatureStore:
     multiple = data.pad_multiple
     height, width = (-(-side // multiple) * multiple for side in geometry.kept_size(1, 1))
-    layout = Layout.of(_features(method, torch.zeros(1, 3, height, width)))
+    layout = Layout.of(_features(method, torch.zeros(1, method.backbone.in_channels, height, width)))
     items = len(data.source(split)) * geometry.crops
     precision = usable(method.cfg.trainer.precision, method.device.type)
     name = feature_store.name(method.features_key, data.fingerprint(split, geometry), f"{height}x{width}", precision)

@@ -18,7 +18,7 @@ import config
 from common import distributed
 from common.chance import library_draws
 from common.errors import CheckpointError, ConfigError
-from common.spec import ClassMeta, NeighbourSpec, RegionSpec, ViewSpec
+from common.spec import ClassMeta, NeighbourSpec, RegionSpec, ViewSpec, channels_of
 from evaluation.probes import LinearProbe
 from evaluation.readouts import Readout
 from lightning_modules.base.evaluated import Evaluated
@@ -89,6 +89,7 @@ class UnsupervisedSegmenter(Evaluated):
         self.strict_loading = True
         self.reach = distributed.Reach(local=cfg.trainer.contrast == "local")
         self.backbone = Backbone(cfg.backbone, cfg.seed)
+        self._check_channels()
         self._check_frozen()
         with library_draws(cfg.seed, "init"):
             self.build()
@@ -102,6 +103,15 @@ class UnsupervisedSegmenter(Evaluated):
         """Of a model that was made from a checkpoint, outside training: the checkpoint's step."""
         self.neighbour_table: str | None = None
         self.kept_features: dict[str, FeatureStore] = {}
+
+    def _check_channels(self) -> None:
+        found, taken = channels_of(self.cfg.data), self.backbone.in_channels
+        if found != taken:
+            raise ConfigError(
+                f"data.channels={found}: backbone={self.backbone.name} takes pictures of {taken} channels; set "
+                f"backbone.create.in_chans={found}, with a network and weights of that many (backbone=net10a), or "
+                f"another data set"
+            )
 
     def _check_frozen(self) -> None:
         name = self.cfg.method.name

@@ -31,6 +31,7 @@ BANDS = {
     "context_prediction": 8e-2,
     "cooccurrence": 4e-2,
     "autoregressive": 2e-2,
+    "iic": 6e-2,
 }
 """Measured of the cluster probe, whose patches near the border of two clusters change sides: segsort 1.8 % (0.2 % of
 the rest; backbone and head are trained, and their codes are short), stego 0.6 % (its codes are nearly one here),
@@ -40,7 +41,9 @@ held (held_norms.py). smooseg: below 0.1 %, but for the share of patches that st
 the 144 is 0.7 %. eagle: 0.4 % but for what hangs on the segments, whose border patches change sides: 7 % of the object
 losses, 2 % of the whole. context_prediction and cooccurrence: 0.05 % at the first step, later up to 2 %, and 4 % of the
 probability of a direction: the whole network is trained from random weights, by steps of Adam that are as large for a
-small gradient, on four pairs a step. autoregressive: 0.5 % of an information that is 0.05 % of its most yet."""
+small gradient, on four pairs a step. autoregressive: 0.5 % of an information that is 0.05 % of its most yet. iic:
+below 0.1 % at first; its information grows fast from random weights, and goes a way of its own from the fourth step:
+3 %."""
 BANDS |= dict.fromkeys(("picie", "mdc"), 0.1)
 """Their clusters begin with a k-means of codes, which ends elsewhere for others: 2 % of the losses, 7 % of the clusters
 in use."""

@@ -9,9 +9,12 @@ from torch import Tensor
 from evaluation.metrics import SegmentationScore
 from losses import information
 from models.scratch import net10a as networks
+from tests.reference import iic_training
 from tests.reference import training as replay
 
 Case = dict[str, np.ndarray]
+
+training = iic_training.training
 
 
 def _leaf(case: Case, name: str) -> Tensor:

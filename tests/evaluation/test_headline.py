@@ -27,7 +27,7 @@ def test_methods_name_their_headline():
     other = {"kmeans_baseline": "kmeans", "tokencut": "foreground"}
     other |= dict.fromkeys(("context_prediction", "cooccurrence"), "kmeans")
     own = ("cause", "deep_spectral", "normalized_cut", "primaps", "smooseg", "transfgu")
-    own += ("autoregressive", "mdc", "picie")
+    own += ("autoregressive", "iic", "mdc", "picie")
     assert found == {name: other.get(name, "own" if name in own else "cluster") for name in found}
     assert all(registry.method_class(name).title for name in registry.names())
 

@@ -89,19 +89,27 @@ def here(cfg: DictConfig, record: dict[str, Any]) -> Path | None:
     return None if cfg.weights in (None, "none") else Path(origins.locate(cfg.weights, cfg.name, None))
 
 
+def taught(cfg: DictConfig) -> str:
+    """What a preset's weights have learnt, in words."""
+    if cfg.weights == "none":
+        return "random weights, to be trained on your own pictures"
+    return cfg.get("pretraining") or "see models/pretrained/bundled"
+
+
 def overview() -> Iterator[str]:
     """A line for each backbone of `configs/backbone/`."""
     for name in config.names("backbone"):
         cfg = OmegaConf.create(config.load_group("backbone", name))
         file = here(cfg, {"hf_hub_id": origins.hub_repository(cfg.timm)})
-        state = "here" if file is not None else "name a file" if cfg.weights is None else "not here"
+        missing = {None: "name a file", "none": "needs none"}.get(cfg.weights, "not here")
+        state = missing if file is None else "here"
         licence = licence_of(cfg) or "see its card"
-        yield f"{name:<22} {state:<12} {licence:<16} {cfg.get('pretraining') or 'see models/pretrained/bundled'}"
+        yield f"{name:<22} {state:<12} {licence:<16} {taught(cfg)}"
 
 
 def report(cfg: DictConfig, fetch: bool = False) -> Iterator[str]:
     """All of it, line by line. `fetch`: download what is missing first. Raises WeightsError, see `examine`."""
-    yield f"{cfg.name}: {cfg.get('pretraining') or 'see models/pretrained/bundled'}"
+    yield f"{cfg.name}: {taught(cfg)}"
     found = origin(cfg)
     yield from describe(found, ask_hub(found) if found.file is None else {})
     if fetch and cfg.weights == "hub" and found.file is None:

@@ -274,7 +274,7 @@ def test_a_list_of_one_says_what_it_is_and_takes():
     assert set(taken) == {key for key in known if key.startswith("method.")} - {"method.name"}
     both = list(listing(["method=stego", "data=potsdam3"]))
     assert [line.split()[1] for line in both if line.startswith("experiment")] == ["stego_potsdam3_vits8"]
-    assert "experiment  no recipe has method=kmeans_baseline" in listing(["method=kmeans_baseline"])
+    assert "experiment  no recipe has method=normalized_cut" in listing(["method=normalized_cut"])
 
 
 def test_every_word_of_a_command_has_a_meaning():

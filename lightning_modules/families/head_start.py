@@ -21,14 +21,15 @@ LOOKED = 256
 @torch.no_grad()
 def begin(
     how: str, head: SegmentationHead, loader: Callable[..., Any], features: Callable[[dict[str, Any]], Tensor]
-) -> None:
+) -> bool:
     """Let a head begin `random` (as it is) or `principal`: its codes are then the features less their mean, along their
     first D principal directions; the non-linear term begins at 0, as do channels of codes beyond those of the features.
 
-    loader: `unlabelled_loader` of the method; features: of one of its batches, maps [B,C,h,w].
+    loader: `unlabelled_loader` of the method; features: of one of its batches, maps [B,C,h,w]. Says whether the weights
+    are others now, so that copies have to follow.
     """
     if how == "random":
-        return
+        return False
     width, weight = head.in_dim, head.linear.weight
     shapes = (), (width,), (width, width)
     moments = Moments(*(torch.zeros(shape, dtype=torch.float64, device=weight.device) for shape in shapes))
@@ -43,3 +44,4 @@ def begin(
         layer.bias.zero_()
     weight[:found, :, 0, 0] = directions.to(weight)
     head.linear.bias[:found] = -(directions @ (moments.sum / moments.count)).to(weight)
+    return True

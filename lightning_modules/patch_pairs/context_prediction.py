@@ -1,4 +1,4 @@
-"""Context prediction (Doersch et al., ICCV 2015), as IIC ran it: in which direction does the second patch lie?
+"""Context prediction (Doersch et al., ICCV 2015), as IIC ran it: in which direction the second patch lies.
 
 The network learns what stands above, below and beside what. Code of the baseline: xu-ji/IIC.
 """

@@ -1,4 +1,4 @@
-"""Co-occurrence (Isola et al., 2015), as IIC ran it: do two patches lie side by side, or far apart?
+"""Co-occurrence (Isola et al., 2015), as IIC ran it: whether two patches lie side by side.
 
 The network learns what tends to be near what. Code of the baseline: xu-ji/IIC.
 """

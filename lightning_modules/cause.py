@@ -128,9 +128,7 @@ class Cause(UnsupervisedSegmenter):
     def prepare(self, loader: Callable[..., Any]) -> None:
         """One pass over some training pictures: their mean feature, and random patches that the book begins with."""
         settings = self.cfg.method
-        if head_start.begin(
-            settings.head_start, self.head, loader, lambda batch: self.frozen_features("train", batch).concat()
-        ):
+        if head_start.begin(self, loader):
             self.teacher.update(0.0)
         if not settings.centre and settings.start == "uniform":
             return

@@ -61,12 +61,7 @@ class Eagle(KeyFeatures):
 
     def prepare(self, loader: Callable[..., Any]) -> None:
         """The head's start, see `method.head_start`."""
-        head_start.begin(
-            self.cfg.method.head_start,
-            self.head,
-            loader,
-            lambda batch: self.features(batch["image"].to(self.device)).concat(),
-        )
+        head_start.begin(self, loader, lambda batch: self.features(batch["image"].to(self.device)).concat())
 
     def param_groups(self) -> list[dict[str, Any]]:
         return [

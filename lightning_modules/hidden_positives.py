@@ -259,9 +259,7 @@ class HiddenPositives(UnsupervisedSegmenter):
 
     def prepare(self, loader: Callable[..., Any]) -> None:
         """Fill both pools before the first step: M pictures, one random patch each, independent draws for the two."""
-        if head_start.begin(
-            self.cfg.method.head_start, self.head, loader, lambda batch: self.frozen_features("train", batch).concat()
-        ):
+        if head_start.begin(self, loader):
             self.momentum_head.update(0.0)
         agnostic, kept = self._random_patches(loader, "hp.pool", 0, ("agnostic", "specific"))
         self.pool.fill_agnostic(distributed.gather_uneven(agnostic))

@@ -47,9 +47,7 @@ class SmooSeg(QuantileShifts):
 
     def prepare(self, loader: Callable[..., Any]) -> None:
         """The head's start, see `method.head_start`."""
-        head_start.begin(
-            self.cfg.method.head_start, self.head, loader, lambda batch: self.frozen_features("train", batch).concat()
-        )
+        head_start.begin(self, loader)
 
     def param_groups(self) -> list[dict[str, Any]]:
         return [{"name": "head", "params": self.head.parameters()}, {"name": "prototypes", "params": [self.student]}]

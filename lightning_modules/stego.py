@@ -76,9 +76,7 @@ class Stego(QuantileShifts):
 
     def prepare(self, loader: Callable[..., Any]) -> None:
         """The head's start, see `method.head_start`."""
-        head_start.begin(
-            self.cfg.method.head_start, self.head, loader, lambda batch: self.frozen_features("train", batch).concat()
-        )
+        head_start.begin(self, loader)
 
     def param_groups(self) -> list[dict[str, Any]]:
         trained = [self.head] if self.decoder is None else [self.head, self.decoder]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common import distributed
 from grouping.principal import Moments
-from models.heads import SegmentationHead
+from lightning_modules.base import UnsupervisedSegmenter
 
 LOOKED = 256
 """Training pictures whose features are looked at."""
@@ -20,21 +20,26 @@ LOOKED = 256
 
 @torch.no_grad()
 def begin(
-    how: str, head: SegmentationHead, loader: Callable[..., Any], features: Callable[[dict[str, Any]], Tensor]
+    method: UnsupervisedSegmenter,
+    loader: Callable[..., Any],
+    features: Callable[[dict[str, Any]], Tensor] | None = None,
 ) -> bool:
-    """Let a head begin `random` (as it is) or `principal`: its codes are then the features less their mean, along their
-    first D principal directions; the non-linear term begins at 0, as do channels of codes beyond those of the features.
+    """Let `method.head` begin as `method.head_start` says. `random`: as it is. `principal`: its codes are then the
+    features less their mean, along their first D principal directions; the non-linear term begins at 0, as do channels
+    of codes beyond those of the features.
 
-    loader: `unlabelled_loader` of the method; features: of one of its batches, maps [B,C,h,w]. Says whether the weights
-    are others now, so that copies have to follow.
+    loader: `unlabelled_loader` of the method; features: of one of its batches, maps [B,C,h,w], None: the backbone's.
+    Says whether the weights are others now, so that copies have to follow.
     """
-    if how == "random":
+    if method.cfg.method.head_start == "random":
         return False
+    head = method.head
     width, weight = head.in_dim, head.linear.weight
     shapes = (), (width,), (width, width)
     moments = Moments(*(torch.zeros(shape, dtype=torch.float64, device=weight.device) for shape in shapes))
     for batch in loader("train", "train", order="shuffled", limit=LOOKED, purpose="head.start"):
-        moments = moments + Moments.of(features(batch).transpose(0, 1).flatten(1).T)
+        maps = method.frozen_features("train", batch).concat() if features is None else features(batch)
+        moments = moments + Moments.of(maps.transpose(0, 1).flatten(1).T)
     moments = Moments(*map(distributed.total, (moments.count, moments.sum, moments.products)))
     found = min(head.dim, width)
     directions = moments.directions(found)

@@ -11,7 +11,7 @@ SMOOTHNESS = 10.0
 CAUSE = (20.5, 26.0)
 """The same of CAUSE."""
 CONTRAST = 1.0
-"""Points that it must lose where its head learns nothing. Measured: 2.1."""
+"""Points that it must lose where its head learns nothing. Measured: 2.3."""
 PRIMAPS = (20.5, 28.0)
 """The same of PriMaPs-EM."""
 FITTED = 6.0

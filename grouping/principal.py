@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from scipy.sparse.linalg import ArpackError, eigsh
 from torch import Tensor
 
+from common import distributed
 from common.precision import exact, real
 
 SIGNS = ("mean", "library")
@@ -205,6 +206,15 @@ class Moments:
         """Of samples [n,C]."""
         rows = rows.double()
         return cls(torch.tensor(float(len(rows)), dtype=torch.float64, device=rows.device), rows.sum(0), rows.T @ rows)
+
+    @classmethod
+    def none(cls, width: int, device: torch.device) -> "Moments":
+        """Of no sample."""
+        return cls(*(torch.zeros(size, dtype=torch.float64, device=device) for size in ((), (width,), (width, width))))
+
+    def of_all_ranks(self) -> "Moments":
+        """The sum over the ranks; a collective."""
+        return Moments(*map(distributed.total, (self.count, self.sum, self.products)))
 
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(self.count + other.count, self.sum + other.sum, self.products + other.products)

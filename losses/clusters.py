@@ -14,8 +14,6 @@ from torch import Tensor
 from common import distributed
 from common.precision import exact, real
 
-WEIGHTS = ("proportional", "none", "inverse")
-
 
 def products(codes: Tensor, rows: Tensor) -> Tensor:
     """f.w of codes [B,D,h,w] and rows [K,D]: [B,K,h,w], float32 whatever autocast says."""

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import distributed
 from grouping.principal import Moments
 from lightning_modules.base import UnsupervisedSegmenter
 
@@ -35,12 +34,11 @@ def begin(
         return False
     head = method.head
     width, weight = head.in_dim, head.linear.weight
-    shapes = (), (width,), (width, width)
-    moments = Moments(*(torch.zeros(shape, dtype=torch.float64, device=weight.device) for shape in shapes))
+    moments = Moments.none(width, weight.device)
     for batch in loader("train", "train", order="shuffled", limit=LOOKED, purpose="head.start"):
         maps = method.frozen_features("train", batch).concat() if features is None else features(batch)
         moments = moments + Moments.of(maps.transpose(0, 1).flatten(1).T)
-    moments = Moments(*map(distributed.total, (moments.count, moments.sum, moments.products)))
+    moments = moments.of_all_ranks()
     found = min(head.dim, width)
     directions = moments.directions(found)
     last = [head.linear, *([head.nonlinear[2]] if head.nonlinear is not None else [])]

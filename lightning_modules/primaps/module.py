@@ -118,14 +118,12 @@ class PriMaPs(StagedSegmenter):
         """The first prototypes: principal directions of the features of training pictures, unless `init_from` gave
         them; and the mean of these features, which codes are without. The slow prototypes begin as the running ones."""
         if self.base is None:
-            width, device = self.code_dim, self.device
-            sizes = ((), (width,), (width, width))
-            moments = Moments(*(torch.zeros(size, dtype=torch.float64, device=device) for size in sizes))
+            moments = Moments.none(self.code_dim, self.device)
             limit = self.cfg.method.start.pictures
             for batch in loader("train", "train", order="shuffled", limit=limit, purpose="primaps.start"):
                 codes = self.embed(self.frozen_features("train", batch))
                 moments = moments + Moments.of(codes.transpose(0, 1).flatten(1).T)
-            moments = Moments(*map(distributed.total, (moments.count, moments.sum, moments.products)))
+            moments = moments.of_all_ranks()
             self.running.start(moments.directions(self.cfg.method.num_clusters).float())
             if self.cfg.method.centred:
                 self.centre.copy_(moments.sum / moments.count)

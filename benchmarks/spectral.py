@@ -3,10 +3,11 @@
 `python -m benchmarks.spectral [--threads T] [--repeats R] [--allocator default|tuned] [--only WORD] [--quick]`
 
 token cut: features of one picture to its bipartition, affinity included; plain: a dense float64 solution of the
-generalised problem for the second and third vector. segments: 15 eigenvectors (residual 1e-5) of given affinities, a
-batch of pictures or one; plain: picture by picture, shift-invert around zero. The answer of `token cut` is the share of
-patches in the bipartition (difference 0: the same one but for patches that trade places), that of `segments` the sum of
-the eigenvalues.
+generalised problem for the second and third vector. mask cut: the same three times over, with the patches of the masks
+blanked out in between. segments: 15 eigenvectors (residual 1e-5) of given affinities, a batch of pictures or one;
+plain: picture by picture, shift-invert around zero. The answer of `token cut` is the share of patches in the
+bipartition (difference 0: the same one but for patches that trade places), that of `mask cut` the share in the masks,
+that of `segments` the sum of the eigenvalues.
 """
 
 import sys
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import Piece, run
-from grouping import eigen, spectral
+from grouping import eigen, maskcut, spectral
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TAU, EPS = 0.2, 1e-5
@@ -59,6 +60,37 @@ def cut_plain(side: int, dim: int) -> Callable[[], float]:
         vector = vectors[:, 0]
         above = vector > vector.mean()
         return float((above if above[np.abs(vector).argmax()] else ~above).mean())
+
+    return work
+
+
+def masks_ours(side: int, dim: int) -> Callable[[], float]:
+    rows = inputs(1, side, dim)
+
+    def work() -> float:
+        found = maskcut.mask_cut(rows, (side, side), tau=TAU, eps=EPS, on_reject="released")
+        return float(found.masks.double().mean())
+
+    return work
+
+
+def masks_plain(side: int, dim: int) -> Callable[[], float]:
+    rows = inputs(1, side, dim)
+
+    def work() -> float:
+        kept = torch.zeros(0, side, side, dtype=torch.bool)
+        painting, before = np.zeros(side * side, bool), torch.zeros(side, side, dtype=torch.bool)
+        for number in range(3):
+            unit = F.normalize(rows[0].cpu().double() * ~torch.from_numpy(painting)[:, None], dim=1)
+            weights = np.where((unit @ unit.T).numpy() > TAU, 1.0, EPS)
+            degree = np.diag(weights.sum(1))
+            _, vectors = scipy.linalg.eigh(degree - weights, degree, subset_by_index=[1, 2])
+            mask = maskcut.halves(torch.from_numpy(vectors[:, 0]).view(1, side, side)).components[0]
+            shared = float((mask & before).sum() / (mask | before).sum())
+            mask = mask if not number or (shared <= 0.5 and mask.double().mean() > 0.01) else torch.zeros_like(mask)
+            kept = torch.cat([kept, (mask & ~kept.any(0))[None]])
+            before, painting = mask, painting | mask.flatten().numpy()
+        return float(kept.double().mean())
 
     return work
 
@@ -102,6 +134,7 @@ def pieces(quick: bool) -> list[Piece]:
         single = single | {"side": 16, "dim": 48, "k": 5}
     chosen = [
         Piece(f"token cut, {cut['side']} x {cut['side']}", module, "cut_plain", "cut_ours", cut, 15.0),
+        Piece(f"mask cut, 3 masks, {cut['side']} x {cut['side']}", module, "masks_plain", "masks_ours", cut, 20.0),
         *(
             Piece(
                 f"segments, {shape['pictures']} x {shape['side']} x {shape['side']}, {shape['k']} vectors", module,
@@ -115,7 +148,7 @@ def pieces(quick: bool) -> list[Piece]:
 
 def main(words: list[str] | None = None) -> int:
     """Measure and print the table."""
-    return run("spectral", __doc__, pieces, "token cut, segments", words)
+    return run("spectral", __doc__, pieces, "token cut, mask cut, segments", words)
 
 
 if __name__ == "__main__":

@@ -283,6 +283,29 @@ class Cut:
 
 
 @torch.no_grad()
+def second_vectors(affinity: Tensor, size: tuple[int, int], solver: str = "auto") -> tuple[Tensor, Tensor]:
+    """The second and third eigenvalue [B,2] and the second eigenvector [B,N], its peak positive, of graphs [B,N,N].
+
+    A picture whose vector is not sure, since the third value lies too near for float32, is solved densely.
+
+    Raises:
+        ConfigError: a grid of fewer than 3 patches.
+    """
+    if affinity.shape[-1] < 3:
+        raise ConfigError(
+            f"a grid of {size[0]} x {size[1]} patches: a cut needs 3 patches; give larger pictures or another patch"
+        )
+    found = eigen.smallest(affinity, 3, sign="peak", solver=solver, tolerance=3e-6)
+    values, vectors = found.values[:, 1:], found.vectors[:, 1]
+    gap = values[:, 1] - values[:, 0]
+    unsure = (found.residuals[:, 1] > _SEPARATION * gap) & ~found.dense
+    if bool(unsure.any()):
+        again = eigen.smallest(affinity[unsure], 3, sign="peak", solver="dense")
+        values[unsure], vectors[unsure] = again.values[:, 1:], again.vectors[:, 1]
+    return values, vectors
+
+
+@torch.no_grad()
 def token_cut(affinity: Tensor, size: tuple[int, int], *, solver: str = "auto", side: str = "peak") -> Cut:
     """One object of each picture by its normalised cut; the result does not depend on the solver's sign.
 
@@ -298,17 +321,7 @@ def token_cut(affinity: Tensor, size: tuple[int, int], *, solver: str = "auto", 
         ConfigError: a grid of fewer than 3 patches.
         LabelfreeError: features that are not finite.
     """
-    if affinity.shape[-1] < 3:
-        raise ConfigError(
-            f"a grid of {size[0]} x {size[1]} patches: TokenCut needs 3 patches; give larger pictures or another patch"
-        )
-    found = eigen.smallest(affinity, 3, sign="peak", solver=solver, tolerance=3e-6)
-    values, vectors = found.values[:, 1:], found.vectors[:, 1]
-    gap = values[:, 1] - values[:, 0]
-    unsure = (found.residuals[:, 1] > _SEPARATION * gap) & ~found.dense
-    if bool(unsure.any()):
-        again = eigen.smallest(affinity[unsure], 3, sign="peak", solver="dense")
-        values[unsure], vectors[unsure] = again.values[:, 1:], again.vectors[:, 1]
+    values, vectors = second_vectors(affinity, size, solver)
     seeds = vectors.abs().argmax(1)
     above = vectors > vectors.mean(1, keepdim=True)
     inside = above.gather(1, seeds[:, None])

@@ -177,7 +177,7 @@ def test_features_that_are_not_finite_and_grids_that_are_too_small():
     with pytest.raises(ConfigError) as caught:
         spectral.token_cut(torch.ones(1, 1, 1), (1, 1))
     assert str(caught.value) == (
-        "a grid of 1 x 1 patches: TokenCut needs 3 patches; give larger pictures or another patch"
+        "a grid of 1 x 1 patches: a cut needs 3 patches; give larger pictures or another patch"
     )
 
 

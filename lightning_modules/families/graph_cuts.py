@@ -64,9 +64,12 @@ def centred(maps: Tensor) -> Tensor:
 def say_features(backbone: Backbone, kind: str = "keys") -> None:
     """One line where keys are asked of a network that has none."""
     if kind == "keys" and not backbone.has_attention:
-        log.info(
-            "%s has no attention keys: graphs are made of its features (backbone.levels) themselves", backbone.name
-        )
+        log.info("%s", no_keys(backbone))
+
+
+def no_keys(backbone: Backbone) -> str:
+    """What graphs are made of where there are no keys, as a line."""
+    return f"{backbone.name} has no attention keys: graphs are made of its features (backbone.levels) themselves"
 
 
 def small_pictures(images: Tensor, size: tuple[int, int]) -> Tensor:

@@ -14,8 +14,10 @@ from common.errors import one_of
 from common.spec import IGNORE
 from pseudo_labels.cache import Record, Records
 
-OVERLAPS = ("skip", "free_pixels", "overwrite")
-"""Of a mask that lies on one that was painted before: it is left out, it takes the pixels that are free, or all."""
+OVERLAPS = ("skip", "free_pixels", "overwrite", "released")
+"""Of a mask that lies on one that was painted before: it is left out, it takes the pixels that are free, or all.
+`released` is what MaskDistill's code does in place of `skip`: a mask takes all its pixels, unless something is painted
+in the map's first two rows (the first where the mask is empty, the second where it is the whole map)."""
 
 
 class View(ABC):
@@ -76,12 +78,19 @@ class Painted(View):
 
     classes: where given, the class of every mask over all kept pictures in order, -1: not painted; else the records'
     own field `classes`. overlap: see OVERLAPS. `skip` is what MaskDistill (Van Gansbeke et al., 2022) means.
+    threshold: only masks that are `confident` are painted; None: all.
     """
 
-    def __init__(self, records: Records, classes: np.ndarray | None = None, overlap: str = "skip") -> None:
+    def __init__(
+        self,
+        records: Records,
+        classes: np.ndarray | None = None,
+        overlap: str = "skip",
+        threshold: float | None = None,
+    ) -> None:
         one_of("overlap", overlap, OVERLAPS)
         super().__init__(records, ("masks", "scores", "classes"))
-        self.classes, self.overlap = classes, overlap
+        self.classes, self.overlap, self.threshold = classes, overlap, threshold
         self.first = None if classes is None else first_rows(records, "masks")
 
     def labels(self, record: Record) -> np.ndarray:
@@ -91,13 +100,8 @@ class Painted(View):
             classes = record.fields["classes"]
         else:
             classes = self.classes[self.first[record.index] :][: len(masks)]
-        painted = np.zeros(masks.shape[1:], np.int64)
-        for place in np.argsort(-scores, kind="stable"):
-            free = masks[place] & (painted == 0)
-            if classes[place] < 0 or (self.overlap == "skip" and free.sum() < masks[place].sum()):
-                continue
-            painted[masks[place] if self.overlap == "overwrite" else free] = classes[place] + 1
-        return painted
+        order = np.argsort(-scores, kind="stable") if self.threshold is None else confident(scores, self.threshold)
+        return paint(masks[order], np.asarray(classes)[order], self.overlap)
 
 
 class Saliency(View):
@@ -152,6 +156,31 @@ class Strongest(View):
 
     def labels(self, record: Record) -> np.ndarray:
         return shades(record.fields["class_map"][self.concept(record)])
+
+
+def confident(scores: np.ndarray, threshold: float) -> np.ndarray:
+    """Which of the masks of a picture with these scores [n] are to be believed, the surest first: int64 [m].
+
+    All from the threshold on; where there is none, the surest alone. Of equal scores the first comes first.
+    """
+    order = np.argsort(-np.asarray(scores), kind="stable")
+    sure = order[np.asarray(scores)[order] >= threshold]
+    return sure if len(sure) else order[:1]
+
+
+def paint(masks: np.ndarray, classes: np.ndarray, overlap: str) -> np.ndarray:
+    """Masks bool [n,h,w] on one map, in their order, each with its class + 1; class -1 is left out: int64 [h,w]."""
+    result = np.zeros(masks.shape[1:], np.int64)
+    for mask, name in zip(masks, classes, strict=True):
+        free = mask & (result == 0)
+        if overlap == "released":
+            looked_at = [row for row, there in ((0, ~mask), (1, mask)) if there.any() and row < len(result)]
+            skip = bool(result[looked_at].any())
+        else:
+            skip = overlap == "skip" and free.sum() < mask.sum()
+        if name >= 0 and not skip:
+            result[mask if overlap in ("overwrite", "released") else free] = name + 1
+    return result
 
 
 def shades(values: np.ndarray) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""PCA whitening of features before they are clustered, as DeepCluster (Caron et al., ECCV 2018) does."""
+"""Features before they are clustered: whitened by PCA as in DeepCluster (Caron et al., ECCV 2018), or each number by
+itself as in MaskDistill (Van Gansbeke et al., 2022)."""
 
 import torch
 from torch import Tensor
@@ -30,3 +31,17 @@ def whitened(points: Tensor, mean: Tensor, axes: Tensor) -> Tensor:
     """Points [...,C] along the axes, as unit vectors [...,dim], float32."""
     with exact(points.device):
         return torch.nn.functional.normalize((points.float() - mean) @ axes.T, dim=-1)
+
+
+def deviations(points: Tensor) -> Tensor:
+    """Standard deviation of every number over points [N,C], of the population; 1 where there is none: [C] float32.
+
+    Points divided by it, and then by their length, are what MaskDistill clusters; their mean is left in.
+    """
+    spread = points.detach().double().std(0, correction=0)
+    return torch.where(spread > 0, spread, 1.0).float()
+
+
+def scaled(points: Tensor, spread: Tensor) -> Tensor:
+    """Points [...,C] divided by `spread` [C], as unit vectors, float32."""
+    return torch.nn.functional.normalize(points.float() / spread, dim=-1)

@@ -24,7 +24,7 @@ from common.files import no_folder
 from datamodules.base.resizing import resize_ids
 from datamodules.files.opening import opened
 from datamodules.files.reading import UnreadableError, is_picture, read_label
-from grouping import attention_masks, spectral
+from grouping import attention_masks, salience, spectral
 from lightning_modules.families.graph_cuts import graph_vectors, no_keys, patch_features
 from models.backbone import Backbone
 
@@ -73,11 +73,15 @@ class MaskProvider(ABC):
 class FolderMasks(MaskProvider):
     """Pngs of a user, `<root>/<id of the picture>.png`: 0 is background, every other value an object.
 
-    With `threshold` the file is a map of salience, and what is above that share of 255 is the one object. A picture
-    whose file is absent, cannot be read or has another size is dropped; `announce` names and counts them.
+    With `threshold` the file is a map of salience, and what is above is the one object; `norm` stretches the map to
+    0..1 (see `grouping/salience.py`). A picture whose file is absent, cannot be read or has another size is dropped;
+    `announce` names and counts them.
     """
 
-    OPTIONS: ClassVar = {"threshold": (None, "nullable(number(0, below=1))")}
+    OPTIONS: ClassVar = {
+        "threshold": (None, "nullable(number(0, below=1))"),
+        "norm": ("image", f"choice({', '.join(salience.NORMS)})"),
+    }
     sees = False
 
     def __init__(self, backbone: Backbone, masks: Any, source: Any = None) -> None:
@@ -123,9 +127,19 @@ class FolderMasks(MaskProvider):
         return ""
 
     def find(self, images: Tensor, batch: Mapping[str, Any]) -> list[Found]:
-        return [self._read(images, batch, row) for row in range(len(images))]
+        found = [self._read(images, batch, row) for row in range(len(images))]
+        rows = [row for row, ids in enumerate(found) if isinstance(ids, Tensor)]
+        if rows and self.options.threshold is not None:
+            maps = torch.stack([found[row] for row in rows]).float() / 255
+            masks = salience.salient(maps, self.options.threshold, self.options.norm)[:, None]
+        else:
+            masks = [each_id(found[row]) for row in rows]
+        for row, own in zip(rows, masks, strict=True):
+            found[row] = Found(own, images.new_ones(len(own)))
+        return found
 
-    def _read(self, images: Tensor, batch: Mapping[str, Any], row: int) -> Found:
+    def _read(self, images: Tensor, batch: Mapping[str, Any], row: int) -> Found | Tensor:
+        """The file's values int64 [h,w] at the size of the pictures, or nothing and why."""
         path, size = self.file(batch["id"][row]), tuple(images.shape[-2:])
         if not path.is_file():
             return nothing(images, "no_file")
@@ -135,12 +149,13 @@ class FolderMasks(MaskProvider):
             return nothing(images, "unreadable")
         if ids.shape != tuple(batch["size"][row].tolist()):
             return nothing(images, "wrong_size")
-        if self.options.threshold is not None:
-            ids = ids > self.options.threshold * 255
-        ids = resize_ids(ids.astype(np.int32), size, "nearest")
-        names = np.unique(ids)
-        masks = torch.from_numpy(ids == names[names != 0][:, None, None]).to(images.device)
-        return Found(masks, images.new_ones(len(masks)))
+        return torch.from_numpy(resize_ids(ids.astype(np.int32), size, "nearest")).to(images.device)
+
+
+def each_id(ids: Tensor) -> Tensor:
+    """The places of every value but 0 of a map int [h,w], ascending: bool [n,h,w]."""
+    names = ids.unique()
+    return ids == names[names != 0][:, None, None]
 
 
 class SpectralMasks(MaskProvider):

@@ -11,7 +11,7 @@ from datamodules.base.dataset import Collate, PictureDataset
 from datamodules.base.transforms import Geometry
 from engine.stages.panels import cell, painted
 from pseudo_labels.cache import Place, Record, Records, summary, write_shard
-from pseudo_labels.views import Painted, Saliency, Segments, Soft, Strongest, enlarged
+from pseudo_labels.views import Painted, Saliency, Segments, Soft, Strongest, confident, enlarged, paint
 
 
 def records(folder, *found: dict, drop: str = "") -> Records:
@@ -55,7 +55,12 @@ MASKS = np.array([[[1, 1], [0, 0]], [[0, 1], [0, 1]], [[0, 0], [1, 1]]], bool)
 
 @pytest.mark.parametrize(
     ("overlap", "expected"),
-    [("skip", [[3, 3], [9, 9]]), ("free_pixels", [[3, 3], [9, 6]]), ("overwrite", [[3, 6], [9, 9]])],
+    [
+        ("skip", [[3, 3], [9, 9]]),
+        ("free_pixels", [[3, 3], [9, 6]]),
+        ("overwrite", [[3, 6], [9, 9]]),
+        ("released", [[3, 3], [0, 0]]),
+    ],
 )
 def test_masks_are_painted_by_falling_score(tmp_path, overlap, expected):
     fields = {"masks": MASKS, "scores": np.array([0.9, 0.8, 0.7], np.float32), "classes": np.array([2, 5, 8], np.int16)}
@@ -75,8 +80,25 @@ def test_free_pixels_and_classes_of_a_table(tmp_path):
     view = Painted(found, np.array([0, 1, -1, 3]), overlap="free_pixels")
     assert view.read(0, (2, 2)).tolist() == [[1, 2], [0, 2]]
     assert view.read(1, (2, 2)).tolist() == [[0, 4], [0, 4]]
-    with pytest.raises(ConfigError, match=r"^overlap=all: not one of skip, free_pixels, overwrite$"):
+    with pytest.raises(ConfigError, match=r"^overlap=all: not one of skip, free_pixels, overwrite, released$"):
         Painted(found, overlap="all")
+
+
+def test_released_masks_look_at_the_first_rows_alone():
+    low = np.zeros((3, 4, 2), bool)
+    low[0, 2:], low[1, 3:], low[2, 0] = True, True, True
+    assert paint(low, [0, 1, 2], "released").tolist() == [[3, 3], [0, 0], [1, 1], [2, 2]]
+    assert paint(low[[2, 0]], [0, 1], "released").tolist() == [[1, 1], [0, 0], [0, 0], [0, 0]]
+    assert paint(low[[1, 0]], [-1, 1], "skip").tolist() == [[0, 0], [0, 0], [2, 2], [2, 2]]
+
+
+def test_masks_are_believed_from_a_score_on_or_the_surest_alone(tmp_path):
+    scores = np.array([0.5, 0.95, 0.9, 0.7])
+    assert confident(scores, 0.9).tolist() == [1, 2]
+    assert confident(scores, 0.99).tolist() == [1]
+    assert confident(scores[:0], 0.9).tolist() == []
+    fields = {"masks": MASKS, "scores": np.array([0.4, 0.2, 0.6], np.float32), "classes": np.array([2, 5, 8], np.int16)}
+    assert Painted(records(tmp_path, fields), threshold=0.5).read(0, (2, 2)).tolist() == [[0, 0], [9, 9]]
 
 
 def test_saliency_and_soft_maps(tmp_path):

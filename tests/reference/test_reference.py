@@ -33,6 +33,8 @@ def test_every_kind_of_the_foundation_has_a_case():
         "knn_predict_tf extract_prototypes_tf iou",
         "deep_spectral": "laplacian_eigs color_eigs multi_region_bg_and_boxes localisation_box",
         "tokencut": "ncut",
+        "comus": "saliency_to_mask spectral_clustering core_samples match_and_miou",
+        "maskdistill": "attention_mask confident_selection ohem cluster_prep_and_match",
         "transfgu": "things_bootstrap_loss thingstuff_bootstrap_loss cls_emb_loss binarize_mask concept_map "
         "kmeans_centroids crop_boxes mask_decoder hungarian_metric",
         "smooseg": "pair_energy smoothness energy predictor projector train_step cluster_predict training",

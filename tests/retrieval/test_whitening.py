@@ -6,7 +6,7 @@ import torch
 import config
 from common.errors import ConfigError
 from engine import setup
-from retrieval.whitening import principal, whitened
+from retrieval.whitening import deviations, principal, scaled, whitened
 from tests.conftest import run_small, small_words
 
 
@@ -45,3 +45,12 @@ def test_more_components_than_channels_are_refused():
     cfg, data = setup.build_data(config.compose(small_words("kmeans_baseline", "method.whitening=10000")))
     with pytest.raises(ConfigError, match=r"method\.whitening=10000: the features have 320 channels; set 320 at most"):
         setup.build_model(cfg, data.meta)
+
+
+def test_numbers_are_divided_by_their_own_deviation_and_rows_by_their_length():
+    points = torch.tensor([[1.0, 2.0, 5.0], [3.0, 2.0, -5.0], [5.0, 8.0, 5.0]])
+    spread = deviations(points)
+    assert torch.allclose(spread.square(), torch.tensor([8 / 3, 8.0, 200 / 9]))
+    rows = points / spread
+    assert torch.allclose(scaled(points, spread), rows / rows.norm(dim=1, keepdim=True))
+    assert deviations(points[:1]).tolist() == [1, 1, 1]  # nothing to divide by

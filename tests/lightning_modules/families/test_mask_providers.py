@@ -206,8 +206,10 @@ def test_a_folder_of_pngs(tmp_path, caplog):
 def test_a_folder_of_salience_is_cut_at_its_threshold(tmp_path):
     soft = np.tile(np.arange(48) * 5, (48, 1))
     root = written(tmp_path / "masks", dict.fromkeys(range(6), soft))
-    records, _ = ran(tmp_path, composed(provider="folder", root=str(root), options={"threshold": 0.5}))
-    assert np.array_equal(records.read(3).fields["masks"], soft[None] > 127.5)
+    for norm, bound in (("none", 127.5), ("image", 117.5)):
+        cfg = composed(provider="folder", root=str(root), options={"threshold": 0.5, "norm": norm})
+        records, _ = ran(tmp_path / norm, cfg)
+        assert np.array_equal(records.read(3).fields["masks"], soft[None] > bound)
 
 
 def test_a_folder_that_holds_no_mask_is_refused(tmp_path):

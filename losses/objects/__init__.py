@@ -1,0 +1,1 @@
+"""Losses of methods that find objects first and name them afterwards."""

@@ -22,6 +22,7 @@ from common.errors import DataError, LabelfreeError
 from common.spec import IGNORE, OUTSIDE
 from datamodules.base import shapes
 from datamodules.base.decoded import ChangedError, DecodedStore
+from datamodules.base.instances import Instances
 from datamodules.base.label_map import Foreign, ForeignIds
 from datamodules.base.transforms import Geometry
 from datamodules.files.reading import UnreadableError, unreadable
@@ -52,6 +53,7 @@ class Item:
     index: int = 0
     id: str = ""
     size: tuple[int, int] = (0, 0)
+    instances: Instances | None = None
     broken: list[tuple[str, str]] = field(default_factory=list)
     foreign: Foreign = field(default_factory=dict)
     error: LabelfreeError | None = None
@@ -70,7 +72,7 @@ class PictureDataset(Dataset):
     decoded once. What does not fit any more is read again each time.
 
     regions: contour regions beside every picture (`regions.RegionFiles`). pseudo: pseudo-labels beside every picture,
-    `pseudo_labels.views.View`.
+    `pseudo_labels.views.View`. instances: objects one by one beside every picture, where its source has them.
 
     neighbours: int64 [items,k]; each item then comes with one of the k items of its row, drawn by (pass, index) and cut
     and mirrored by a draw of its own.
@@ -90,6 +92,7 @@ class PictureDataset(Dataset):
         neighbours: np.ndarray | None = None,
         regions: IdMaps | None = None,
         pseudo: IdMaps | None = None,
+        instances: bool = False,
     ) -> None:
         self.source = source
         self.geometry = geometry
@@ -104,6 +107,7 @@ class PictureDataset(Dataset):
         self.neighbours = neighbours
         self.extra = {name: files for name, files in (("regions", regions), ("pseudo", pseudo)) if files is not None}
         self.kept_maps: dict[tuple[str, int], np.ndarray] = {}
+        self.instances = instances and hasattr(source, "instances")
 
     def __len__(self) -> int:
         return len(self.source) * self.geometry.crops
@@ -153,6 +157,9 @@ class PictureDataset(Dataset):
         for place, name in enumerate(maps):
             setattr(item, name, together if len(maps) == 1 else together[..., place])
         item.index, item.id = taken, self.source.id(taken // self.geometry.crops)
+        if self.instances and (found := self.source.instances(taken // self.geometry.crops)) is not None:
+            draw = chance.numpy_generator(self.seed, f"{purpose}.crop", number, index)
+            item.instances = found.fitted(self.geometry, taken % self.geometry.crops, draw, self.flip)
         return item
 
     def _stored(self, index: int) -> tuple[np.ndarray, np.ndarray | None, tuple[int, int]]:
@@ -254,11 +261,11 @@ def take_foreign(source: Any) -> Foreign:
 class Collate:
     """Items of any sizes to one batch: padded right and bottom to the largest, rounded up to `multiple` pixels.
 
-    Padding is 0 in `image`, 255 in `label` and `pseudo`, -1 in `regions`, False in `valid`.
+    Padding is 0 in `image`, 255 in `label` and `pseudo`, -1 in `regions`, False in `valid` and in `instances`.
     """
 
-    def __init__(self, multiple: int = 1) -> None:
-        self.multiple = multiple
+    def __init__(self, multiple: int = 1, instances: bool = False) -> None:
+        self.multiple, self.instances = multiple, instances
 
     def __call__(self, items: list[Item]) -> dict[str, Any]:
         for item in items:
@@ -278,6 +285,11 @@ class Collate:
             maps = _maps(near, batch["neighbour"])
             batch |= {f"neighbour.{name}": values for name, values in maps.items()}
             batch["neighbour.index"] = torch.tensor([item.index for item in near])
+        if self.instances:
+            size = tuple(batch["image"].shape[-2:])
+            found = [None if item.instances is None else item.instances.padded(size) for item in items]
+            batch["instances"] = [None if one is None else one.masks for one in found]
+            batch["instances.crowd"] = [None if one is None else one.crowd for one in found]
         batch["index"] = torch.tensor([item.index for item in items])
         batch["id"] = [item.id for item in items]
         batch["size"] = torch.tensor([item.size for item in items])

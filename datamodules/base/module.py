@@ -39,6 +39,7 @@ class Source(Protocol):
     stops the run at once with its line.
     A source may also have `check() -> dict[file, message]`: the unreadable files that a quick look at the start finds;
     and `labelled() -> list[int]`: the indices of the pictures that have a label, where not all of them have;
+    `instances(i) -> instances.Instances | None`, the objects of a picture one by one, for validation alone;
     `fingerprint() -> str`, which changes whenever a picture or label does (`data.cache` needs it); `size(i)`, the
     (height, width) of a picture without decoding it; `take_foreign()`, see `label_map.py`.
     """
@@ -58,7 +59,7 @@ class SegmentationDataModule(L.LightningDataModule):
     of it, for backbones that need whole patches), both before the loaders are made. So it does with `neighbours`, an
     int64 array [training items, k], where the method wants a near picture beside each, and with `regions`, a
     `regions.RegionFiles` of the training pictures, where it wants contour regions, and with `pseudo`, a
-    `pseudo_labels.views.View` of them, where it learns from pseudo-labels.
+    `pseudo_labels.views.View` of them, where it learns from pseudo-labels; `instances` where validation scores objects.
 
     A batch: `image` float32 [B,3,H,W] in 0..1, not normalised; `label` int64 [B,H,W], 255 = ignore (absent when the
     data has none); `valid` bool [B,H,W], false on padding; `index` int64 [B], position in the data set (with
@@ -66,7 +67,9 @@ class SegmentationDataModule(L.LightningDataModule):
     file; `broken` list of messages on unreadable files; in training the views, see `views.py`; with
     regions `regions` int64 [B,H,W], -1 outside the picture, with pseudo-labels `pseudo` int64 [B,H,W], 255 = none,
     and with neighbours `neighbour` float32 [B,3,H',W'], `neighbour.valid` bool [B,H',W'], `neighbour.index` int64 [B]
-    and its own maps, `neighbour.{label,regions,pseudo}`.
+    and its own maps, `neighbour.{label,regions,pseudo}`; in validation with instances `instances`, a list of B bool
+    [n,H,W], and `instances.crowd`, of B bool [n] (groups that count neither way), None for a picture without any note
+    of its objects.
 
     Raises ConfigError where a `data.*` key does not fit the rest.
     """
@@ -81,6 +84,7 @@ class SegmentationDataModule(L.LightningDataModule):
         self.neighbours: np.ndarray | None = None
         self.regions: RegionFiles | None = None
         self.pseudo: Any = None
+        self.instances = False
         self.view_steps: int | None = None
         self.meta = ClassMeta()
         self.broken = {split: BrokenFiles(split, float(self.data.max_broken)) for split in ("train", "val")}
@@ -144,6 +148,7 @@ class SegmentationDataModule(L.LightningDataModule):
         neighbours: np.ndarray | None = None,
         regions: RegionFiles | None = None,
         pseudo: Any = None,
+        instances: bool = False,
     ) -> PictureDataset:
         """The map-style data set behind a loader; takes keys (pass, index) or plain indices."""
         source = self.source(split) if isinstance(split, str) else split
@@ -160,6 +165,7 @@ class SegmentationDataModule(L.LightningDataModule):
             neighbours=neighbours,
             regions=regions,
             pseudo=pseudo,
+            instances=instances,
         )
 
     def _decoded(self, split: str, geometry: Geometry, make: bool) -> DecodedStore | None:
@@ -278,7 +284,8 @@ class SegmentationDataModule(L.LightningDataModule):
                 f"{distributed.world_size()} devices, and each needs at least one; use fewer devices or add pictures"
             )
         store = self._decoded("val", self.eval_geometry, make=True)
-        data = self.dataset("val", self.eval_geometry, "val", room=self._cache(len(self.source("val"))), store=store)
+        room = self._cache(len(self.source("val")))
+        data = self.dataset("val", self.eval_geometry, "val", room=room, store=store, instances=self.instances)
         indices = sampling.stride(len(data), distributed.rank(), distributed.world_size())
         batches = sampling.FixedBatches(
             [(0, i) for i in indices], self._share(int(self.data.eval_batch_size), "data.eval_batch_size")
@@ -407,7 +414,7 @@ class SegmentationDataModule(L.LightningDataModule):
             self.foreign[split] if split else ForeignIds("given"),
             batch_sampler=batches,
             num_workers=workers,
-            collate_fn=Collate(self.pad_multiple),
+            collate_fn=Collate(self.pad_multiple, data.instances),
             pin_memory=torch.cuda.is_available(),
             persistent_workers=persistent and workers > 0,
         )

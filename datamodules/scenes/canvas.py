@@ -82,8 +82,11 @@ def tones(dark: Colour, light: Colour, t: np.ndarray) -> np.ndarray:
 class Patch:
     """A window of the canvas with its own coordinates: `x` [1,w], `y` [h,1], `scale` pixels per length of them."""
 
-    def __init__(self, rgb: np.ndarray, label: np.ndarray, x: np.ndarray, y: np.ndarray, scale: float):
-        self.rgb, self.label, self.x, self.y, self.scale = rgb, label, x, y, scale
+    def __init__(
+        self, rgb: np.ndarray, label: np.ndarray, instances: np.ndarray, x: np.ndarray, y: np.ndarray, scale: float
+    ):
+        self.rgb, self.label, self.instances, self.x, self.y, self.scale = rgb, label, instances, x, y, scale
+        self.instance = 0
 
     def cover(self, distance: np.ndarray) -> np.ndarray:
         """Signed distance (negative inside) -> share of the pixel that is covered, an edge one pixel wide."""
@@ -99,7 +102,9 @@ class Patch:
         change *= alpha
         self.rgb += change
         if label is not None:
-            np.copyto(self.label, label, where=alpha > 0.5)
+            inside = alpha > 0.5
+            np.copyto(self.label, label, where=inside)
+            np.copyto(self.instances, self.instance, where=inside)
 
     def shade(self, alpha: np.ndarray, factor: float) -> None:
         """Darken (or lighten) what is there by the factor, without changing its label."""
@@ -107,13 +112,16 @@ class Patch:
 
 
 class Canvas:
-    """A picture in the making: colours [3,H,W] float32 in 0..1 and labels [H,W] uint8."""
+    """A picture in the making: colours [3,H,W] float32 in 0..1, labels [H,W] uint8, and the things in it by the order
+    in which they were drawn, from 1, int32 [H,W]; 0: none."""
 
     def __init__(self, height: int, width: int):
         self.scale = min(height, width) / UNITS
         self.height, self.width = height / self.scale, width / self.scale
         self.rgb = np.zeros((3, height, width), dtype=np.float32)
         self.label = np.zeros((height, width), dtype=np.uint8)
+        self.instances = np.zeros((height, width), dtype=np.int32)
+        self.drawn = 0
         self.x = (np.arange(width, dtype=np.float32) + 0.5) / self.scale
         self.y = (np.arange(height, dtype=np.float32) + 0.5) / self.scale
 
@@ -125,9 +133,8 @@ class Canvas:
         if x1 - x0 < 2 or y1 - y0 < 2:
             return None
         window = slice(y0, y1), slice(x0, x1)
-        return Patch(
-            self.rgb[(slice(None), *window)], self.label[window], self.x[None, x0:x1], self.y[y0:y1, None], self.scale
-        )
+        planes = self.rgb[(slice(None), *window)], self.label[window], self.instances[window]
+        return Patch(*planes, self.x[None, x0:x1], self.y[y0:y1, None], self.scale)
 
     def local(self, x: float, y: float, size: float, mirror: float, bounds: tuple[float, float, float, float]):
         """A window with its origin at (x, y) and length 1 = `size` units; x runs to the left for mirror -1.
@@ -140,6 +147,14 @@ class Canvas:
             patch.x = (patch.x - x) * (mirror / size)
             patch.y = (patch.y - y) / size
             patch.scale = self.scale * size
+        return patch
+
+    def thing(self, x: float, y: float, size: float, mirror: float, bounds: tuple[float, float, float, float]):
+        """As `local`, for one thing of its own: what is painted with a label belongs to it."""
+        patch = self.local(x, y, size, mirror, bounds)
+        if patch is not None:
+            self.drawn += 1
+            patch.instance = self.drawn
         return patch
 
 

@@ -319,6 +319,17 @@ def draw_scene(seed: int, split: str, index: int, height: int, width: int) -> tu
     seed: of the data set. split: any name; draws of different splits never meet. index: position in the split.
     height, width: pixels; the scene is composed for the shape and scales with the shorter side.
     """
+    image, canvas = _drawn(seed, split, index, height, width)
+    return image, canvas.label
+
+
+def draw_things(seed: int, split: str, index: int, height: int, width: int) -> np.ndarray:
+    """The things of a scene one by one: int32 [H,W], a number for the visible part of every car, boat, animal and
+    person, 0 for everything else. Arguments as of `draw_scene`."""
+    return _drawn(seed, split, index, height, width)[1].instances
+
+
+def _drawn(seed: int, split: str, index: int, height: int, width: int) -> tuple[np.ndarray, Canvas]:
     dice = Dice(numpy_generator(seed, f"scenes/{split}", index))
     canvas = Canvas(height, width)
     layout = dice.pick([item[0] for item in LAYOUTS], [item[1] for item in LAYOUTS])
@@ -342,4 +353,4 @@ def draw_scene(seed: int, split: str, index: int, height: int, width: int) -> tu
         plane *= 255.0
         plane += grain
         image[..., channel] = np.clip(plane, 0.0, 255.0, out=plane)
-    return image, canvas.label
+    return image, canvas

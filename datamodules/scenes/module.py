@@ -14,10 +14,15 @@ import numpy as np
 from common.errors import ConfigError
 from common.spec import ClassMeta
 from datamodules.base import SegmentationDataModule
-from datamodules.scenes.drawing import META, draw_scene
+from datamodules.base.instances import Instances
+from datamodules.scenes.drawing import META, draw_scene, draw_things
 
 SMALLEST = 32
 """Pixels of the shorter side below which the scenes are not recognisable."""
+
+
+VISIBLE = 16
+"""Pixels below which what is left of a thing behind others, or at the rim, is no object."""
 
 
 class SceneSource:
@@ -40,6 +45,10 @@ class SceneSource:
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Image uint8 [H,W,3] and label uint8 [H,W] (every pixel has a class)."""
         return draw_scene(self.seed, self.split, index, self.height, self.width)
+
+    def instances(self, index: int) -> Instances:
+        """The visible part of every thing, where it is at least 16 px."""
+        return Instances.of_map(draw_things(self.seed, self.split, index, self.height, self.width), VISIBLE)
 
     def size(self, index: int) -> tuple[int, int]:
         """(height, width) of every scene."""

@@ -68,7 +68,7 @@ def _wheel(p: Patch, cx: float, cy: float, r: float) -> None:
 def car(canvas: Canvas, dice: Dice, light: Light, x: float, base: float, size: float) -> None:
     """A car of length `size` seen from the side: saloon, estate or van."""
     mirror = dice.sign()
-    p = canvas.local(x, base, size, mirror, (-0.56, -0.5, 0.56, 0.05))
+    p = canvas.thing(x, base, size, mirror, (-0.56, -0.5, 0.56, 0.05))
     if p is None:
         return
     paint = dice.colour(PAINTS, 0.14)
@@ -101,7 +101,7 @@ def car(canvas: Canvas, dice: Dice, light: Light, x: float, base: float, size: f
 
 def car_front(canvas: Canvas, dice: Dice, light: Light, x: float, base: float, size: float) -> None:
     """A car of width `size` seen from the front or from behind."""
-    p = canvas.local(x, base, size, 1.0, (-0.56, -0.84, 0.56, 0.06))
+    p = canvas.thing(x, base, size, 1.0, (-0.56, -0.84, 0.56, 0.06))
     if p is None:
         return
     paint, rear = dice.colour(PAINTS, 0.14), dice.chance(0.5)
@@ -125,7 +125,7 @@ def car_front(canvas: Canvas, dice: Dice, light: Light, x: float, base: float, s
 def boat(canvas: Canvas, dice: Dice, light: Light, x: float, base: float, size: float) -> None:
     """A boat with a hull of length `size` afloat at (x, base): with sails, or with a cabin and a funnel."""
     mirror = dice.sign()
-    p = canvas.local(x, base, size, mirror, (-0.58, -1.2, 0.62, 0.14))
+    p = canvas.thing(x, base, size, mirror, (-0.58, -1.2, 0.62, 0.14))
     if p is None:
         return
     hull = dice.colour(PAINTS, 0.14)
@@ -162,7 +162,7 @@ def boat(canvas: Canvas, dice: Dice, light: Light, x: float, base: float, size: 
 def animal(canvas: Canvas, dice: Dice, light: Light, x: float, base: float, size: float) -> None:
     """A four-legged animal of length about `size`, standing or grazing: sheep, cow or horse."""
     mirror = dice.sign()
-    p = canvas.local(x, base, size, mirror, (-0.6, -0.95, 0.72, 0.06))
+    p = canvas.thing(x, base, size, mirror, (-0.6, -0.95, 0.72, 0.06))
     if p is None:
         return
     kind = dice.pick(("sheep", "cow", "horse"), (4, 4, 3))
@@ -213,7 +213,7 @@ def _limb(p: Patch, start: tuple[float, float], end: tuple[float, float], thick:
 def person(canvas: Canvas, dice: Dice, light: Light, x: float, base: float, size: float) -> None:
     """A person of height `size` standing or walking, in a jacket and trousers or in a long coat."""
     mirror = dice.sign()
-    p = canvas.local(x, base, size, mirror, (-0.34, -1.04, 0.34, 0.04))
+    p = canvas.thing(x, base, size, mirror, (-0.34, -1.04, 0.34, 0.04))
     if p is None:
         return
     skin, hair = dice.colour(SKINS, 0.1), dice.colour(HAIRS, 0.12)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from common.spec import ClassMeta
 from evaluation import readout, sliding
 from evaluation.crf import Constants, DenseCRF
+from evaluation.instances import InstanceScore
 from evaluation.matching import Scores, told_apart
 from evaluation.metrics import ClusterUsage, SegmentationScore
 from evaluation.probes import LABEL_PROBES, UNLABELLED, ClusterProbe, KMeansProbe, LinearProbe, clusters_of
@@ -57,6 +58,11 @@ class Evaluated(L.LightningModule):
         self.crf = DenseCRF(constants) if rules.crf == "dense" else None
         self.refining = False
         self.validated: dict[str, Scores] = {}
+
+    @property
+    def scores_instances(self) -> bool:
+        """Whether validation wants objects one by one beside the labels."""
+        return any(isinstance(item, InstanceScore) for item in self.further.values())
 
     @property
     def main_probe(self) -> str:

@@ -431,6 +431,7 @@ class Unlabelled:
 
 
 def split_labels(batch: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
-    """A batch -> (the same without `label` and every `<view>.label`, the label map or None)."""
-    views = {key: value for key, value in batch.items() if key != "label" and not key.endswith(".label")}
+    """A batch -> (the same without `label`, every `<view>.label` and instances, the label map or None)."""
+    hidden = ("label", "instances")
+    views = {key: v for key, v in batch.items() if key.split(".")[0] not in hidden and not key.endswith(".label")}
     return views, batch.get("label")

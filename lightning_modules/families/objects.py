@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from common.errors import ConfigError
 from datamodules.base.transforms import Geometry
 from evaluation.foreground import ForegroundScore, object_classes
+from evaluation.instances import Detections, InstanceScore
+from evaluation.readouts import Readout
 from lightning_modules.base.extents import own_extents
 from lightning_modules.base.staged import StagedSegmenter
 from lightning_modules.families.graph_cuts import patch_of, stage_cells, stage_geometry
@@ -30,6 +32,12 @@ class ObjectFinder(StagedSegmenter):
     """
 
     finds_objects = True
+    newest: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+    """The newest pictures and what `objects_inside` found in them: two scores ask for it."""
+
+    @property
+    def readouts(self) -> list[Readout]:
+        return [*super().readouts, InstanceScore()] if self.finds_objects else super().readouts
 
     def objects(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Masks bool [B,h,w] over the pictures [B,3,H,W], and boxes int64 [B,4] in px of them."""
@@ -40,6 +48,19 @@ class ObjectFinder(StagedSegmenter):
 
         Each is cut without the padding of the batch; those of one size together.
         """
+        if self.newest is None or self.newest[0] is not images:
+            self.newest = images, self._objects_inside(images, valid)
+        return self.newest[1]
+
+    def detections(self, images: Tensor, valid: Tensor) -> list[Detections]:
+        """The object of each picture, where there is one, as an instance that is sure."""
+        found = []
+        for mask, box in zip(*self.objects_inside(images, valid), strict=True):
+            rows = slice(0, int(mask.any()))
+            found.append(Detections(mask[None][rows], box[None][rows].float(), images.new_ones(1)[rows]))
+        return found
+
+    def _objects_inside(self, images: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         masks, found = torch.zeros_like(valid), {}
         for extent in own_extents(valid, self.backbone.patch_multiple):
             (height, width), rows = extent.valid, list(extent.rows)

@@ -273,6 +273,7 @@ def test_an_object_of_each_picture_without_self_training(tmp_path, monkeypatch):
     metrics = read_json(tmp_path / "x" / "metrics.json")
     assert 0 <= metrics["val/foreground/iou"] <= 100
     assert metrics["val/foreground/objects"] >= 1
+    assert 0 <= metrics["val/instances/mask_AP"] <= metrics["val/instances/mask_AP50"] <= 100
     assert metrics["val/own/miou"] is not None
     summary = read_json(tmp_path / "x" / "pseudo_labels.json")
     assert summary["regions"]["kept"] + sum(summary["regions"]["dropped"].values()) == 22

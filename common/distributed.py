@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -73,6 +74,15 @@ def summed(tensor: Tensor) -> Tensor:
 def mean(tensor: Tensor) -> Tensor:
     """The mean over ranks, without gradient."""
     return total(tensor) / world_size()
+
+
+def objects(value: Any) -> list[Any]:
+    """What every rank gives, plain values or tensors on the CPU, in rank order, on every rank."""
+    if not active():
+        return [value]
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, value)
+    return parts
 
 
 def local_rank() -> int:

@@ -6,13 +6,14 @@ pycocotools' own code, which published figures come from, through torchmetrics.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import SumMetric
 from torchmetrics.detection import MeanAveragePrecision
 
+from common import distributed
 from evaluation.readouts import Readout
 
 MOST = 100
@@ -54,11 +55,17 @@ class InstanceScore(Readout):
     def __init__(self, backend: str = "pycocotools") -> None:
         """backend: torchmetrics' word for the library that counts."""
         super().__init__()
-        self.precision = MeanAveragePrecision(
-            iou_type=tuple(KINDS.values()), backend=backend, max_detection_thresholds=[1, 10, MOST]
-        )
-        self.precision.warn_on_many_detections = False
-        self.objects = SumMetric()
+        self.backend = backend
+        self.precision, self.objects = self._new(), 0
+
+    def _new(self) -> MeanAveragePrecision:
+        """It gathers nothing by itself: torchmetrics wants as many pictures of every rank."""
+        found = MeanAveragePrecision(
+            iou_type=tuple(KINDS.values()), backend=self.backend, max_detection_thresholds=[1, 10, MOST],
+            distributed_available_fn=lambda: False,
+        )  # fmt: skip
+        found.warn_on_many_detections = False
+        return found
 
     def see(self, model: Any, batch: Mapping[str, Any], codes: Tensor) -> dict[str, Tensor]:
         found: list[Detections] = model.detections(batch["image"], batch["valid"])
@@ -78,12 +85,19 @@ class InstanceScore(Readout):
         for part in (predicted, true):
             part["labels"] = torch.zeros(len(part["masks"]), dtype=torch.int64, device=masks.device)
         self.precision.update([predicted], [true])
-        self.objects.update((~crowd).sum())
+        self.objects += int((~crowd).sum())
 
     def compute(self) -> dict[str, float]:
-        if not float(self.objects.compute()):
+        names = list(self.precision.metric_state)
+        own = {name: on_host(getattr(self.precision, name)) for name in names}
+        ranks = distributed.objects((self.objects, own))
+        if not sum(objects for objects, _ in ranks):
             return {}
-        found = self.precision.compute()
+        whole = self._new()
+        for name in names:
+            rows = zip_longest(*(states[name] for _, states in ranks), fillvalue=self)  # rank r has pictures r, r+world
+            setattr(whole, name, [value for row in rows for value in row if value is not self])
+        found = whole.compute()
         return {
             f"{kind}_{cut}": 100 * float(found[f"{word}_{key}"])
             for kind, word in KINDS.items()
@@ -92,10 +106,15 @@ class InstanceScore(Readout):
 
     def reset(self) -> None:
         self.precision.reset()
-        self.objects.reset()
+        self.objects = 0
 
     def protocol(self) -> str:
         return f"class-agnostic AP of boxes and masks (COCO, {MOST} detections a picture), at the size of evaluation"
+
+
+def on_host(values: list[Any]) -> list[Any]:
+    """A state of torchmetrics, a list of tensors or of what is no tensor, on the CPU."""
+    return [value.cpu() if isinstance(value, Tensor) else value for value in values]
 
 
 def boxes_of(masks: Tensor) -> Tensor:

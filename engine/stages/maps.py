@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import BasePredictionWriter
 from safetensors.torch import save
 from torch import Tensor
@@ -262,11 +261,7 @@ def agreed(work: Callable[[], Any]) -> Any:
 
 def everywhere(value: Any) -> list[Any]:
     """The value of every rank, on every rank."""
-    if not distributed.active():
-        return [value]
-    parts = [None] * distributed.world_size()
-    dist.all_gather_object(parts, value)
-    return parts
+    return distributed.objects(value)
 
 
 def share(error: Exception | None, device: torch.device) -> None:

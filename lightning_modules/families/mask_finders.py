@@ -24,8 +24,8 @@ from common.files import no_folder
 from datamodules.base.resizing import resize_ids
 from datamodules.files.opening import opened
 from datamodules.files.reading import UnreadableError, is_picture, read_label
-from grouping import attention_masks, salience, spectral
-from lightning_modules.families.graph_cuts import graph_vectors, no_keys, patch_features
+from grouping import attention_masks, maskcut, salience, spectral
+from lightning_modules.families.graph_cuts import centred, graph_vectors, no_keys, patch_features
 from models.backbone import Backbone
 
 NAMED = 3
@@ -257,6 +257,39 @@ class TokenCutMasks(MaskProvider):
         affinity = spectral.threshold_affinity(maps.flatten(2).mT, own.tau, own.eps, own.binary)
         cut = spectral.token_cut(affinity, tuple(maps.shape[-2:]), side=own.side)
         return [Found(mask[None], maps.new_ones(1)) for mask in cut.masks]
+
+
+class MaskCutMasks(MaskProvider):
+    """Up to `count` objects, none on another, see `grouping/maskcut.py` (released: tau 0.15, count 3, features keys).
+
+    centred: features less their mean over the picture, where all cosines of a network are high. solver, on_reject,
+    orient, overlap, smallest: as there. The objects of a picture are equally sure.
+    """
+
+    OPTIONS: ClassVar = {
+        "count": (3, "whole(1, 100)"),
+        "tau": (0.15, "number(0, below=1)"),
+        "eps": (1e-5, "number(above=0, below=1)"),
+        "features": ("keys", "choice(keys, levels)"),
+        "centred": (False, ""),
+        "on_reject": ("stop", f"choice({', '.join(maskcut.REJECTIONS)})"),
+        "orient": ("peak_then_corners", f"choice({', '.join(maskcut.ORIENTATIONS)})"),
+        "overlap": (0.5, "number(0, most=1)"),
+        "smallest": (0.01, "number(0, below=1)"),
+    }
+
+    def __init__(self, backbone: Backbone, masks: Any) -> None:
+        super().__init__(backbone, masks)
+        if not backbone.has_attention and self.options.features == "keys":
+            self.remark = no_keys(backbone)
+
+    def find(self, images: Tensor, batch: Mapping[str, Any]) -> list[Found]:
+        own = vars(self.options).copy()
+        maps = patch_features(self.backbone, images, own.pop("features"))
+        maps = centred(maps) if own.pop("centred") else maps
+        cut = maskcut.mask_cut(maps.flatten(2).mT, tuple(maps.shape[-2:]), **own)
+        kept = [masks[masks.any((1, 2))] for masks in cut.masks]
+        return [Found(masks, images.new_ones(len(masks))) for masks in kept]
 
 
 def nothing(images: Tensor, drop: str) -> Found:

@@ -23,6 +23,7 @@ from lightning_modules.families.graph_cuts import patch_of, stage_cells, stage_g
 from lightning_modules.families.mask_finders import (
     ClassAttention,
     FolderMasks,
+    MaskCutMasks,
     MaskProvider,
     SpectralMasks,
     TokenCutMasks,
@@ -40,6 +41,7 @@ PROVIDERS: dict[str, type[MaskProvider]] = {
     "folder": FolderMasks,
     "attention": ClassAttention,
     "token_cut": TokenCutMasks,
+    "mask_cut": MaskCutMasks,
     "spectral": SpectralMasks,
 }
 """By the names of `method.masks.provider`."""

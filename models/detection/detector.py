@@ -107,12 +107,13 @@ class Detector(nn.Module):
 
     def losses(
         self, levels: Sequence[Tensor], size: tuple[int, int], targets: list[dict[str, Tensor]],
-        keys: Sequence[tuple[int, ...]],
+        keys: Sequence[tuple[int, ...] | None],
     ) -> dict[str, Tensor]:  # fmt: skip
         """`objectness`, `anchor`, `class`, `box` and `mask` (of a cascade `class_1` and so on) of pictures of `size`.
 
         levels: of the backbone, [B,C,h,w], with gradient where it is trained. targets: see `targets_of`. keys: (seed,
-        step, picture) of every picture, for what is drawn. Every rank has to call this in the same steps.
+        step, picture) of every picture, for what is drawn; None: the picture is passed over. Every rank has to call
+        this in the same steps.
         """
         for sampler in (self.proposals.fg_bg_sampler, self.heads.fg_bg_sampler):
             sampler.keys = keys

@@ -17,13 +17,19 @@ class KeyedSampler:
 
     def __init__(self, count: int, positive: float, purpose: str) -> None:
         self.count, self.positive, self.purpose = count, positive, purpose
-        self.keys: Sequence[tuple[int, ...]] = ()
-        """(seed, step, picture) of every picture of the batch; set before the forward pass."""
+        self.keys: Sequence[tuple[int, ...] | None] = ()
+        """(seed, step, picture) of every picture of the batch, None for one that takes no part; set before the forward
+        pass."""
 
     def __call__(self, labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """labels: [N] of every picture, 1 and more positive, 0 negative, -1 neither. Masks of both, per picture."""
         chosen: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for (seed, *numbers), own in zip(self.keys, labels, strict=True):
+        for key, own in zip(self.keys, labels, strict=True):
+            if key is None:
+                for found in chosen:
+                    found.append(torch.zeros_like(own, dtype=torch.bool))
+                continue
+            seed, *numbers = key
             draw = chance.generator(seed, f"detector.{self.purpose}", *numbers)
             left = self.count
             for found, places, most in (

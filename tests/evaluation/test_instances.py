@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from evaluation.instances import Detections, InstanceScore, boxes_of
+from tests.support.ranks import on_two_ranks
 
 KEYS = {f"{kind}_{cut}" for kind in ("box", "mask") for cut in ("AP", "AP50", "AP75")}
 
@@ -46,13 +47,15 @@ def test_perfect_objects_score_a_hundred():
     assert score.compute() == pytest.approx(dict.fromkeys(KEYS, 100.0))
 
 
-def test_a_shifted_object_counts_at_half_overlap_alone():
+def test_a_shifted_object_counts_at_the_bounds_that_it_meets():
     score = InstanceScore()
-    score.update(detections(squares((0, 2)), [1.0]), squares((0, 0)), nobody(1))  # 6/10
+    score.update(detections(squares((0, 1)), [1.0]), squares((0, 0)), nobody(1))  # 7 of 9 columns are common
     found = score.compute()
-    assert found["mask_AP50"] == pytest.approx(100)
-    assert found["mask_AP75"] == 0
-    assert found["box_AP"] == pytest.approx(30)  # 0.5, 0.55 and 0.6 of ten bounds
+    assert found["mask_AP50"] == found["mask_AP75"] == pytest.approx(100)
+    assert found["box_AP"] == pytest.approx(60)  # 0.5 to 0.75, six of ten bounds
+    other = InstanceScore()
+    other.update(detections(squares((0, 2), size=9), [1.0]), squares((0, 0), size=9), nobody(1))  # 7 of 11
+    assert other.compute()["mask_AP75"] == 0
 
 
 def test_what_is_found_twice_and_higher_costs_precision():
@@ -96,3 +99,20 @@ def test_the_best_lies_on_top_in_a_map():
     assert ids[5, 5] == 1
     assert ids[1, 1] == 2
     assert ids[19, 19] == 0
+
+
+def worker(rank):
+    score = InstanceScore()
+    for found, true in list(random_pictures(7, seed=4))[rank::2]:  # four pictures and three
+        score.update(found, true, nobody(4))
+    return score.compute()
+
+
+@pytest.mark.ddp
+def test_two_processes_count_as_one():
+    score = InstanceScore()
+    for found, true in random_pictures(7, seed=4):
+        score.update(found, true, nobody(4))
+    one = score.compute()
+    for two in on_two_ranks(worker):
+        assert two == one

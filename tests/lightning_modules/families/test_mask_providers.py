@@ -11,7 +11,7 @@ import config
 from common.errors import ConfigError
 from engine import setup
 from engine.stages.stage import Stage, summary_text
-from grouping import attention_masks, spectral
+from grouping import attention_masks, maskcut, spectral
 from lightning_modules.families import graph_cuts
 from lightning_modules.families.mask_providers import PROVIDERS, ProvidedMasks, check_masks, mask_provider, refined
 from models.backbone import Backbone
@@ -98,6 +98,18 @@ def test_token_cut_is_that_of_the_method(tiny, pictures):
     keys = graph_cuts.patch_features(tiny, pictures).flatten(2).mT
     cut = spectral.token_cut(spectral.threshold_affinity(keys, 0.3), (6, 8), side="peak")
     assert torch.equal(torch.cat(found(tiny, pictures, "token_cut", tau=0.3, side="peak")), cut.masks)
+
+
+def test_mask_cut_gives_the_masks_that_it_accepts(tiny, pictures):
+    maps = graph_cuts.patch_features(tiny, pictures, "levels")
+    cut = maskcut.mask_cut(graph_cuts.centred(maps).flatten(2).mT, (6, 8), tau=0.25, count=4)
+    masks = found(tiny, pictures, "mask_cut", features="levels", centred=True, tau=0.25, count=4)
+    assert max(map(len, masks)) > 1
+    for own, all_of_it in zip(masks, cut.masks, strict=True):
+        assert torch.equal(own, all_of_it[all_of_it.any((1, 2))])
+    keys = maskcut.mask_cut(graph_cuts.patch_features(tiny, pictures).flatten(2).mT, (6, 8)).masks
+    for own, all_of_it in zip(found(tiny, pictures, "mask_cut"), keys, strict=True):
+        assert torch.equal(own, all_of_it[all_of_it.any((1, 2))])
 
 
 # ---- what is kept ----

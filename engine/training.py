@@ -85,6 +85,8 @@ def _train(cfg: DictConfig) -> dict[str, Any]:
             for phase in phases.left(steps, begun):
                 if phase is not steps[0]:
                     cfg, data, model = prepared(phase)
+                    if isinstance(model, StagedSegmenter):
+                        model.enter(setup.read_checkpoint(checkpoint))
                     run_stage(cfg, data, model, preemption, folder)
                     log.info("phase %d of %d: steps %d to %d", steps.index(phase) + 1, len(steps), *spanned(phase))
                 trainer.fit_loop.epoch_loop.max_steps = phase.last

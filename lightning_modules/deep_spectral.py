@@ -17,13 +17,14 @@ from torch.nn import functional as F
 
 from common import distributed
 from common.errors import ConfigError
-from common.spec import IGNORE, Geometric, Photometric, ViewSpec
+from common.spec import IGNORE, ViewSpec
 from datamodules.base import SegmentationDataModule
 from grouping import spectral
 from lightning_modules.base import Loss
 from lightning_modules.families.cut_regions import RegionSegmenter
 from lightning_modules.families.graph_cuts import graph_vectors
 from lightning_modules.families.objects import ObjectFinder
+from lightning_modules.families.segmenter import augmented, labels_of, trained_groups
 from losses.pseudo_labels import pseudo_label_loss
 from models.backbone import Features
 from models.deeplab import DeepLabHead
@@ -80,17 +81,10 @@ class DeepSpectral(RegionSegmenter, ObjectFinder):
         """A crop of every picture in other colours, which the head learns on."""
         if not self.trains:
             return {}
-        augment = self.cfg.method.augment
-        names = ("brightness", "contrast", "saturation", "hue", "jitter_p", "gray_p", "blur_p")
-        colour = Photometric(**{name: augment[name] for name in names})
-        return {"augmented": ViewSpec(colour, Geometric(scale=tuple(augment.scale), flip_p=0.0))}
+        return augmented(self.cfg.method.augment)
 
     def param_groups(self) -> list[dict[str, Any]]:
-        groups = [{"name": "head", "params": self.head.parameters()}]
-        if not self.backbone.frozen:
-            trained = [value for value in self.backbone.parameters() if value.requires_grad]
-            groups.append({"name": "backbone", "params": trained})
-        return groups
+        return trained_groups(self.head, self.backbone)
 
     def embed(self, features: Features) -> Tensor:
         return F.normalize(features.concat(), dim=1) if self.head is None else self.head(features.levels)
@@ -102,8 +96,7 @@ class DeepSpectral(RegionSegmenter, ObjectFinder):
     def loss(self, views: dict[str, Any], features: Features | None) -> Loss:
         """Self-training: cross-entropy on every pixel that has a pseudo-label."""
         codes = self.embed(self.features(views["augmented"]))
-        labels = views["augmented.pseudo"]
-        labels = torch.where(views["augmented.valid"], labels, IGNORE)
+        labels = labels_of(views)
         known = distributed.total((labels != IGNORE).sum().float())
         world = distributed.world_size()
         loss = pseudo_label_loss(self.head.classify(codes), labels, known) * world

@@ -104,6 +104,19 @@ class Painted(View):
         return paint(masks[order], np.asarray(classes)[order], self.overlap)
 
 
+class Certain(Painted):
+    """As `Painted` with a table of classes, but a mask of class -1 may be anything: its pixels have no label where no
+    other mask took them, and a picture without any other has none at all."""
+
+    def labels(self, record: Record) -> np.ndarray:
+        masks = record.fields["masks"]
+        classes = self.classes[self.first[record.index] :][: len(masks)]
+        if not (classes >= 0).any():
+            return np.full(masks.shape[1:], IGNORE)
+        found = super().labels(record)
+        return np.where((found == 0) & masks[classes < 0].any(0), IGNORE, found)
+
+
 class Saliency(View):
     """The first mask of a picture, its pixels with the picture's cluster + 1; -1 or no entry: the picture is ignored.
 

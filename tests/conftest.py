@@ -35,7 +35,7 @@ SMALL_OF = {
     "method.crops.global_size": "32", "method.crops.local_size": "16", "method.crops.local_count": "2",
     "method.transformer.dropout": "0", "optim.grouping.lr": "1e-3",
     "method.stage.size": "48", "method.stage.batch_size": "2", "method.stage.shard": "6", "method.eigs.k": "5",
-    "method.segments.count": "4", "method.segments.restarts": "1",
+    "method.segments.count": "4", "method.segments.restarts": "1", "method.graph.neighbours": "6",
     "method.crops.max_per_image": "6", "method.crops.size": "32",
     "method.decoder.dim": "16", "method.decoder.heads": "2",
     "method.decoder.dropout": "0", "method.augment.size": "48", "method.restarts.epoch": "null",

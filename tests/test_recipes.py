@@ -55,6 +55,21 @@ OF_METHOD = {
         "method.decoder.dim=24",
         "method.restarts.repeat=1",
     ],
+    "comus": [
+        "method.stage.size=112",
+        "method.objects.size=56",
+        "method.objects.min_area=1",
+        "method.num_clusters=3",
+        "method.graph.neighbours=2",
+        "trainer.max_steps=5",  # one for the first round
+        "method.head.hidden=16",
+    ],
+    "maskdistill": [
+        "method.stage.size=112",
+        "method.num_clusters=3",
+        "method.head.hidden=16",
+        "trainer.max_steps=2",
+    ],
     "context_prediction": ["backbone.create.widths=[8,8,8,8,8,8]", "method.head.channels=8", "method.head.hidden=8"],
     "cooccurrence": ["backbone.create.widths=[8,8,8,8,8,8]", "method.head.channels=8", "method.head.hidden=8"],
     "eagle": ["method.blocks=2"],

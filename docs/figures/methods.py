@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from common.chance import numpy_generator
@@ -11,12 +10,22 @@ from common.spec import IGNORE
 from datamodules.base.regions import RegionPlan, provide
 from docs.figures import drawing
 from docs.figures.drawing import Cell, Grid
-from docs.figures.runs import FOLDER, Seen, staged, trained, untrained
-from engine.stages.panels import cell as stage_cell
+from docs.figures.named_objects import comus, maskdistill
+from docs.figures.runs import FOLDER, staged, trained, untrained
+from docs.figures.shared import (
+    TRAIN,
+    VAL,
+    classes_of,
+    codes_of_clusters,
+    looked_at,
+    of_stage,
+    pair,
+    read,
+    regions,
+)
 from evaluation import readout
 from grouping import spectral
 from grouping.regions import over_segment
-from lightning_modules.base.relations import Seen as Picture
 from lightning_modules.families.graph_cuts import patch_features
 from lightning_modules.patch_pairs.places import cut_picture, draw_pairs
 from losses.concept_contrast import nearest
@@ -25,9 +34,6 @@ from losses.smoothness import soft_labels
 from models.scratch.ordered import past_mask, reading
 from models.vit.masking import block_masks
 from pseudo_labels.views import Segments, Shades, Soft, Strongest
-
-VAL, TRAIN = [1, 4, 7], [3, 20, 41]
-"""Pictures of the scenes that figures are of."""
 
 
 def kmeans_baseline() -> Grid:
@@ -385,57 +391,8 @@ def transfgu() -> Grid:
 FIGURES: dict[str, Callable[[], Grid]] = {
     draw.__name__: draw
     for draw in (
-        autoregressive, cause, context_prediction, cooccurrence, deep_spectral, dino, eagle, hidden_positives, hsg, iic,
-        kmeans_baseline, mdc, normalized_cut, picie, primaps, segsort, smooseg, stego, tokencut, transfgu,
+        autoregressive, cause, comus, context_prediction, cooccurrence, deep_spectral, dino, eagle, hidden_positives,
+        hsg, iic, kmeans_baseline, maskdistill, mdc, normalized_cut, picie, primaps, segsort, smooseg, stego, tokencut,
+        transfgu,
     )
 }  # fmt: skip
-
-
-# ---------------------------------------------------------------------- what several figures share
-
-
-def pair(seen: Seen, batch: dict, row: int, *cells: object) -> list:
-    """The picture, some cells, the truth."""
-    return [drawing.picture(batch["image"][row]), *cells, drawing.truth(batch["label"][row], seen.meta)]
-
-
-def of_stage(seen: Seen, views: dict, counts: dict[str, int]) -> Grid:
-    """Views of an offline stage of training pictures; `counts`: ids of a view that mean the same in every picture."""
-    grid, source = Grid(["picture", *views, "truth"]), seen.data.source("train")
-    for index in TRAIN:
-        image, label = source.read(index)
-        cells = []
-        for name, view in views.items():
-            found = stage_cell(view, index, image.shape[:2])
-            cells.append(found if found.ndim == 3 else drawing.ids(found, counts.get(name)))
-        grid.rows.append([image, *cells, drawing.truth(torch.from_numpy(label), seen.meta)])
-    return grid
-
-
-@torch.inference_mode()
-def read(seen: Seen, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Codes, and the score maps of every probe."""
-    return seen.model.read(images)
-
-
-def codes_of_clusters(seen: Seen, images: Tensor) -> Tensor:
-    """The class that each pixel's k-means cluster was matched to; -1: none."""
-    return classes_of("kmeans", seen, read(seen, images)[1]["kmeans"], images)
-
-
-def classes_of(probe: str, seen: Seen, scores: Tensor, images: Tensor) -> Tensor:
-    """The class that the cluster of each pixel, by a probe's score maps, was matched to; -1: none."""
-    clusters = readout.predict(scores, tuple(images.shape[-2:]))
-    return torch.as_tensor(seen.checkpoint["labelfree"]["clusters"][probe])[clusters]
-
-
-@torch.inference_mode()
-def looked_at(seen: Seen, image: Tensor) -> Picture:
-    """A picture as `relations` wants it."""
-    features = seen.model.features(image[None])
-    return Picture("", image, tuple(image.shape[-2:]), features, seen.model.embed(features))
-
-
-def regions(maps: Tensor, count: int) -> object:
-    """Region ids in colours, dark outside of the picture."""
-    return drawing.ids(maps.where((maps >= 0) & (maps < count), -1), count)

@@ -166,10 +166,10 @@ def prepare(stage: Stage, panels: int, folder: Path | None = None) -> Results:
     if rank_zero_only.rank == 0:
         facts = {name: describe(place) for name, place in stage.places.items()}
         if folder is not None:
-            cache.put(folder / "pseudo_labels.json", json.dumps(facts, indent=2).encode())
+            cache.put(folder / f"{stage.model.stage_files}.json", json.dumps(facts, indent=2).encode())
         views = stage.model.shown(results)
         if views and panels:
-            target = (folder / "panels" if folder is not None else stage.root) / "pseudo_labels.png"
+            target = (folder / "panels" if folder is not None else stage.root) / f"{stage.model.stage_files}.png"
             if folder is None:
                 make_output(stage.root)
             write_panel(target, stage.data, views, panels)

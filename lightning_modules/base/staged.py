@@ -22,6 +22,12 @@ class StagedSegmenter(UnsupervisedSegmenter):
     """
 
     stage_in_training = True
+    stage_files = "pseudo_labels"
+    """Name of its panel and its summary in a run folder; each phase with a stage of its own has another."""
+
+    def enter(self, checkpoint: dict[str, Any]) -> None:
+        """Before the stage of a later phase: the checkpoint that the run goes on from, the last one of the phase before
+        or one from inside this phase. For a stage that looks with what the run has learnt."""
 
     def steps(self, data: "SegmentationDataModule") -> list[Step]:
         """The steps in the order in which they run."""

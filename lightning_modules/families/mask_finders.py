@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -307,6 +307,7 @@ def settled(kind: type[MaskProvider], masks: Any) -> dict[str, Any]:
             raise ConfigError(f"{key}={value}: method.masks.provider={masks.provider} has no such option; {known}")
         default, text = kind.OPTIONS[name]
         rule = rules.read(text) if text else rules.Typed((type(default),))
+        value = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
         refusal = rule.refusal(value)
         if refusal is not None:
             raise ConfigError(f"{key}={value}: {refusal}")

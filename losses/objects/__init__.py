@@ -1,1 +1,1 @@
-"""Losses of methods that find objects first and name them afterwards."""
+"""Losses of methods that begin with objects: contrast of masks, hard pixels."""

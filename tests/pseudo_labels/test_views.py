@@ -11,7 +11,7 @@ from datamodules.base.dataset import Collate, PictureDataset
 from datamodules.base.transforms import Geometry
 from engine.stages.panels import cell, painted
 from pseudo_labels.cache import Place, Record, Records, summary, write_shard
-from pseudo_labels.views import Painted, Saliency, Segments, Soft, Strongest, confident, enlarged, paint
+from pseudo_labels.views import Certain, Painted, Saliency, Segments, Soft, Strongest, confident, enlarged, paint
 
 
 def records(folder, *found: dict, drop: str = "") -> Records:
@@ -99,6 +99,15 @@ def test_masks_are_believed_from_a_score_on_or_the_surest_alone(tmp_path):
     assert confident(scores[:0], 0.9).tolist() == []
     fields = {"masks": MASKS, "scores": np.array([0.4, 0.2, 0.6], np.float32), "classes": np.array([2, 5, 8], np.int16)}
     assert Painted(records(tmp_path, fields), threshold=0.5).read(0, (2, 2)).tolist() == [[0, 0], [9, 9]]
+
+
+def test_masks_without_a_class_have_no_label_and_alone_hide_the_picture(tmp_path):
+    fields = {"masks": MASKS, "scores": np.array([0.9, 0.8, 0.7], np.float32)}
+    found = records(tmp_path, fields, fields, fields)
+    view = Certain(found, np.array([1, -1, -1, -1, -1, -1, -1, 3, 1]), overlap="free_pixels")
+    assert view.read(0, (2, 2)).tolist() == [[2, 2], [255, 255]]
+    assert (view.read(1, (2, 2)) == 255).all()
+    assert view.read(2, (2, 2)).tolist() == [[255, 4], [2, 4]]
 
 
 def test_saliency_and_soft_maps(tmp_path):

@@ -1,0 +1,1 @@
+"""Methods that begin with objects: masks first, found without labels, and classes of them after."""

@@ -1,0 +1,78 @@
+"""Objects that are named by clustering and learnt by a segmenter: what COMUS and MaskDistill share."""
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import distributed
+from common.errors import ConfigError, one_of
+from lightning_modules.base.staged import check_stage
+from lightning_modules.families.mask_providers import ProvidedMasks, check_masks
+from lightning_modules.families.self_training import SelfTrained
+from lightning_modules.objects.crops import VECTORS, ObjectVectors
+from losses.pseudo_labels import pseudo_label_loss
+from pseudo_labels.steps import ReduceStep, Results, Step
+from pseudo_labels.views import Certain, Painted, View
+
+log = logging.getLogger(__name__)
+
+
+class NamedObjects(SelfTrained):
+    """A base: masks -> vectors -> clusters -> labels -> segmenter. A cluster is a class, beside the background."""
+
+    def build(self) -> None:
+        settings = self.cfg.method
+        check_stage(settings.stage, self.backbone)
+        check_masks(settings, self.backbone)
+        one_of("method.objects.vectors", settings.objects.vectors, VECTORS)
+        if settings.num_clusters < 2:
+            raise ConfigError(
+                f"method.num_clusters={settings.num_clusters}: one of them is the background; set 2 or more"
+            )
+        if settings.objects.size is not None:
+            self.backbone.check_size(settings.objects.size, "method.objects.size")
+        if settings.objects.vectors == "crop" and not self.backbone.class_token:
+            log.info("%s has no trained class token: an object is the mean feature of its crop", self.backbone.name)
+        self.build_segmenter()
+
+    @property
+    def clusters(self) -> int:
+        """Classes of objects."""
+        return self.cfg.method.num_clusters - 1
+
+    def naming(self) -> ReduceStep:
+        """The step `clusters`, whose `assignment` int64 [n] is the cluster of every object, -1 where it is not sure."""
+        raise TypeError(f"{type(self).__name__} has to define naming()")
+
+    def first_steps(self, data: Any) -> list[Step]:
+        return [ProvidedMasks(self, data.source("train")), ObjectVectors(self.backbone, self.cfg), self.naming()]
+
+    def first_labels(self, results: Results) -> View:
+        return Certain(results["objects"], results["clusters"]["assignment"], self.cfg.method.overlap)
+
+    def shown(self, results: Results) -> dict[str, View]:
+        if self.round > 1:
+            return super().shown(results)
+        masks = results["masks"]
+        numbers = [np.arange(count) for count in masks.counts("masks")]
+        return {"objects": Painted(masks, np.concatenate(numbers))} | super().shown(results)
+
+    def objective(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Cross-entropy, mean over the labelled pixels of the global batch."""
+        known = distributed.total((labels != 255).sum().float())
+        loss = pseudo_label_loss(logits, labels, known) * distributed.world_size()
+        return loss, known, {"cross_entropy": loss.detach()}
+
+
+def object_rows(results: Results, count: int, device: torch.device) -> Tensor:
+    """Vectors float32 [n,D] of all objects. Raises ConfigError where they do not make `count` clusters."""
+    rows = torch.from_numpy(results["objects"].rows("features")[0]).to(device)
+    if len(rows) < count:
+        raise ConfigError(
+            f"method.num_clusters: the {len(rows)} objects of the training pictures do not make {count} clusters "
+            "beside the background; lower it, method.masks.least or method.objects.min_area, or give more pictures"
+        )
+    return rows

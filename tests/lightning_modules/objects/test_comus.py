@@ -1,0 +1,76 @@
+"""COMUS: its stage, its labels, what it refuses, and that scores do not hang on ranks."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+import config
+from common.errors import ConfigError
+from engine import setup
+from engine.stages.stage import Stage
+from grouping import neighbours
+from pseudo_labels.views import Certain
+from tests.conftest import small_words
+
+
+def built(*words: str):
+    one = "method.masks.objects=union"
+    cfg, data = setup.build_data(config.compose(small_words("comus", one, *words)))
+    return cfg, data, setup.build_model(cfg, data.meta)
+
+
+@pytest.mark.train
+def test_what_is_not_at_a_core_teaches_nothing(tmp_path):
+    cfg, data, model = built(f"cache.dir={tmp_path}", "method.clusters.core=60", "method.num_clusters=4")
+    setup.connect(model, data)
+    results = Stage(cfg, data, model).run()
+    table = results["clusters"]
+    rows = torch.from_numpy(results["objects"].rows("features")[0])
+    own = neighbours.spectral_clusters(neighbours.neighbour_graph(rows, 6), 3, core=60, seed=0)
+    assert np.array_equal(table["labels"], own.labels)
+    assert np.array_equal(table["assignment"], np.where(own.core, own.labels, -1))
+    assert int(table["components"][0]) == own.embedding.components
+    view = model.first_labels(results)
+    assert isinstance(view, Certain)
+    sure = 0
+    for number, (label, core) in enumerate(zip(own.labels.tolist(), own.core.tolist(), strict=True)):
+        found = view.read(number, (48, 48))  # one object a picture
+        assert set(np.unique(found)) == ({0, label + 1} if core else {255})
+        sure += core
+    assert 0 < sure < 22
+    model.staged(results, data)
+    assert data.pseudo.read(0, (48, 48)).tolist() == view.read(0, (48, 48)).tolist()
+
+
+@pytest.mark.train
+def test_vectors_are_crops_where_that_is_asked(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        cfg, data, model = built(f"cache.dir={tmp_path}", "method.objects.vectors=crop", "method.objects.size=32")
+    assert "tiny has no trained class token: an object is the mean feature of its crop" in caplog.text
+    setup.connect(model, data)
+    features = Stage(cfg, data, model).run()["objects"].rows("features")[0]
+    assert features.shape == (22, model.backbone.dim)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["method.num_clusters=1"], "method.num_clusters=1: one of them is the background; set 2 or more"),
+        (["method.objects.size=33"], "method.objects.size: pictures of 33 x 33 px do not fit"),
+        (["method.masks.provider=sam"], "method.masks.provider=sam: not one of"),
+    ],
+)
+def test_refusals(words, message):
+    with pytest.raises(ConfigError) as caught:
+        built(*words)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.train
+def test_too_few_objects_are_refused(tmp_path):
+    cfg, data, model = built(f"cache.dir={tmp_path}", "method.num_clusters=40")
+    setup.connect(model, data)
+    with pytest.raises(ConfigError, match="the 22 objects of the training pictures do not make 39 clusters beside"):
+        Stage(cfg, data, model).run()

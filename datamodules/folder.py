@@ -7,6 +7,7 @@ Layouts, by the names that `layouts.py` knows, in this order:
 2. `images/**` without these two: split as in 1; labels below `labels/` beside it.
 3. any pictures below the folder, split as in 1; labels below `labels/` in it. What looks like labels among pictures
    (`strays.py`) ends in an error.
+Objects one by one, for evaluation alone: pngs in a folder `instances` in the place of `images` (1. and 2.).
 `classes.json` is the list of class names in id order; label values are 0..C-1, or 255 for pixels to ignore. Any picture
 may lack a label.
 """
@@ -27,12 +28,13 @@ from common.names import of_results
 from common.palette import default_palette
 from common.spec import ClassMeta, channels_of
 from datamodules.base import SegmentationDataModule
+from datamodules.base.instances import Instances
 from datamodules.base.listed import Entry, ListedSource, entries_below
 from datamodules.files import ranges, walking
 from datamodules.files.ranges import Range
 from datamodules.files.reading import check_size, read_classes, read_picture
 from datamodules.files.walking import no_pictures
-from datamodules.own import label_look, layouts, picture_look, strays
+from datamodules.own import instance_maps, label_look, layouts, picture_look, strays
 from datamodules.own.label_values import LabelValues
 from datamodules.own.layouts import Part
 from datamodules.own.pairing import other_files, pair
@@ -71,6 +73,12 @@ class FolderSource(ListedSource):
     @property
     def has_classes(self) -> bool:
         return self.classes > 0
+
+    def instances(self, index: int) -> Instances | None:
+        """The objects of a picture by its id map (`own/instance_maps.py`); None where it has none."""
+        picture = self.entries[index].picture
+        path = instance_maps.beside(picture)
+        return None if path is None else instance_maps.read(path, picture)
 
     def mapped(self, entry: Entry, image: np.ndarray) -> np.ndarray | None:
         if not self.classes:

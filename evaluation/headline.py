@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-NAMES = ("miou", "iou", "entropy")
-"""Metrics that can be a headline, the first that is there: of classes, of one object a picture, without labels."""
+NAMES = ("miou", "iou", "mask_AP", "entropy")
+"""Metrics that can be a headline, the first that is there: of classes, of one object a picture, of single objects,
+without labels."""
 SHOWN = {"acc": "acc", "miou": "mIoU", "iou": "IoU", "corloc": "CorLoc", "entropy": "entropy",
+         "mask_AP": "mask AP",
          "confidence": "confidence"}  # fmt: skip
 """Metrics as people write them."""
 
@@ -25,7 +27,8 @@ def key_of(metrics: Mapping[str, Any], stage: str = "val") -> str | None:
 
 def expected(probe: str) -> str:
     """The key that the headline score of a probe has where there are labels, before any run is there."""
-    return f"val/{probe}/{'iou' if probe == 'foreground' else 'miou'}"
+    named = {"foreground": "iou", "instances": "mask_AP"}
+    return f"val/{probe}/{named.get(probe, 'miou')}"
 
 
 def first(probe: str, names: Sequence[str]) -> list[str]:

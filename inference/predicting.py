@@ -29,6 +29,7 @@ from evaluation import readout
 from evaluation.crf import as_bytes
 from inference import asked, naming, windows
 from inference.naming import Legend
+from inference.objects import write_objects
 from inference.overviews import Areas, Overview, overlays_page
 from lightning_modules.base import UnsupervisedSegmenter
 from reporting import panels, report
@@ -49,6 +50,7 @@ def predict(
 
     Ids are those of the probe (`predict.probe`), the same for every picture and every call. `names`: a names file
     (see inference/naming.py), `none`, or None for the one that `clusters` wrote for this checkpoint, where it is there.
+    Of a method that finds objects also `instances/<name>.png` and instances.json, see `objects.write_objects`.
     areas.csv has a row a picture and two columns a name: pixels, and percent of the picture. Clusters of one name are
     one region in overlays, without a border between them. A picture that cannot be read is named and left out.
     Returns what clusters.json holds.
@@ -96,6 +98,8 @@ def predict(
     overview.save(output / "overview.png")
     page = overlays_page(source.resolve().name, legend, areas, probe, checkpoint_path)
     write_text(output / "overlays.html", page)
+    if model.scores_instances:
+        content["objects"] = write_objects(cfg, model, pictures, output)
     report.write_json(output / "clusters.json", content)
     unread = f", {missed} could not be read" if missed else ""
     log.info("%d pictures in %s%s; look at %s", done, output, unread, output / "overlays.html")

@@ -43,6 +43,9 @@ SMALL_OF = {
     "method.concepts": "24", "method.projection_dim": "32", "method.bank": "6",
     "method.start.steps": "3", "method.ema.every": "2",
     "method.kmeans.batch_size": "8", "method.kmeans.first": "2", "method.kmeans.counted": "12",
+    "method.rounds.steps": "4", "method.detector.width": "16", "method.detector.hidden": "32",
+    "method.detector.mask_width": "16", "method.detector.proposals": "32", "method.detector.test_proposals": "24",
+    "method.detector.boxes": "16", "method.detector.anchors": "32", "method.detector.most": "5",
     "backbone.create.width": "4", "backbone.freeze_norms": "true",
 }  # fmt: skip
 """Keys made small where a method, or the backbone that it is at home with, has them. Drop path and dropout are off: a

@@ -53,7 +53,7 @@ def test_last_part_of_a_key_is_found_too():
 def test_unknown_members_name_the_nearest():
     assert message("method=hidden_positive") == "method=hidden_positive: no such method; did you mean hidden_positives?"
     assert message("data=scene") == "data=scene: no such data set; did you mean scenes?"
-    assert message("data=coco").endswith("no such data set; did you mean coco81 or cocostuff171 or cocostuff27?")
+    assert message("data=coco").endswith("no such data set; did you mean coco81 or coco_instances or cocostuff171?")
     assert message("backbone=resnet5").startswith("backbone=resnet5: no such backbone; did you mean resnet50")
 
 

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from common.errors import DataError
 from datamodules.files.opening import opened
 from datamodules.files.walking import files_below
+from datamodules.own.instance_maps import FOLDER as OBJECTS
 from datamodules.own.layouts import LABELS, SPLITS, without_split
 from datamodules.own.pairing import is_label
 
@@ -97,7 +98,7 @@ def _named_after(root: Path, folders: list[Path], pictures: list[str]) -> tuple[
     stems = {_bare(os.path.basename(name)): os.path.relpath(name, root) for name in pictures}
     found: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for name in files_below(root, is_label):
-        outside = not any(folder in (root / name).parents for folder in folders)
+        outside = not any(folder in (root / name).parents for folder in folders) and OBJECTS not in name.split("/")[:-1]
         stem = _bare(os.path.basename(name))
         if outside and "/" in name and stem in stems:
             found[without_split(os.path.dirname(name))].append((stems[stem], name))

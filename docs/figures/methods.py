@@ -1,6 +1,7 @@
 """What each figure shows. `FIGURES`: a function for every method, by its name."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch.nn import functional as F
@@ -24,8 +25,10 @@ from docs.figures.shared import (
     regions,
 )
 from evaluation import readout
+from evaluation.instances import Detections, boxes_of
 from grouping import spectral
 from grouping.regions import over_segment
+from lightning_modules.detection.training import Objects
 from lightning_modules.families.graph_cuts import patch_features
 from lightning_modules.patch_pairs.places import cut_picture, draw_pairs
 from losses.concept_contrast import nearest
@@ -388,11 +391,29 @@ def transfgu() -> Grid:
     return grid
 
 
+def cutler() -> Grid:
+    """MaskCut's masks, what a detector taught by them made of these, what the last one finds, and the things."""
+    words = ("data.train_count=100", "data.batch_size=4", "method.rounds.steps=120", "trainer.max_steps=60")
+    seen = trained("cutler", *words, "method.rounds.sure=[0.5]")
+    found, batch, source = staged(seen), seen.batch("train", TRAIN), seen.data.source("train")
+    seen.model.load_state_dict(seen.checkpoint["state_dict"], strict=False)  # the stage has put the first detector in
+    objects = seen.model.detections(batch["image"], batch["valid"])
+    names = ["MaskCut", "after its\ndetector"]
+    grid = of_stage(seen, {name: Objects(found[f"masks_{number}"]) for number, name in enumerate(names)}, {})
+    grid.columns = [*grid.columns[:-1], "the last\ndetector", "things"]
+    for cells, one, index in zip(grid.rows, objects, TRAIN, strict=True):
+        sure = replace(one, masks=one.masks[:4], scores=one.scores[:4])
+        things = torch.from_numpy(source.instances(index).masks)
+        truth = Detections(things, boxes_of(things), torch.ones(len(things))).id_map()
+        cells[-1:] = [drawing.ids(ids, int(ids.max()) + 1) for ids in (sure.id_map(), truth)]
+    return grid
+
+
 FIGURES: dict[str, Callable[[], Grid]] = {
     draw.__name__: draw
     for draw in (
-        autoregressive, cause, comus, context_prediction, cooccurrence, deep_spectral, dino, eagle, hidden_positives,
-        hsg, iic, kmeans_baseline, maskdistill, mdc, normalized_cut, picie, primaps, segsort, smooseg, stego, tokencut,
-        transfgu,
+        autoregressive, cause, comus, context_prediction, cooccurrence, cutler, deep_spectral, dino, eagle,
+        hidden_positives, hsg, iic, kmeans_baseline, maskdistill, mdc, normalized_cut, picie, primaps, segsort, smooseg,
+        stego, tokencut, transfgu,
     )
 }  # fmt: skip

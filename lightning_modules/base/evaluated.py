@@ -30,6 +30,8 @@ class Evaluated(L.LightningModule):
     classifies: bool
     headline: str
     trains: bool
+    sure: float = 0.5
+    """Score from which an object that the method finds is shown to people."""
     sharpness: float = 2.0
     """What cosines to `prototypes` are multiplied by before the softmax that the dense CRF starts from."""
 

@@ -260,7 +260,8 @@ class TokenCutMasks(MaskProvider):
 
 
 class MaskCutMasks(MaskProvider):
-    """Up to `count` objects, none on another, see `grouping/maskcut.py` (released: tau 0.15, count 3, features keys).
+    """Up to `count` objects, none on another, see `grouping/maskcut.py` (released: features keys,
+    not centred, tau 0.15, count 3).
 
     centred: features less their mean over the picture, where all cosines of a network are high. solver, on_reject,
     orient, overlap, smallest: as there. The objects of a picture are equally sure.
@@ -268,10 +269,10 @@ class MaskCutMasks(MaskProvider):
 
     OPTIONS: ClassVar = {
         "count": (3, "whole(1, 100)"),
-        "tau": (0.15, "number(0, below=1)"),
+        "tau": (0.2, "number(0, below=1)"),
         "eps": (1e-5, "number(above=0, below=1)"),
-        "features": ("keys", "choice(keys, levels)"),
-        "centred": (False, ""),
+        "features": ("levels", "choice(keys, levels)"),
+        "centred": (True, ""),
         "on_reject": ("stop", f"choice({', '.join(maskcut.REJECTIONS)})"),
         "orient": ("peak_then_corners", f"choice({', '.join(maskcut.ORIENTATIONS)})"),
         "overlap": (0.5, "number(0, most=1)"),

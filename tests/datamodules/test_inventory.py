@@ -72,6 +72,7 @@ def test_data_checks_a_folder(capsys, tmp_path, monkeypatch):
         ("kitti", trees.kitti_semantics, ("release=semantics",), set()),
         ("cocostuff171", trees.coco, (), {"train", "val"}),
         ("coco81", trees.coco, (), {"train", "val"}),
+        ("coco_instances", trees.coco_instances, (), {"train", "val"}),
     ],
 )
 def test_data_of_an_incomplete_download(capsys, tmp_path, name, builder, words, failed):

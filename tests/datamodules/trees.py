@@ -2,10 +2,12 @@
 16-bit pngs, void ids, .mat labels, upper-case endings, pictures without labels, odd sizes, other programs' leftovers.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from pycocotools.mask import encode
 from scipy.io import savemat
 
 from tests.datamodules.pictures import noise, save
@@ -49,6 +51,32 @@ def coco(root: Path) -> Path:
         lines(root / "curated" / split / "Coco164kFull_Stuff_Coarse.txt", names[:-1])
         lines(root / "curated" / split / "Coco164kFull_Stuff_Coarse_7.txt", names[:2])
         lines(root / "curated" / split / "Coco164kFew_Stuff_6.txt", names[1:2])
+    return root
+
+
+def coco_instances(root: Path) -> Path:
+    """Three training and two validation pictures: polygons, a compressed code and a group that was not taken apart; the
+    second of val has no object. The COCO-20K list names two of train, as they were called in 2014."""
+    for split, count in (("train2017", 3), ("val2017", 2)):
+        parts = []
+        for i in range(count):
+            height, width = (41, 60) if i % 2 else (60, 41)
+            save(root / "images" / split / f"{i + 1:012d}.jpg", noise(height, width, seed=i))
+            if i == 1:
+                continue
+            group = np.zeros((height, width), np.uint8)
+            group[40:, :10] = 1
+            code = encode(np.asfortranarray(group))
+            squares = [[2, 3, 12, 3, 12, 20, 2, 20], [30, 30, 38, 30, 38, 40, 30, 40]]
+            parts += [
+                {"image_id": i + 1, "segmentation": squares, "iscrowd": 0},
+                {"image_id": i + 1, "segmentation": [[8, 10, 25, 10, 25, 30, 8, 30]], "iscrowd": 0},
+                {"image_id": i + 1, "segmentation": code | {"counts": code["counts"].decode()}, "iscrowd": 1},
+            ]
+        path = root / "annotations" / f"instances_{split}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"annotations": parts}))
+    lines(root / "coco20k.txt", ["COCO_train2014_000000000003.jpg", "train2014/COCO_train2014_000000000001.jpg"])
     return root
 
 
@@ -156,6 +184,7 @@ TREES = {
     "cocostuff27": coco,
     "cocostuff171": coco,
     "coco81": coco,
+    "coco_instances": coco_instances,
     "cityscapes27": cityscapes,
     "potsdam3": potsdam,
     "pascal_voc": voc,

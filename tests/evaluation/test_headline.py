@@ -25,9 +25,10 @@ BASELINE = {
 def test_methods_name_their_headline():
     found = {name: registry.method_class(name).headline for name in registry.names()}
     other = {"kmeans_baseline": "kmeans", "tokencut": "foreground"}
+    other["cutler"] = "instances"
     other |= dict.fromkeys(("context_prediction", "cooccurrence"), "kmeans")
     own = ("cause", "deep_spectral", "normalized_cut", "primaps", "smooseg", "transfgu")
-    own += ("autoregressive", "iic", "mdc", "picie")
+    own += ("autoregressive", "comus", "iic", "maskdistill", "mdc", "picie")
     assert found == {name: other.get(name, "own" if name in own else "cluster") for name in found}
     assert all(registry.method_class(name).title for name in registry.names())
 
@@ -51,6 +52,8 @@ def test_keys_of_the_headline():
     assert headline.key_of({"val/own/miou": 1.0, "val/cluster/miou": 2.0}) == "val/own/miou"  # an old run
     assert headline.key_of({"val/cluster/miou": 2.0}) == "val/cluster/miou"
     assert headline.expected("foreground") == "val/foreground/iou"
+    assert headline.key_of({"headline": "instances", "val/instances/mask_AP": 9.0}) == "val/instances/mask_AP"
+    assert headline.expected("instances") == "val/instances/mask_AP"
 
 
 def test_the_closing_table_leads_with_it():

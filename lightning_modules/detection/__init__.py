@@ -1,0 +1,1 @@
+"""Methods that end in a detector of objects."""

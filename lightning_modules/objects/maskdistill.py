@@ -6,9 +6,11 @@ painted with their cluster, and a segmenter learns them by the pixels that it fi
 `method.round` retrain it on its own predictions, `method.relabel.crf` refines these. Scored as val/own/*. Code:
 wvangansbeke/MaskDistill.
 
-Here, and not as released: without the detector between masks and segmenter (its settings are not in the release), one
-backbone for objects and segmenter, plain k-means in place of mini-batches with keyed starts, ties of the attention mask
-in raster order, clusters of a class are found anew in every validation and not on boxes of training pictures.
+`method.detector.kind` puts a detector between, which learns the named masks and says again what pictures hold.
+
+Here, and not as released: no detector unless it is asked for (its settings are not in the release), one backbone for
+objects, detector and segmenter, plain k-means in place of mini-batches with keyed starts, ties of the attention mask in
+raster order, clusters of a class are found anew in every validation and not on boxes of training pictures.
 """
 
 from typing import Any
@@ -19,9 +21,11 @@ from torch import Tensor
 
 from common import distributed
 from common.spec import IGNORE
+from lightning_modules.objects.detecting import Confident, NamedDetector, new_detector
 from lightning_modules.objects.named import NamedObjects, object_rows
 from losses.objects.hard_pixels import hard_pixel_loss
-from pseudo_labels.steps import ReduceStep, Results
+from pseudo_labels.steps import ReduceStep, Results, Step
+from pseudo_labels.views import Segments, View
 from retrieval import kmeans, whitening
 
 
@@ -30,8 +34,39 @@ class MaskDistill(NamedObjects):
 
     title = "MaskDistill"
 
+    @property
+    def detects(self) -> bool:
+        """Whether a detector stands between objects and segmenter."""
+        return self.cfg.method.detector.kind != "none"
+
+    def build(self) -> None:
+        super().build()
+        if self.detects:
+            new_detector(self.cfg, self.backbone)  # refuses what cannot be, before a picture is read
+
     def naming(self) -> ReduceStep:
         return WhitenedNames(self.cfg, self.clusters)
+
+    def first_steps(self, data: Any) -> list[Step]:
+        found = super().first_steps(data)
+        return (
+            [*found, NamedDetector(self.cfg, self.backbone), Confident(self.cfg, self.backbone)]
+            if self.detects
+            else found
+        )
+
+    def first_labels(self, results: Results) -> View:
+        return Segments(results["confident"], None) if self.detects else super().first_labels(results)
+
+    def shown(self, results: Results) -> dict[str, View]:
+        found = super().shown(results)
+        if self.round > 1 or not self.detects:
+            return found
+        return {
+            "objects": found["objects"],
+            "named": super().first_labels(results),
+            "pseudo-labels": found["pseudo-labels"],
+        }
 
     def objective(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Cross-entropy of the hardest pixels of the global batch."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -36,3 +37,14 @@ class FPN(nn.Module):
                 total = F.interpolate(total, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
             total = total + lateral
         return total
+
+    @torch.no_grad()
+    def begin(self, weight: Tensor, bias: Tensor) -> None:
+        """Let the maps be weight @ features + bias: weight [D,C] of the channels of all levels in their order, bias
+        [D], D at most `dim`; further channels are 0. Enlargement is linear, so it may come after."""
+        parts = weight.split([lateral.in_channels for lateral in self.laterals], dim=1)
+        for lateral, part in zip(self.laterals, parts, strict=True):
+            lateral.weight.zero_()
+            lateral.bias.zero_()
+            lateral.weight[: len(part), :, 0, 0] = part
+        self.laterals[self.order[0]].bias[: len(bias)] = bias

@@ -23,6 +23,7 @@ from datamodules.base import sampling
 from evaluation.readouts import Readout
 from lightning_modules.base import UnsupervisedSegmenter
 from lightning_modules.clustered.scored import ClassifierScore
+from lightning_modules.families import head_start
 from losses import clusters
 from losses.clusters import Targets
 from models.backbone import Features
@@ -152,6 +153,18 @@ class ClusterRounds(UnsupervisedSegmenter):
         return torch.special.entr(shares / shares.sum(1, keepdim=True)).sum(1).exp().mean()
 
     # ------------------------------------------------------------------ a round
+
+    @torch.no_grad()
+    def prepare(self, loader: Callable[..., Any]) -> None:
+        """The decoder's start, see `method.head_start`; the network reads pictures in training mode, as in a round."""
+        if self.cfg.method.head_start == "random":
+            return
+
+        def features(batch: dict[str, Any]) -> Tensor:
+            return self.backbone.features(batch["image"].to(self.device), grad=False).concat()
+
+        width = sum(self.backbone.channels)
+        self.head.begin(*head_start.principal(loader, features, width, self.code_dim, self.device))
 
     @property
     def epoch_steps(self) -> int:

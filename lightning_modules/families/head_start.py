@@ -33,18 +33,29 @@ def begin(
     if method.cfg.method.head_start == "random":
         return False
     head = method.head
-    width, weight = head.in_dim, head.linear.weight
-    moments = Moments.none(width, weight.device)
-    for batch in loader("train", "train", order="shuffled", limit=LOOKED, purpose="head.start"):
-        maps = method.frozen_features("train", batch).concat() if features is None else features(batch)
-        moments = moments + Moments.of(maps.transpose(0, 1).flatten(1).T)
-    moments = moments.of_all_ranks()
-    found = min(head.dim, width)
-    directions = moments.directions(found)
+
+    def frozen(batch: dict[str, Any]) -> Tensor:
+        return method.frozen_features("train", batch).concat()
+
+    weight, bias = principal(loader, features or frozen, head.in_dim, head.dim, head.linear.weight.device)
     last = [head.linear, *([head.nonlinear[2]] if head.nonlinear is not None else [])]
     for layer in last:
         layer.weight.zero_()
         layer.bias.zero_()
-    weight[:found, :, 0, 0] = directions.to(weight)
-    head.linear.bias[:found] = -(directions @ (moments.sum / moments.count)).to(weight)
+    head.linear.weight[: len(weight), :, 0, 0] = weight
+    head.linear.bias[: len(bias)] = bias
     return True
+
+
+@torch.no_grad()
+def principal(
+    loader: Callable[..., Any], features: Callable[[dict[str, Any]], Tensor], width: int, dim: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Weight [D,C] and bias [D], float32, of the linear map to features less their mean along their first principal
+    directions; D: `dim`, at most `width`, the channels C. Sees `LOOKED` training pictures. A collective."""
+    moments = Moments.none(width, device)
+    for batch in loader("train", "train", order="shuffled", limit=LOOKED, purpose="head.start"):
+        moments = moments + Moments.of(features(batch).transpose(0, 1).flatten(1).T)
+    moments = moments.of_all_ranks()
+    directions = moments.directions(min(dim, width))
+    return directions.float(), -(directions @ (moments.sum / moments.count)).float()

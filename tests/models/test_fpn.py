@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from models.backbone import Backbone
+from models.features import Features
 from models.fpn import FPN
 from tests.models.networks import make_cfg, make_cnn
 
@@ -40,3 +41,17 @@ def test_every_level_of_a_backbone_is_reached_by_the_gradient(cfg, cells):
     maps.square().mean().backward()
     assert all(own.weight.grad.abs().sum() > 0 for own in fpn.laterals)
     assert all(p.grad is not None for p in backbone.parameters() if p.requires_grad)
+
+
+def test_a_start_is_a_linear_map_of_all_levels_together():
+    """Though levels are enlarged behind their laterals here, and before the map there."""
+    draw = torch.Generator().manual_seed(0)
+    levels = [torch.randn(2, c, side, side, generator=draw) for c, side in ((8, 3), (4, 12))]
+    fpn = FPN([8, 4], [16, 4], 7)
+    weight, bias = torch.randn(5, 12, generator=draw), torch.randn(5, generator=draw)
+    fpn.begin(weight, bias)
+    expected = torch.einsum("dc,bchw->bdhw", weight, Features(levels).concat()) + bias[:, None, None]
+    found = fpn(levels)
+    assert torch.allclose(found[:, :5], expected, atol=1e-5)
+    assert not found[:, 5:].any()
+    assert all(own.weight.requires_grad for own in fpn.laterals)

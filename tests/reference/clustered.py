@@ -64,6 +64,7 @@ def words(case: Case) -> list[str]:
         f"method.kmeans.first={int(case['cfg_init_batches'])}",
         f"method.kmeans.group={int(case['cfg_update_batches'])}",
         f"method.kmeans.iterations={int(case['cfg_kmeans_iterations'])}",
+        "method.head_start=random",
         "method.kmeans.init=random",
         "method.kmeans.points=100000000",
         "method.kmeans.pictures=null",

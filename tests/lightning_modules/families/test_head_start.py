@@ -9,9 +9,11 @@ from engine import setup
 from tests.conftest import run_small, small_words
 from tests.test_ddp import expect_equal, run_two
 
-METHODS = ("stego", "smooseg", "eagle", "cause", "hidden_positives")
+METHODS = ("stego", "smooseg", "eagle", "cause", "hidden_positives", "picie", "mdc")
 START = ("method.head_start=principal", "method.dim=6")
 STILL = ("optim.head.lr=0", "trainer.max_steps=1", "evaluation.panels=0", "evaluation.kmeans.pictures=4")
+TRAINED = ("picie", "mdc")
+"""Methods that train the network, and whose decoder reads levels."""
 
 
 def begun(folder, method, *words):
@@ -22,7 +24,8 @@ def begun(folder, method, *words):
     made = setup.restore_model(checkpoint, cfg, data.meta, True)
     with torch.no_grad():
         found = [made.features(batch["image"]) for batch in data.loader("train", "train")]
-        maps = [torch.cat([f.concat(), made.head(f.concat())], dim=1) for f in found]
+        read = [made.head(f.levels if method in TRAINED else f.concat()) for f in found]
+        maps = [torch.cat([f.concat(), codes], dim=1) for f, codes in zip(found, read, strict=True)]
     rows = torch.cat([both.transpose(0, 1).flatten(1).T for both in maps]).double()
     return made, rows[:, :-6], rows[:, -6:]
 
@@ -31,6 +34,7 @@ def begun(folder, method, *words):
 @pytest.mark.parametrize("method", METHODS)
 def test_codes_keep_the_variance_that_six_directions_can(method, tmp_path):
     words = ["phases=[{share: 1, method.phase: head}]"] if method == "cause" else []
+    words += ["optim.backbone.lr=0"] if method in TRAINED else []
     made, features, codes = begun(tmp_path, method, *words)
     kept = torch.linalg.eigvalsh(features.T.cov())[-6:].flip(0)
     covariance = codes.T.cov()

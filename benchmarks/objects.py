@@ -1,4 +1,4 @@
-"""The costly pieces of EAGLE beside their plain formulation, in one run.
+"""The costly pieces of EAGLE and MaskContrast beside their plain formulation, in one run.
 
 `python -m benchmarks.objects [--threads T] [--repeats R] [--allocator default|tuned] [--only WORD] [--quick]`
 
@@ -6,6 +6,8 @@ cue: eigenvectors 2 to 4 of two views of a batch of pictures; plain as released,
 Laplacian from dense inverses. The answer is the sum of their absolute values. medoids: of a batch in which one segment
 has most patches, as with ids of all pictures; plain: the distances of an id's members at once. The answer is the sum of
 the rows' numbers. correspondence: 28 x 28 sample points, forward and backward; plain: all pairs of a batch at once.
+masks: object pixels of pictures of 224 px against prototypes, forward and backward to maps of 28 x 28; plain: the
+enlarged maps of a batch, and all pixels times all prototypes, at once.
 """
 
 import sys
@@ -19,6 +21,7 @@ from torch.nn import functional as F
 from benchmarks.harness import Piece, run
 from grouping import eicue
 from losses import adaptive_shift, correspondence, object_contrast
+from losses.objects import mask_contrast
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -94,7 +97,7 @@ def pairs(pictures: int, side: int, dim: int) -> tuple[tuple[Tensor, Tensor], tu
     return tuple(part.to(DEVICE) for part in maps[:2]), tuple(part.to(DEVICE) for part in maps[2:])
 
 
-def _step(codes: tuple[Tensor, Tensor], loss: Callable[[tuple[Tensor, Tensor]], Tensor]) -> float:
+def _step(codes: tuple[Tensor, ...], loss: Callable[[tuple[Tensor, ...]], Tensor]) -> float:
     leaves = tuple(code.detach().requires_grad_() for code in codes)
     total = loss(leaves)
     total.backward()
@@ -121,12 +124,45 @@ def correspondence_plain(**settings: int) -> Callable[[], float]:
     return lambda: _step(codes, loss)
 
 
+def masked(pictures: int, side: int, dim: int, queue: int) -> dict[str, Tensor]:
+    """Maps [B,D,side,side], masks bool eight times as large, prototypes with those of a queue, and their weights."""
+    draws = torch.Generator().manual_seed(0)
+    masks = torch.rand(pictures, 8 * side, 8 * side, generator=draws) < 0.35
+    bank = F.normalize(torch.randn(pictures + queue, dim, generator=draws), dim=1)
+    given = {"maps": torch.randn(pictures, dim, side, side, generator=draws), "masks": masks, "prototypes": bank}
+    given["weights"] = mask_contrast.class_weights(F.pad(masks.sum((1, 2)), (0, queue)))
+    return {name: value.to(DEVICE) for name, value in given.items()}
+
+
+def masks_ours(**settings: int) -> Callable[[], float]:
+    given = masked(**settings)
+    own = torch.arange(settings["pictures"], device=DEVICE)
+    return lambda: _step(
+        (given["maps"],),
+        lambda leaf: mask_contrast.object_contrast(**(given | {"maps": leaf[0]}), temperature=0.5, own=own),
+    )
+
+
+def masks_plain(**settings: int) -> Callable[[], float]:
+    given = masked(**settings)
+    own = torch.arange(settings["pictures"], device=DEVICE).repeat_interleave(given["masks"].sum((1, 2)))
+
+    def loss(leaf: tuple[Tensor]) -> Tensor:
+        large = F.interpolate(leaf[0], size=given["masks"].shape[1:], mode="bilinear", align_corners=False)
+        rows = F.normalize(large, dim=1).permute(0, 2, 3, 1)[given["masks"]]
+        return F.cross_entropy(rows @ given["prototypes"].T / 0.5, own, given["weights"])
+
+    return lambda: _step((given["maps"],), loss)
+
+
 def pieces(quick: bool) -> list[Piece]:
     """What is compared, at the sizes that are asked for or at tiny ones."""
     module = "benchmarks.objects"
     cue = {"pictures": 4, "side": 28, "dim": 512}
     rows, sampled = {"patches": 12_544, "dim": 128}, {"pictures": 64, "side": 28, "dim": 64}
+    contrast = {"pictures": 16, "side": 28, "dim": 32, "queue": 256}
     if quick:
+        contrast = {"pictures": 2, "side": 4, "dim": 8, "queue": 6}
         cue, rows = {"pictures": 2, "side": 15, "dim": 16}, {"patches": 1200, "dim": 16}
         sampled = {"pictures": 2, "side": 6, "dim": 8}
     chosen = [
@@ -136,13 +172,17 @@ def pieces(quick: bool) -> list[Piece]:
             f"correspondence, {sampled['pictures']} x {sampled['side']} x {sampled['side']}", module,
             "correspondence_plain", "correspondence_ours", sampled, None, 2.0,
         ),
+        Piece(
+            f"masks, {contrast['pictures']} pictures, {contrast['pictures'] + contrast['queue']} prototypes", module,
+            "masks_plain", "masks_ours", contrast, 1.0, 5.0,
+        ),
     ]  # fmt: skip
     return [replace(piece, faster=None, smaller=None) for piece in chosen] if quick else chosen
 
 
 def main(words: list[str] | None = None) -> int:
     """Measure and print the table."""
-    return run("objects", __doc__, pieces, "cue, medoids, correspondence", words)
+    return run("objects", __doc__, pieces, "cue, medoids, correspondence, masks", words)
 
 
 if __name__ == "__main__":

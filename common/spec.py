@@ -129,6 +129,19 @@ class RegionSpec:
 
 
 @dataclass(frozen=True)
+class Cover:
+    """What a view has to show of one value of a map that is carried along, so that it is no crop beside the object or
+    inside of it. Views that name an equal cover are drawn anew together until all of them show it."""
+
+    map: str = "pseudo"
+    value: int = 1
+    share: tuple[float, float] = (0.01, 0.99)
+    """Of the view's pixels, both ends included."""
+    tries: int = 3
+    """Draws of the crop; where none will do, the views show the whole picture."""
+
+
+@dataclass(frozen=True)
 class ViewSpec:
     """A view of the batch that a method asks for: `{"augmented": ViewSpec(photometric=Photometric())}`.
 
@@ -139,6 +152,7 @@ class ViewSpec:
     geometric: Geometric | None = None
     affine: Affine | None = None
     source: str = "image"
+    cover: Cover | None = None
     of_epoch: bool = False
     """Whether the draws belong to (epoch, picture), so that every pass over the pictures of an epoch sees the same
     view; else to the step and the place in its batch."""

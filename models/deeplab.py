@@ -64,6 +64,20 @@ class DeepLabHead(nn.Module):
         return self.classifier(codes)
 
 
+class MaskHead(DeepLabHead):
+    """A DeepLab head for pixels of objects: `classify` gives their embeddings [B,dim,h,w] of codes, `salience` the
+    logit of being one, [B,h,w]. Source: MaskContrast (Van Gansbeke et al., ICCV 2021)."""
+
+    def __init__(
+        self, channels: Sequence[int], dim: int, hidden: int, rates: Sequence[int], norm: str, dropout: float
+    ) -> None:
+        super().__init__(channels, dim, hidden, rates, norm, dropout)
+        self.object = nn.Conv2d(hidden, 1, 1, bias=False)
+
+    def salience(self, codes: Tensor) -> Tensor:
+        return self.object(codes)[:, 0]
+
+
 def _block(in_dim: int, dim: int, side: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(in_dim, dim, side, padding=side // 2, bias=False), nn.BatchNorm2d(dim), nn.ReLU())
 

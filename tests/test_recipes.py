@@ -77,13 +77,22 @@ OF_METHOD = {
     "picie": ["method.view_size=56"],
     "mdc": ["method.view_size=56"],
     "autoregressive": ["backbone.create.width=4"],
+    "maskcontrast": [
+        "method.masks.provider=spectral",
+        "method.stage.size=112",
+        "method.stage.shard=2",
+        "method.queue.size=4",
+        "method.augment.size=64",
+        "method.head.hidden=16",
+        "evaluation.posthoc.epochs=1",
+    ],
     "iic": ["method.over_clusters=9", "method.half_side=2"],
     "dino": ["method.head.out_dim=64", "method.crops.local_count=2", "data.train_size=128"],
 }
 
 """What makes the other sizes of a method small, where it has any."""
 
-WHOLE = ("resnet18", "resnet50", "resnet101", "selfpatch_vits16", "tiny", "net10a", "ordered")
+WHOLE = ("resnet18", "resnet50", "resnet101", "moco_v2_resnet50", "selfpatch_vits16", "tiny", "net10a", "ordered")
 """Backbones whose depth is not set here: they have none, their file lists the arguments that may be given, or they are
 small and read at late blocks."""
 
@@ -323,3 +332,18 @@ def test_published_figures_are_those_of_the_metrics():
         for key, value in config.published(name).items():
             assert re.fullmatch(r"(cluster|kmeans|own|linear|retrieval)(_crf)?/(acc|miou)", key), name
             assert 0 < value < 100, name
+
+
+@pytest.mark.parametrize("name", [name for name in config.names("experiment") if name.startswith("maskcontrast")])
+def test_recipes_of_maskcontrast_hold_the_released_values(name):
+    """The settings of the release (wvangansbeke/Unsupervised-Semantic-Segmentation), without and with supervision."""
+    cfg = config.compose([f"experiment={name}", "data.root=x", "backbone.weights=none"])
+    method, head, taught = cfg.method, cfg.optim.head, "moco" not in name
+    assert (cfg.data.batch_size, method.queue.size) == ((64, 128) if taught else (128, 256))
+    assert list(method.freeze) == (["conv1", "bn1", "layer1", "layer2"] if taught else [])
+    assert (method.dim, method.temperature, method.momentum, method.schedule_by) == (32, 0.5, 0.999, "epoch")
+    assert (method.head.hidden, list(method.head.rates), method.head.dropout) == (256, [12, 24, 36], 0.5)
+    assert cfg.optim.head == cfg.optim.backbone
+    assert (head.optimizer, head.lr, head.weight_decay, head.schedule, head.power) == ("sgd", 4e-3, 1e-4, "poly", 0.9)
+    assert (cfg.trainer.max_epochs, cfg.backbone.output_stride, method.augment.size) == (40, 8, 224)
+    assert (cfg.evaluation.matching, cfg.evaluation.absent, method.own.split) == ("hungarian_iou", "zero", "val")

@@ -76,6 +76,8 @@ class PictureDataset(Dataset):
 
     neighbours: int64 [items,k]; each item then comes with one of the k items of its row, drawn by (pass, index) and cut
     and mirrored by a draw of its own.
+
+    usable: bool [pictures]; one of those that are takes the place of each that is not, as of one that cannot be read.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class PictureDataset(Dataset):
         regions: IdMaps | None = None,
         pseudo: IdMaps | None = None,
         instances: bool = False,
+        usable: np.ndarray | None = None,
     ) -> None:
         self.source = source
         self.geometry = geometry
@@ -108,6 +111,8 @@ class PictureDataset(Dataset):
         self.extra = {name: files for name, files in (("regions", regions), ("pseudo", pseudo)) if files is not None}
         self.kept_maps: dict[tuple[str, int], np.ndarray] = {}
         self.instances = instances and hasattr(source, "instances")
+        self.usable = None if usable is None else np.repeat(usable, geometry.crops)
+        self.pool = None if usable is None else np.flatnonzero(self.usable)
 
     def __len__(self) -> int:
         return len(self.source) * self.geometry.crops
@@ -133,13 +138,14 @@ class PictureDataset(Dataset):
         item, taken = Item(), wanted
         for attempt in range(REPLACEMENTS + 1):
             try:
-                return self._read(item, purpose, number, index, taken)
+                if self.usable is None or self.usable[taken]:
+                    return self._read(item, purpose, number, index, taken)
             except UnreadableError as error:
                 item.broken.append((error.file, str(error)))
             if not self.replace_broken:
                 return item
             draw = chance.numpy_generator(self.seed, f"{purpose}.replacement", number, index, attempt)
-            taken = int(draw.integers(len(self)))
+            taken = int(draw.integers(len(self)) if self.pool is None else draw.choice(self.pool))
         raise DataError(f"{item.broken[0][1]}; {REPLACEMENTS} other pictures in its place cannot be read either")
 
     def _read(self, item: Item, purpose: str, number: int, index: int, taken: int) -> Item:

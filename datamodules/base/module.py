@@ -59,7 +59,9 @@ class SegmentationDataModule(L.LightningDataModule):
     of it, for backbones that need whole patches), both before the loaders are made. So it does with `neighbours`, an
     int64 array [training items, k], where the method wants a near picture beside each, and with `regions`, a
     `regions.RegionFiles` of the training pictures, where it wants contour regions, and with `pseudo`, a
-    `pseudo_labels.views.View` of them, where it learns from pseudo-labels; `instances` where validation scores objects.
+    `pseudo_labels.views.View` of them, where it learns from pseudo-labels, and with `usable`, bool [pictures], where it
+    learns from some of them alone: another picture takes the place of each of the others. `instances`: True where
+    validation scores objects.
 
     A batch: `image` float32 [B,3,H,W] in 0..1, not normalised; `label` int64 [B,H,W], 255 = ignore (absent when the
     data has none); `valid` bool [B,H,W], false on padding; `index` int64 [B], position in the data set (with
@@ -85,6 +87,7 @@ class SegmentationDataModule(L.LightningDataModule):
         self.regions: RegionFiles | None = None
         self.pseudo: Any = None
         self.instances = False
+        self.usable: np.ndarray | None = None
         self.view_steps: int | None = None
         self.meta = ClassMeta()
         self.broken = {split: BrokenFiles(split, float(self.data.max_broken)) for split in ("train", "val")}
@@ -149,6 +152,7 @@ class SegmentationDataModule(L.LightningDataModule):
         regions: RegionFiles | None = None,
         pseudo: Any = None,
         instances: bool = False,
+        usable: np.ndarray | None = None,
     ) -> PictureDataset:
         """The map-style data set behind a loader; takes keys (pass, index) or plain indices."""
         source = self.source(split) if isinstance(split, str) else split
@@ -166,6 +170,7 @@ class SegmentationDataModule(L.LightningDataModule):
             regions=regions,
             pseudo=pseudo,
             instances=instances,
+            usable=usable,
         )
 
     def _decoded(self, split: str, geometry: Geometry, make: bool) -> DecodedStore | None:
@@ -270,6 +275,7 @@ class SegmentationDataModule(L.LightningDataModule):
             neighbours=self.neighbours,
             regions=self.regions,
             pseudo=self.pseudo,
+            usable=self.usable,
         )
         return self._loader(data, order, "train", len(order) * local, persistent=True)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from common import chance, distributed
 from common.errors import ConfigError
 from common.spec import IGNORE, OUTSIDE, Photometric, ViewSpec
-from datamodules.base import affine
+from datamodules.base import affine, covering
 from datamodules.base.transforms import Replay, draw_geometry, identity, replay, take
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -49,6 +49,7 @@ def make_views(
     Raises ConfigError for a source or a name that cannot be.
     """
     rank, world = distributed.rank(), distributed.world_size()
+    chosen = covering.geometries(batch, specs, seed, step)
     for name, spec in specs.items():
         _check(name, spec, batch)
         image = batch[spec.source]
@@ -59,7 +60,9 @@ def make_views(
             drawn, number, rows = count * world, step, slice(rank * count, (rank + 1) * count)
         with torch.no_grad():
             params = identity(count, frame, image.device)
-            if spec.geometric is not None:
+            if name in chosen:
+                params = chosen[name]
+            elif spec.geometric is not None:
                 params = take(_geometry(spec, drawn, frame, seed, name, number), rows, image.device)
             view = replay(image, params, "bilinear")
             if spec.photometric is not None:

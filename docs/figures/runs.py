@@ -49,7 +49,8 @@ class Seen:
         return make_views(batch, self.model.views, self.data.seed, 0, self.data.epoch_of(0))
 
     def _collated(self, split: str, chosen: list[int], geometry: Any) -> dict[str, Any]:
-        data = self.data.dataset(split, geometry, "figures", regions=self.data.regions if split == "train" else None)
+        maps = {"regions": self.data.regions, "pseudo": self.data.pseudo} if split == "train" else {}
+        data = self.data.dataset(split, geometry, "figures", **maps)
         return Collate(self.model.pad_multiple)([data[index] for index in chosen])
 
 

@@ -21,8 +21,9 @@ class CompositeOptimizer(Optimizer):
     A group is `{name, params, optimizer, lr, weight_decay, schedule, warmup, clip_norm, clip_value, owner}`; `owner` is
     `method` or `probe`. It may also have `lr_end` (where the schedule ends, default 0), `weight_decay_end` (the decay
     follows a cosine from `weight_decay` to it), `clip_each` (norm limit of every single parameter), `momentum` (of
-    sgd), and what `schedule_factor` takes besides: `warmup_from`, `power`, `milestones`, `drop`. With `skip_method`
-    set, the next step leaves parameters and state of the method's groups as they are.
+    sgd), `hold` (steps between two changes of its schedule, default 1), and what `schedule_factor` takes besides:
+    `warmup_from`, `power`, `milestones`, `drop`. With `skip_method` set, the next step leaves parameters and state of
+    the method's groups as they are.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
@@ -136,6 +137,7 @@ def cosine(start: float, end: float, step: int, total: int) -> float:
 
 def scheduled(group: dict[str, Any], step: int, total: int) -> dict[str, float]:
     """The learning rate and the weight decay of a group at `step` (0-based) of `total` steps."""
+    step -= step % (group.get("hold") or 1)
     shape = {key: group[key] for key in ("warmup_from", "power", "milestones", "drop") if key in group}
     factor = schedule_factor(group["schedule"], step, total, group["warmup"], **shape)
     end = 0.0 if step < group["warmup"] else group.get("lr_end") or 0.0

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from common.errors import ConfigError
-from models.deeplab import DeepLabHead
+from models.deeplab import DeepLabHead, MaskHead
 
 SETTINGS = {"hidden": 16, "rates": [1, 2], "norm": "group", "dropout": 0.0}
 
@@ -51,3 +51,11 @@ def test_refusals(wrong):
     assert str(caught.value) == REFUSED[wrong]
     with pytest.raises(ConfigError, match="expected dilations of at least 1"):
         DeepLabHead([6], 5, **(SETTINGS | {"rates": []}))
+
+
+def test_the_mask_head_gives_embeddings_and_one_logit():
+    head = MaskHead([6, 9], 5, **SETTINGS)
+    codes = head([torch.randn(2, 6, 8, 8), torch.randn(2, 9, 4, 4)])
+    assert head.classify(codes).shape == (2, 5, 8, 8)
+    assert head.salience(codes).shape == (2, 8, 8)
+    assert torch.equal(head.salience(0 * codes), torch.zeros(2, 8, 8))  # no bias: nothing seen is nothing said

@@ -44,6 +44,7 @@ def test_every_kind_of_the_foundation_has_a_case():
         "finetune_step training",
         "primaps": "principal_direction mask_stack refine_labels assign_classes focal_loss ema cluster_loss pca_init "
         "metrics training",
+        "maskcontrast": "contrastive balanced_bce image_embedding cluster_eval training",
         "autoregressive": "masked_conv orderings mi_loss residual_block decoder attention",
         "iic": "loss_collapsed loss_uncollapsed match sobel head trunk_narrow",
         "classic_priors": "context_patches cooccurrence_patches patch_pair context_loss cooccurrence_loss",

@@ -134,6 +134,8 @@ def test_poly_and_step_fall_as_released():
     assert schedule_factor("poly", 120, 100) == 0.0
     group = {"schedule": "poly", "warmup": 0, "base_lr": 2.0, "power": 1.0}
     assert scheduled(group, 50, 100) == {"lr": 1.0}
+    rates = [scheduled({**group, "hold": 25}, step, 100)["lr"] for step in (0, 24, 25, 49, 99)]
+    assert rates == [2.0, 2.0, 1.5, 1.5, 0.5]
 
 
 def test_warm_up_is_linear_and_ends_at_one():

@@ -9,8 +9,11 @@ from torch import Tensor
 
 from common import distributed
 from common.errors import ConfigError, one_of
+from evaluation import readout
+from grouping import masks
 from lightning_modules.base.staged import check_stage
 from lightning_modules.families.mask_providers import ProvidedMasks, check_masks
+from lightning_modules.families.objects import ObjectFinder
 from lightning_modules.families.self_training import SelfTrained
 from lightning_modules.objects.crops import VECTORS, ObjectVectors
 from losses.pseudo_labels import pseudo_label_loss
@@ -20,8 +23,11 @@ from pseudo_labels.views import Certain, Painted, View
 log = logging.getLogger(__name__)
 
 
-class NamedObjects(SelfTrained):
-    """A base: masks -> vectors -> clusters -> labels -> segmenter. A cluster is a class, beside the background."""
+class NamedObjects(SelfTrained, ObjectFinder):
+    """A base: masks -> vectors -> clusters -> labels -> segmenter.
+
+    A cluster is a class, beside the background; what the segmenter calls no background is read out as val/foreground/*.
+    """
 
     def build(self) -> None:
         settings = self.cfg.method
@@ -37,6 +43,14 @@ class NamedObjects(SelfTrained):
         if settings.objects.vectors == "crop" and not self.backbone.class_token:
             log.info("%s has no trained class token: an object is the mean feature of its crop", self.backbone.name)
         self.build_segmenter()
+        self.build_foreground()
+
+    @torch.no_grad()
+    def objects(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the segmenter sees any object."""
+        logits = self.classify(self.embed(self.features(images)))
+        found = readout.predict(logits, tuple(images.shape[-2:])) > 0
+        return found, torch.stack([masks.tight_box(mask) for mask in found])
 
     @property
     def clusters(self) -> int:
@@ -56,9 +70,9 @@ class NamedObjects(SelfTrained):
     def shown(self, results: Results) -> dict[str, View]:
         if self.round > 1:
             return super().shown(results)
-        masks = results["masks"]
-        numbers = [np.arange(count) for count in masks.counts("masks")]
-        return {"objects": Painted(masks, np.concatenate(numbers))} | super().shown(results)
+        found = results["masks"]
+        numbers = [np.arange(count) for count in found.counts("masks")]
+        return {"objects": Painted(found, np.concatenate(numbers))} | super().shown(results)
 
     def objective(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Cross-entropy, mean over the labelled pixels of the global batch."""

@@ -7,6 +7,7 @@ from statistics import mean
 import torch
 
 import config
+from common.spec import IGNORE
 from engine import setup, training
 from engine.stages.stage import Stage
 from evaluation.metrics import SegmentationScore
@@ -29,7 +30,8 @@ def score(folder: Path, method: str, key: str, *words: str) -> float:
 
 
 def stage_score(folder: Path, method: str, *words: str, seeds: Sequence[int] = SEEDS) -> float:
-    """Mean mIoU of the pseudo-labels of all training pictures, which have labels, clusters matched to classes."""
+    """Mean mIoU of the pseudo-labels of all training pictures, which have labels, clusters matched to classes; what has
+    no pseudo-label counts as background."""
     return mean(_pseudo_labels(folder, [f"method={method}", f"seed={seed}", *words]) for seed in seeds)
 
 
@@ -43,5 +45,6 @@ def _pseudo_labels(folder: Path, words: Sequence[str]) -> float:
     score = SegmentationScore(classes, classes)
     for index in range(len(source)):
         truth = source.read(index)[1]
-        score.update(torch.from_numpy(view.read(index, truth.shape)), torch.from_numpy(truth))
+        found = torch.from_numpy(view.read(index, truth.shape))
+        score.update(torch.where(found == IGNORE, 0, found), torch.from_numpy(truth))
     return score.compute().miou

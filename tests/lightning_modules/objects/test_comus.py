@@ -5,6 +5,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 import config
 from common.errors import ConfigError
@@ -52,6 +53,24 @@ def test_vectors_are_crops_where_that_is_asked(tmp_path, caplog):
     setup.connect(model, data)
     features = Stage(cfg, data, model).run()["objects"].rows("features")[0]
     assert features.shape == (22, model.backbone.dim)
+
+
+def test_objects_are_what_the_segmenter_does_not_call_background():
+    _, _, model = built()
+    model.eval()
+    images = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        codes = model.embed(model.features(images))
+        logits = model.classify(codes)
+        model.head.classifier.bias[0] += (logits[:, 1:].amax(1) - logits[:, 0]).median()
+        logits = model.classify(codes)
+    masks, boxes = model.objects(images)
+    ids = F.interpolate(logits, size=(48, 48), mode="bilinear", align_corners=False).argmax(1)
+    assert torch.equal(masks, ids > 0)
+    assert 0 < masks.float().mean() < 1
+    for mask, box in zip(masks, boxes.tolist(), strict=True):
+        columns, rows = mask.any(0).nonzero()[:, 0], mask.any(1).nonzero()[:, 0]
+        assert box == [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 import config
 from common.errors import ConfigError, DataError
 from common.spec import ClassMeta
+from datamodules.base.dataset import Collate
+from datamodules.base.views import make_views
 from engine import setup
 from engine.stages.stage import Stage
 from evaluation import readout
@@ -180,6 +182,37 @@ def test_a_network_that_is_trained_takes_its_copy_with_it(tmp_path):
     assert 0 < (copy - trained).abs().max() < (before - trained).abs().max()
     assert torch.equal(start[f"key_{name}"], before)
     assert run.metrics["val/foreground/iou"] is not None
+
+
+def apart(run) -> float:
+    """Mean cosine of the prototypes of one object in two new crops, less that of the prototypes of two objects."""
+    cfg, data = setup.build_data(config.restore(run.checkpoint["labelfree"]["config"]))
+    model = setup.restore_model(run.checkpoint, cfg, data.meta).eval()
+    setup.connect(model, data)
+    model.staged(Stage(cfg, data, model).run(), data)
+    pictures = data.dataset("train", data.train_geometry, "x", pseudo=data.pseudo)
+    batch = Collate(8)([pictures[index] for index in range(len(pictures))])
+    made = make_views({name: batch[name] for name in ("image", "valid", "pseudo")}, model.views, 0, 1000)
+    with torch.no_grad():
+        rows = [
+            losses.mask_prototypes(
+                model.head.classify(model.embed(model.features(made[name]))), made[f"{name}.pseudo"] == 1
+            )
+            for name in model.views
+        ]
+    cosines = rows[0] @ rows[1].T
+    own = torch.eye(len(cosines), dtype=torch.bool)
+    return float(cosines[own].mean() - cosines[~own].mean())
+
+
+@pytest.mark.train
+def test_the_contrast_tells_objects_apart(tmp_path):
+    """Without it, a head that learns the masks alone hardly does. Recorded (mean of four crops) after 120 steps: 0.74,
+    0.78, 0.75 (seeds 0, 1, 2), without it 0.09, 0.04 (0, 1); after 40 steps 0.21, 0.22, without it 0.13, 0.06."""
+    words = ["trainer.max_steps=60", "trainer.val_every=100", "evaluation.panels=0", "method.queue.size=32"]
+    words += ["optim.head.lr=3e-3", f"cache.dir={tmp_path / 'cache'}"]
+    ours = apart(run_small("maskcontrast", tmp_path, "on", *words))
+    assert ours > apart(run_small("maskcontrast", tmp_path, "off", *words, "method.weights.contrast=0")) + 0.1
 
 
 @pytest.mark.train

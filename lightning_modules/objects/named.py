@@ -10,6 +10,7 @@ from torch import Tensor
 from common import distributed
 from common.errors import ConfigError, one_of
 from evaluation import readout
+from evaluation.instances import Detections
 from grouping import masks
 from lightning_modules.base.staged import check_stage
 from lightning_modules.families.mask_providers import ProvidedMasks, check_masks
@@ -22,11 +23,15 @@ from pseudo_labels.views import Certain, Painted, View
 
 log = logging.getLogger(__name__)
 
+SMALLEST = 16
+"""Px of a piece of a class that counts as an object."""
+
 
 class NamedObjects(SelfTrained, ObjectFinder):
     """A base: masks -> vectors -> clusters -> labels -> segmenter.
 
-    A cluster is a class, beside the background; what the segmenter calls no background is read out as val/foreground/*.
+    A cluster is a class, beside the background; what the segmenter calls no background is read out as val/foreground/*,
+    and connected pieces of a class as val/instances/*.
     """
 
     def build(self) -> None:
@@ -51,6 +56,14 @@ class NamedObjects(SelfTrained, ObjectFinder):
         logits = self.classify(self.embed(self.features(images)))
         found = readout.predict(logits, tuple(images.shape[-2:])) > 0
         return found, torch.stack([masks.tight_box(mask) for mask in found])
+
+    @torch.no_grad()
+    def detections(self, images: Tensor, valid: Tensor) -> list[Detections]:
+        """Connected pieces of every class but the background, of at least SMALLEST px; how sure a piece is, is the mean
+        probability of its class inside."""
+        maps = readout.upsample(self.classify(self.embed(self.features(images))).float(), tuple(images.shape[-2:]))
+        sure, classes = maps.softmax(1).max(1)
+        return [pieces(*parts) for parts in zip(torch.where(valid, classes, 0), sure, strict=True)]
 
     @property
     def clusters(self) -> int:
@@ -79,6 +92,20 @@ class NamedObjects(SelfTrained, ObjectFinder):
         known = distributed.total((labels != 255).sum().float())
         loss = pseudo_label_loss(logits, labels, known) * distributed.world_size()
         return loss, known, {"cross_entropy": loss.detach()}
+
+
+def pieces(classes: Tensor, sure: Tensor) -> Detections:
+    """Connected pieces (8 neighbours) of the classes int64 [H,W] but 0, with the mean of `sure` [H,W] inside each."""
+    found = []
+    for name in classes.unique()[classes.unique() > 0].tolist():
+        named = masks.components(classes == name, 8)
+        sizes = named.flatten().bincount()
+        found += [named == piece for piece in range(1, len(sizes)) if sizes[piece] >= SMALLEST]
+    if not found:
+        nothing = sure.new_zeros(0)
+        return Detections(classes.new_zeros(0, *classes.shape).bool(), sure.new_zeros(0, 4), nothing)
+    boxes = torch.stack([masks.tight_box(one) for one in found]).float()
+    return Detections(torch.stack(found), boxes, torch.stack([sure[one].mean() for one in found]))
 
 
 def object_rows(results: Results, count: int, device: torch.device) -> Tensor:

@@ -12,6 +12,7 @@ from common.errors import ConfigError
 from engine import setup
 from engine.stages.stage import Stage
 from grouping import neighbours
+from lightning_modules.objects.named import pieces
 from pseudo_labels.views import Certain
 from tests.conftest import small_words
 
@@ -71,6 +72,26 @@ def test_objects_are_what_the_segmenter_does_not_call_background():
     for mask, box in zip(masks, boxes.tolist(), strict=True):
         columns, rows = mask.any(0).nonzero()[:, 0], mask.any(1).nonzero()[:, 0]
         assert box == [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+
+
+def test_instances_are_connected_pieces_of_a_class():
+    classes = torch.zeros(12, 12, dtype=torch.int64)
+    classes[:4, :4] = classes[4:8, 4:8] = 2  # these touch at a corner
+    classes[8:, :5] = 3
+    classes[0, 6:11] = 3  # too small
+    sure = torch.arange(144.0).view(12, 12) / 144
+    found = pieces(classes, sure)
+    assert found.boxes.tolist() == [[0, 0, 8, 8], [0, 8, 5, 12]]
+    assert torch.equal(found.masks, torch.stack([classes == 2, (classes == 3) & (torch.arange(12) > 0)[:, None]]))
+    assert torch.allclose(found.scores, torch.stack([sure[mask].mean() for mask in found.masks]))
+    assert pieces(classes * 0, sure).masks.shape == (0, 12, 12)
+    _, _, model = built()
+    model.eval()
+    valid = torch.ones(1, 48, 48, dtype=torch.bool)
+    valid[:, 40:] = False
+    seen = model.detections(torch.rand(1, 3, 48, 48, generator=torch.Generator().manual_seed(0)), valid)
+    assert len(seen[0].masks)
+    assert not seen[0].masks[:, 40:].any()
 
 
 @pytest.mark.parametrize(

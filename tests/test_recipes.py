@@ -14,7 +14,7 @@ from tests.datamodules.pictures import noise, save
 TREES = {
     "cocostuff27": trees.coco, "cityscapes27": trees.cityscapes, "potsdam3": trees.potsdam, "pascal_voc": trees.voc,
     "kitti": trees.kitti_step, "camvid": trees.camvid, "cocostuff171": trees.coco, "coco81": trees.coco,
-    "lip": trees.lip,
+    "lip": trees.lip, "coco_instances": trees.coco_instances,
 }  # fmt: skip
 EVERY_RUN = {"hidden_positives_cityscapes27_vits8", "stego_potsdam3_vits8"}
 """Recipes that `make test` runs; `make test-slow` runs the others."""
@@ -55,6 +55,20 @@ OF_METHOD = {
         "method.decoder.dim=24",
         "method.restarts.repeat=1",
     ],
+    "cutler": [
+        "method.masks.provider=spectral",
+        "method.stage.size=112",
+        "method.stage.batch_size=2",
+        "method.stage.shard=2",
+        "method.rounds.steps=1",
+        "method.detector.width=16",
+        "method.detector.hidden=16",
+        "method.detector.mask_width=16",
+        "method.detector.proposals=16",
+        "method.detector.test_proposals=16",
+        "method.detector.boxes=8",
+        "method.detector.most=4",
+    ],
     "comus": [
         "method.stage.size=112",
         "method.objects.size=56",
@@ -92,7 +106,10 @@ OF_METHOD = {
 
 """What makes the other sizes of a method small, where it has any."""
 
-WHOLE = ("resnet18", "resnet50", "resnet101", "moco_v2_resnet50", "selfpatch_vits16", "tiny", "net10a", "ordered")
+WHOLE = (
+    "resnet18", "resnet50", "dino_resnet50", "moco_v2_resnet50", "resnet101", "selfpatch_vits16", "tiny", "net10a",
+    "ordered",
+)  # fmt: skip
 """Backbones whose depth is not set here: they have none, their file lists the arguments that may be given, or they are
 small and read at late blocks."""
 

@@ -43,6 +43,14 @@ def test_clusters_of_two_views_train_the_network_of_picie(tmp_path):
     assert ours >= score(tmp_path, "kmeans_baseline", "val/kmeans/miou", *words, "trainer.max_steps=1") + START
 
 
+def test_many_clusters_beside_them_train_it_too(tmp_path):
+    """PiCIE+H, above the features that its network starts with."""
+    words = (*SCENES, *RESNET)
+    ours = score(tmp_path, "picie", "val/own/miou", *words, *ROUNDS, *TRAINED, "method.heads=[12,100]")
+    assert PICIE[0] <= ours <= PICIE[1]
+    assert ours >= score(tmp_path, "kmeans_baseline", "val/kmeans/miou", *words, "trainer.max_steps=1") + START
+
+
 def test_clusters_of_one_view_train_the_network_of_mdc(tmp_path):
     words = (*SCENES, *RESNET, *ROUNDS)
     ours = score(tmp_path, "mdc", "val/linear/miou", *words, *TRAINED, "optim.classifier.lr=1e-3")

@@ -247,6 +247,7 @@ def test_presets_hold_every_key_and_name_a_network(name):
     own = [key for key in ("eval_output_stride", "freeze_norms") if key in cfg]  # of convolutional networks
     assert own == ([] if cfg.timm.startswith(("vit", "deit")) else ["eval_output_stride", "freeze_norms"])
     assert [key for key in cfg if key not in own] == list(OmegaConf.load(PRESETS / "tiny.yaml"))
+    assert bool(cfg.get("freeze_norms")) == (name == "mobilenetv2_coral")  # whose norms hold no statistics of pictures
     assert cfg.timm in timm.list_models() or cfg.timm in timm.list_models(pretrained=True)
     assert cfg.weights in ("hub", "bundled", "none", None)
     assert cfg.weights is not None or cfg.published_file

@@ -4,6 +4,7 @@ No class is looked at: all objects are one category, as in zero-shot evaluations
 pycocotools' own code, which published figures come from, through torchmetrics.
 """
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -97,7 +98,9 @@ class InstanceScore(Readout):
         for name in names:
             rows = zip_longest(*(states[name] for _, states in ranks), fillvalue=self)  # rank r has pictures r, r+world
             setattr(whole, name, [value for row in rows for value in row if value is not self])
-        found = whole.compute()
+        with warnings.catch_warnings():  # it takes states that were put in for a metric that saw nothing
+            warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
+            found = whole.compute()
         return {
             f"{kind}_{cut}": 100 * float(found[f"{word}_{key}"])
             for kind, word in KINDS.items()

@@ -40,11 +40,12 @@ def test_boxes_are_tight_and_those_of_nothing_are_zero():
     assert boxes_of(masks[:0]).shape == (0, 4)
 
 
-def test_perfect_objects_score_a_hundred():
+def test_perfect_objects_score_a_hundred(recwarn):
     score = InstanceScore()
     masks = squares((0, 0), (10, 10))
     score.update(detections(masks, [0.3, 0.9]), masks, nobody(2))
     assert score.compute() == pytest.approx(dict.fromkeys(KEYS, 100.0))
+    assert not [one for one in recwarn if "compute" in str(one.message)]
 
 
 def test_a_shifted_object_counts_at_the_bounds_that_it_meets():

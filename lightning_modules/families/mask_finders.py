@@ -74,8 +74,9 @@ class FolderMasks(MaskProvider):
     """Pngs of a user, `<root>/<id of the picture>.png`: 0 is background, every other value an object.
 
     With `threshold` the file is a map of salience, and what is above is the one object; `norm` stretches the map to
-    0..1 (see `grouping/salience.py`). A picture whose file is absent, cannot be read or has another size is dropped;
-    `announce` names and counts them.
+    0..1 (see `grouping/salience.py`). A picture whose file is absent, cannot be read, has another size or is one object
+    everywhere (as `run.py pseudo` writes pictures that it left out) is dropped; `announce` names and counts the absent
+    ones and those of another size.
     """
 
     OPTIONS: ClassVar = {
@@ -149,6 +150,8 @@ class FolderMasks(MaskProvider):
             return nothing(images, "unreadable")
         if ids.shape != tuple(batch["size"][row].tolist()):
             return nothing(images, "wrong_size")
+        if self.options.threshold is None and ids.min() == ids.max() > 0:
+            return nothing(images, "whole_picture")
         return torch.from_numpy(resize_ids(ids.astype(np.int32), size, "nearest")).to(images.device)
 
 

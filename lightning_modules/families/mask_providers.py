@@ -84,7 +84,7 @@ class ProvidedMasks(MapStep):
     `scores` float32 [n], the best first.
 
     Dropped as `no_object` where nothing was found, as `too_small` where all that was found is below
-    `method.masks.least`; by a folder as `no_file`, `wrong_size`, `unreadable`. No chance in it.
+    `method.masks.least`; by a folder as `no_file`, `wrong_size`, `unreadable`, `whole_picture`. No chance in it.
     """
 
     counted = "masks"

@@ -192,12 +192,13 @@ def test_a_folder_of_pngs(tmp_path, caplog):
     caplog.set_level("INFO", logger="engine")
     ids = np.zeros((48, 48), np.uint8)
     ids[4:20, 8:24], ids[30:40, 30:46] = 7, 255
-    maps = {0: ids, 1: ids[:, ::-1], 2: ids * 0, 3: np.zeros((10, 12)), 5: ids}
+    maps = {0: ids, 1: ids * 0 + 255, 2: ids * 0, 3: np.zeros((10, 12)), 5: ids}
     root = written(tmp_path / "masks", maps)
     (root / "train" / "000005.png").write_bytes(b"no png")
     cfg = composed(provider="folder", root=str(root), objects="each")
     records, work = ran(tmp_path / "cache", cfg)
-    assert [record.drop for record in records.each()] == ["", "", "no_object", "wrong_size", "no_file", "unreadable"]
+    reasons = ["", "whole_picture", "no_object", "wrong_size", "no_file", "unreadable"]
+    assert [record.drop for record in records.each()] == reasons
     first = records.read(0)
     assert np.array_equal(first.fields["masks"], [ids == 7, ids == 255])
     assert first.fields["boxes"].tolist() == [[8, 4, 24, 20], [30, 30, 46, 40]]
@@ -206,9 +207,8 @@ def test_a_folder_of_pngs(tmp_path, caplog):
         "1 (train/000003.png 10 x 12, not 48 x 48); these pictures are left out"
     )
     assert line in caplog.text
-    assert "2 of 6 pictures kept; dropped: 1 no_file, 1 no_object, 1 unreadable, 1 wrong_size" in summary_text(
-        records.manifest
-    )
+    dropped = "1 of 6 pictures kept; dropped: 1 no_file, 1 no_object, 1 unreadable, 1 whole_picture, 1 wrong_size"
+    assert dropped in summary_text(records.manifest)
     written(root, {1: ids})
     assert (
         ran(tmp_path / "cache", cfg)[1].places["masks"].path != work.places["masks"].path

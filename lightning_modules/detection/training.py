@@ -3,7 +3,6 @@
 B pictures of H x W px; a map of objects holds 0 nothing, 255 not known, other values one object each.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,8 @@ import config
 from common.spec import IGNORE, Geometric, Photometric, ViewSpec
 from datamodules.base import views as pictures
 from datamodules.base.transforms import Geometry
-from lightning_modules.base.optim import CompositeOptimizer, clip_gradients, scheduled
 from lightning_modules.detection.copy_paste import copy_paste
+from lightning_modules.detection.loop import MOST, DetectorLoop
 from models.backbone import Backbone
 from models.detection.detector import Detector, targets_of
 from models.detection.merging import paint
@@ -29,8 +28,6 @@ from pseudo_labels.views import View
 
 VIEW = "augmented"
 """Name of the view that a detector learns on."""
-MOST = IGNORE - 1
-"""Objects of a picture that a map can hold."""
 
 
 @dataclass(frozen=True)
@@ -133,46 +130,17 @@ class DetectorRound(FitStep):
         return found
 
 
-class DetectorTraining(L.LightningModule):
-    """A round of training inside a stage; a frozen backbone is no part of what is kept."""
+class DetectorTraining(DetectorLoop):
+    """A round of training on views of the pictures, see `batch_losses`."""
 
     def __init__(self, cfg: DictConfig, backbone: Backbone, number: int, steps: int) -> None:
-        super().__init__()
-        self.cfg, self.steps, self.round = cfg, steps, Round.of(cfg.method, number)
-        self.detector = make_detector(cfg, backbone)
-        self.round.set(self.detector)
-        if backbone.frozen:
-            self.held = (backbone,)  # in a tuple, or it would be a module of this one
-        else:
-            self.backbone, self.held = copy.deepcopy(backbone), ()
-
-    def on_fit_start(self) -> None:
-        for part in self.held:
-            part.to(self.device)
-
-    def features(self, images: Tensor) -> Any:
-        return self.held[0].features(images) if self.held else self.backbone.features(images, grad=True)
+        own = Round.of(cfg.method, number)
+        detector = make_detector(cfg, backbone)
+        super().__init__(cfg, detector, backbone, steps, rate=own.lr, trained=not backbone.frozen)
+        self.round = own
+        own.set(detector)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         seed = int(self.cfg.seed)
         views = pictures.make_views(batch, {VIEW: view_of(self.cfg.method.augment)}, seed, self.global_step)
         return sum(batch_losses(self.detector, self.features, views, seed, self.global_step, self.round).values())
-
-    def configure_optimizers(self) -> CompositeOptimizer:
-        groups = [{"name": "detector", "params": self.detector.parameters()}]
-        if not self.held:
-            trained = [value for value in self.backbone.parameters() if value.requires_grad]
-            groups.append({"name": "backbone", "params": trained})
-        settings = config.plain(self.cfg.optim)
-        return CompositeOptimizer([{**settings[g["name"]], **g, "owner": "method", **self._rate(g)} for g in groups])
-
-    def _rate(self, group: dict[str, Any]) -> dict[str, float]:
-        return {"lr": self.round.lr * self.cfg.optim[group["name"]].lr}
-
-    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
-        for group in self.optimizers().optimizer.param_groups:
-            group |= scheduled(group, self.global_step, self.steps)
-
-    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        for group in optimizer.param_groups:
-            clip_gradients(group)

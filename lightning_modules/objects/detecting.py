@@ -14,7 +14,7 @@ from torch import Tensor
 import config
 from common.spec import IGNORE
 from datamodules.base.transforms import Geometry
-from lightning_modules.base.optim import CompositeOptimizer, clip_gradients, scheduled
+from lightning_modules.detection.loop import MOST, DetectorLoop
 from lightning_modules.families.graph_cuts import patch_of, stage_geometry
 from models.backbone import Backbone
 from models.detection.detector import Detector, targets_of
@@ -24,8 +24,6 @@ from pseudo_labels.views import Painted, View, confident, first_rows, paint
 
 OF_LOOKING = ("threshold", "least_score", "nms", "most")
 """Settings of a detector that its training does not go by."""
-MOST = IGNORE - 1
-"""Objects of a picture that a map can hold."""
 
 
 def numbered(objects: Records) -> Painted:
@@ -63,18 +61,14 @@ class NamedDetector(FitStep):
         return DetectorTraining(self.cfg, self.backbone, results)
 
 
-class DetectorTraining(L.LightningModule):
-    """Training of the detector; a picture without any object that was found is passed over."""
+class DetectorTraining(DetectorLoop):
+    """Training on the objects with their clusters; a picture without any object that was found is passed over."""
 
     def __init__(self, cfg: Any, backbone: Backbone, results: Results) -> None:
-        super().__init__()
-        self.cfg, self.held = cfg, (backbone,)  # in a tuple, or it would be a module of this one
+        detector = new_detector(cfg, backbone)
+        super().__init__(cfg, detector, backbone, int(cfg.method.detector.steps), trained=False)
         self.classes = torch.from_numpy(np.asarray(results["clusters"]["assignment"], np.int64))
         self.first = first_rows(results["objects"], "masks")
-        self.detector = new_detector(cfg, backbone)
-
-    def on_fit_start(self) -> None:
-        self.held[0].to(self.device)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         ids, seed = torch.where(batch["valid"], batch["pseudo"], IGNORE), int(self.cfg.seed)
@@ -82,21 +76,8 @@ class DetectorTraining(L.LightningModule):
         for own, index in zip(ids, batch["index"].tolist(), strict=True):
             targets.append(targets_of(own, self.classes[self.first[index] :]))
             keys.append((seed, self.global_step, index) if bool((own != IGNORE).any()) else None)
-        levels = self.held[0].features(batch["image"]).levels
+        levels = self.features(batch["image"]).levels
         return sum(self.detector.losses(levels, tuple(ids.shape[-2:]), targets, keys).values())
-
-    def configure_optimizers(self) -> CompositeOptimizer:
-        settings = config.plain(self.cfg.optim)["detector"]
-        group = {"name": "detector", "params": self.detector.parameters(), "owner": "method"}
-        return CompositeOptimizer([settings | group])
-
-    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
-        for group in self.optimizers().optimizer.param_groups:
-            group |= scheduled(group, self.global_step, int(self.cfg.method.detector.steps))
-
-    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        for group in optimizer.param_groups:
-            clip_gradients(group)
 
 
 class Confident(MapStep):

@@ -56,8 +56,12 @@ def stop_code(signum: int) -> int:
     return AGAIN if signum == signal.SIGUSR1 else 128 + signum
 
 
-class Stopped(Exception):  # noqa: N818 - nothing went wrong
-    """A run that ended because a signal asked it to, no error; `code` is the exit code. The same command goes on."""
+class Stopped(BaseException):
+    """A run that ended because a signal asked it to, no error; `code` is the exit code. The same command goes on.
+
+    Like KeyboardInterrupt no `Exception`: the handler raises it wherever the process is, also inside code that takes
+    every Exception for a picture that cannot be read, a user's own data set among it.
+    """
 
     def __init__(self, signum: int, step: int, saved: bool) -> None:
         self.code = stop_code(signum)

@@ -18,6 +18,7 @@ from datamodules.base import SegmentationDataModule
 from datamodules.folder import expect_apart
 from engine import ahead, backbone_file, checkpoints, closing, phases, setup
 from engine.callbacks import screen, selection
+from engine.callbacks.library_draws import LibraryDraws
 from engine.callbacks.panel_keeper import PanelKeeper
 from engine.callbacks.preemption import Preemption
 from engine.callbacks.progress import TrainingProgress
@@ -75,7 +76,7 @@ def _train(cfg: DictConfig) -> dict[str, Any]:
     loggers = [setup.wandb_logger(cfg, folder.path)] if cfg.logger == "wandb" else []
     preemption = Preemption(keeper)
     progress = TrainingProgress(cfg, total)
-    callbacks = [keeper, preemption, pictures, progress]
+    callbacks = [keeper, preemption, LibraryDraws(cfg.seed), pictures, progress]
     run_stage(cfg, data, model, preemption, folder)
     trainer = setup.build_trainer(cfg, total, callbacks, loggers, folder.path)
     introduce(cfg, data, model, folder, trainer)

@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from common import distributed
-from common.chance import key
 from common.errors import TrainingError
 from engine.callbacks.selection import Selection
 from engine.records.run_folder import History, RunFolder
@@ -27,7 +26,6 @@ class RunKeeper(Callback):
     def __init__(self, folder: RunFolder, cfg: Any, select: Selection) -> None:
         self.folder = folder
         self.settings = cfg.trainer
-        self.seed = cfg.seed
         self.select = select
         self.apart = bool(cfg.evaluation.flip and select.keys)
         """The closing evaluation reads codes otherwise than those that choose the best: the last step has both."""
@@ -43,7 +41,7 @@ class RunKeeper(Callback):
     # -------------------------------------------------- state that a checkpoint carries
 
     def state_dict(self) -> dict[str, Any]:
-        state = {
+        return {
             "best": self.best,
             "best_step": self.best_step,
             "seconds": self.seconds,
@@ -51,16 +49,11 @@ class RunKeeper(Callback):
             "elapsed": self.elapsed(),
             "history": self.history.sum,
         }
-        state["torch_rng"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            state["cuda_rng"] = torch.cuda.get_rng_state()
-        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self.best_step = state["best"], state["best_step"]
         self.seconds, self.timed_pictures = state["seconds"], state["timed_pictures"]
         self._before, self._of_history = state["elapsed"], state.get("history")
-        self._rng = state
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.folder.damaged or self.folder.stands_in:
@@ -73,15 +66,6 @@ class RunKeeper(Callback):
             self.best, self.best_step = {}, 0
         if trainer.is_global_zero:
             self.restore_history(trainer)
-        saved = getattr(self, "_rng", None)
-        if trainer.global_rank > 0:  # libraries that draw by themselves: a stream of its own for every further rank
-            torch.manual_seed(key(self.seed, "library", trainer.global_step, trainer.global_rank))
-        elif saved is None:
-            torch.manual_seed(key(self.seed, "library"))
-        else:
-            torch.set_rng_state(saved["torch_rng"].cpu())
-            if torch.cuda.is_available() and "cuda_rng" in saved:
-                torch.cuda.set_rng_state(saved["cuda_rng"].cpu())
         self._mark = None  # the first step is not timed: it waits for the method's preparation
 
     def restore_history(self, trainer: L.Trainer) -> None:

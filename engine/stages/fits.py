@@ -3,10 +3,9 @@
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback
 
-from common import chance, distributed
+from common import distributed
 from common.errors import ConfigError
 from datamodules.base import sampling
 from engine.stages.plan import Plan
@@ -38,24 +37,10 @@ class FitBatches(L.LightningDataModule):
 
 
 class FitKeeper(Callback):
-    """Saves a fit step now and then, and puts the streams of libraries where the checkpoint has them."""
+    """Saves a fit step now and then."""
 
-    def __init__(self, stage: Plan, step: FitStep, place: Place) -> None:
-        self.every, self.seed, self.name = stage.cfg.trainer.checkpoint_every, int(stage.cfg.seed), step.name
-        self.last = place.path / "last.ckpt"
-        self.state: dict[str, Any] | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"torch_rng": torch.get_rng_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.state = state
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.state is not None and trainer.global_rank == 0:
-            torch.set_rng_state(self.state["torch_rng"].cpu())
-        else:
-            torch.manual_seed(chance.key(self.seed, f"stage.{self.name}", trainer.global_step, trainer.global_rank))
+    def __init__(self, stage: Plan, place: Place) -> None:
+        self.every, self.last = stage.cfg.trainer.checkpoint_every, place.path / "last.ckpt"
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -20,6 +20,7 @@ from common.files import cache_folder, make_output, size_text
 from datamodules.folder import expect_apart
 from engine import ahead, checkpoints, setup
 from engine.callbacks import screen
+from engine.callbacks.library_draws import LibraryDraws
 from engine.callbacks.preemption import Preemption
 from engine.stages.fits import FitBatches, FitKeeper
 from engine.stages.maps import (
@@ -108,8 +109,10 @@ class Stage(Plan):
     def _fit(self, step: FitStep, place: Place, needed: Results) -> None:
         with chance.library_draws(self.cfg.seed, f"stage.{step.name}.init"):
             module = step.module(needed)
-        batches, keeper = FitBatches(self, step, needed), FitKeeper(self, step, place)
-        trainer = self._trainer(step.steps, [keeper, StageProgress(self.cfg.trainer.progress, batches, step.name)])
+        batches, keeper = FitBatches(self, step, needed), FitKeeper(self, place)
+        draws = LibraryDraws(self.cfg.seed, f"stage.{step.name}")
+        progress = StageProgress(self.cfg.trainer.progress, batches, step.name)
+        trainer = self._trainer(step.steps, [keeper, draws, progress])
         last = keeper.last if agreed(lambda: usable_state(keeper.last)) else None
         with self._listening(trainer), interrupted():
             trainer.fit(module, datamodule=batches, ckpt_path=last, weights_only=True)

@@ -11,7 +11,6 @@ place; batch norms of several GPUs are synchronised, so keys are not shuffled am
 """
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -128,9 +127,7 @@ class MaskContrast(ObjectFinder):
     def loss(self, views: dict[str, Any], features: Features | None) -> Loss:
         """Contrast of object pixels and the balanced loss of the mask. The slow copy moves before it sees the keys."""
         settings = self.cfg.method
-        features = self.features(views["query"])
-        with self._dropout("query"):
-            codes = self.embed(features)
+        codes = self.embed(self.features(views["query"]))
         keys = self._keys(views["key"])
         inside, key_inside = ((views[f"{name}.pseudo"] == 1) & views[f"{name}.valid"] for name in VIEWS)
         prototypes = losses.mask_prototypes(keys, key_inside)
@@ -151,16 +148,7 @@ class MaskContrast(ObjectFinder):
         if self.key_backbone is not None:
             follow(self.key_backbone, self.backbone, m)
         backbone = self.backbone if self.key_backbone is None else self.key_backbone
-        levels = backbone.features(images).levels
-        with self._dropout("key"):
-            return self.key_head.classify(self.key_head(levels))
-
-    def _dropout(self, name: str) -> AbstractContextManager[None]:
-        """Keyed draws of a head's dropout in this step, each rank its own."""
-        if not self.cfg.method.head.dropout:
-            return nullcontext()
-        purpose = f"maskcontrast.dropout.{name}"
-        return chance.library_draws(self.cfg.seed, purpose, self.global_step, distributed.rank())
+        return self.key_head.classify(self.key_head(backbone.features(images).levels))
 
     def _contrast(self, maps: Tensor, inside: Tensor, prototypes: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
         """The contrastive loss of this rank, scaled so that the mean over ranks is that of the global batch, and how

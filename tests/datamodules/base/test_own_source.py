@@ -1,5 +1,7 @@
 """A data set of one's own whose code, files or yaml have a fault: one line each, and what it is about."""
 
+import signal
+
 import numpy as np
 import pytest
 import yaml
@@ -7,7 +9,7 @@ import yaml
 import config
 import run
 from common import ending
-from common.errors import ConfigError, DataError
+from common.errors import ConfigError, DataError, Stopped
 from datamodules.base.dataset import read_pair
 from datamodules.files.reading import UnreadableError
 from lightning_modules.base import UnsupervisedSegmenter
@@ -25,7 +27,7 @@ class Own:
         return f"picture {index}"
 
     def read(self, index: int) -> object:
-        if isinstance(self.found, Exception):
+        if isinstance(self.found, BaseException):
             raise self.found
         return self.found
 
@@ -35,6 +37,11 @@ def test_a_file_that_the_system_refuses_is_one_that_cannot_be_read():
         read_pair(Own(OSError(5, "Input/output error", "/data/a.jpg")), 0, True)
     with pytest.raises(UnreadableError, match=r"picture 3: .*network is gone"):
         read_pair(Own(OSError("network is gone")), 3, True)
+
+
+def test_a_signal_to_stop_is_no_fault_of_its_code():
+    with pytest.raises(Stopped):
+        read_pair(Own(Stopped(signal.SIGTERM, 3, saved=False)), 0, True)
 
 
 @pytest.mark.parametrize("error", [KeyError("mask"), ValueError("bad"), IndexError("list index out of range")])

@@ -6,6 +6,7 @@ import signal
 import pytest
 
 from common.errors import Stopped
+from datamodules.scenes.module import SceneSource
 from engine import setup
 from engine.callbacks import preemption
 from lightning_modules.kmeans_baseline import KMeansBaseline
@@ -64,6 +65,26 @@ def test_a_signalled_run_ends_as_one_that_was_not(hook, call, signum, line, step
             assert resumed.metrics[key] == value, key
     history = (tmp_path / "k" / "metrics.csv").read_text()
     assert history == (plain.folder / "metrics.csv").read_text()
+
+
+def test_a_signal_while_a_picture_is_read_is_no_fault_of_the_data(tmp_path, monkeypatch):
+    """Not even where the data set takes every Exception for a spoilt picture."""
+    read, asked = SceneSource.read, []
+
+    def own(self, index):
+        try:
+            handler = getattr(signal.getsignal(signal.SIGTERM), "__func__", None)
+            if handler is preemption.Preemption.receive:  # the run listens by now
+                asked.append(index)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return read(self, index)
+        except Exception as error:
+            raise OSError("spoilt") from error
+
+    monkeypatch.setattr(SceneSource, "read", own)
+    with pytest.raises(Stopped) as caught:
+        run_small("kmeans_baseline", tmp_path, "k")
+    assert (caught.value.code, len(asked)) == (143, 1)
 
 
 def test_a_run_that_only_prepares_stops_at_once(tmp_path, monkeypatch):

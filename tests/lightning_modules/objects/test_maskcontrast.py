@@ -76,17 +76,6 @@ def test_the_loss_is_that_of_the_pieces_and_the_copy_moves_before_it_looks():
     assert all(value.grad is None for value in model.key_head.parameters())
 
 
-def test_dropout_is_keyed_by_the_step():
-    """The same at each call of a step, whatever was drawn before it; the key's is another than the query's."""
-    model, batch = built("method.head.dropout=0.5").train(), views()
-    codes = [(torch.rand(number), model.loss(batch, None).codes)[1] for number in (1, 2)]
-    assert torch.equal(*codes)
-    batch["key"] = batch["query"]
-    with torch.no_grad():
-        assert not torch.equal(model._keys(batch["key"]), model.head.classify(codes[0]))
-    assert not torch.equal(model.head(model.features(batch["query"]).levels), codes[0])
-
-
 @pytest.mark.parametrize("empty", ["skip", "keep"])
 def test_a_key_without_an_object(empty):
     """It takes no part, or stands as a zero prototype in the loss and the queue, as released."""

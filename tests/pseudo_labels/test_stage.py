@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 import config
 from common.errors import ConfigError, DataError, LabelfreeError
@@ -320,8 +321,12 @@ def test_missing_shards_of_a_finished_folder_are_named(tmp_path):
 
 def test_a_killed_fit_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     from engine.stages.fits import FitKeeper
-    from tests.pseudo_labels.test_sketch import Clusters, Detector, Masks
+    from tests.pseudo_labels.test_sketch import Clusters, Detector, Masks, Net
 
+    step = Net.training_step
+    monkeypatch.setattr(  # a library's dropout is on
+        Net, "training_step", lambda self, batch, i: step(self, batch | {"image": F.dropout(batch["image"], 0.3)}, i)
+    )
     plain = stage(tmp_path / "whole", [Masks(), Clusters(), Detector()]).run()["detector"].state()
     end = FitKeeper.on_train_batch_end
 

@@ -42,6 +42,7 @@ THIS_MACHINE = ("cache.dir", "run.dir", "run.name", "run.resume", "run.overwrite
 """Where files are written is this machine's to say: what a checkpoint holds of these keys is not followed."""
 
 IN_PHASES = ("method.", "optim.", "data.")
+COLON = "write a space behind a colon and quote the whole word: 'key={name: value}'"
 """Beginnings of the keys that a phase may change."""
 
 
@@ -267,11 +268,16 @@ def parse_value(key: str, raw: str, known: Known) -> Any:
             raise yaml.YAMLError
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(raw)):  # a word can stand for millions
             raise yaml.YAMLError
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]))["value"]
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]))["value"]
     except (OmegaConfBaseException, yaml.YAMLError, RecursionError, ValueError):
         raise ConfigError(
             f"{key}={shown(raw)}: cannot be read as a value; quote texts that hold brackets or colons"
+            + (f", and {COLON}" if raw.startswith(("{", "[{")) else "")
         ) from None
+    glued = trees.glued(value)
+    if glued is not None:
+        raise ConfigError(f"{key}={shown(raw)}: '{glued}' is one name; {COLON}")
+    return value
 
 
 def expected_type(key: str, known: Known) -> tuple[type, ...]:

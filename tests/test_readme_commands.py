@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import timm
 import torch
@@ -64,6 +65,10 @@ class World:
         for place in ("my/pictures", "pics"):
             for i in range(8 if f"/{place}" in command else 0):
                 save(self.root / place / f"{'abcdefgh'[i]}.jpg", noise(60, 64, seed=i))
+        for name in "abcdefgh" if "/my/masks" in command else "":
+            square = np.zeros((60, 64), np.uint8)
+            square[10:40, 10:40] = 255
+            save(self.root / "my" / "masks" / f"{name}.png", square)
         if "data.root=camvid" in command:
             self.labelled(self.root / "camvid")
         if "/data/coco" in command:

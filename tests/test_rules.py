@@ -130,6 +130,11 @@ def line(*words: str) -> str:
          "hold brackets or colons"),
         ("backbone.levels=[&a [1],*a]", "backbone.levels=[&a [1],*a]: cannot be read as a value; quote texts that hold "
          "brackets or colons"),
+        ("phases=[{share:1},{share:1}]", "phases=[{share:1},{share:1}]: 'share:1' is one name; write a space behind a "
+         "colon and quote the whole word: 'key={name: value}'"),
+        ("method=maskdistill method.masks.options={heads:[0]}", "method.masks.options={heads:[0]}: cannot be read as a "
+         "value; quote texts that hold brackets or colons, and write a space behind a colon and quote the whole word: "
+         "'key={name: value}'"),
         ("run.name=a\nb", "run.name=a\\nb: must not hold control characters ('a\\nb')"),
         ("phases=[{share: .nan}]", "phases: share=nan of phase 1: must be a number above 0"),
     ],

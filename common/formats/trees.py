@@ -50,6 +50,15 @@ def from_yaml(text: str) -> Any:
     return tree
 
 
+def glued(tree: Any) -> str | None:
+    """The first name in a tree that holds a colon and has no value: `a:1` where `a: 1` was meant."""
+    if isinstance(tree, dict):
+        own = (str(name) for name, value in tree.items() if value is None and ":" in str(name))
+        return next(own, None) or glued(list(tree.values()))
+    found = (glued(value) for value in (tree if isinstance(tree, list) else ()))
+    return next((name for name in found if name is not None), None)
+
+
 def depth(text: str) -> int:
     """How deep brackets of a text lie in each other; the yaml reader takes minutes for thousands."""
     deepest = level = 0

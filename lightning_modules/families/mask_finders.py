@@ -26,6 +26,7 @@ from datamodules.files.opening import opened
 from datamodules.files.reading import UnreadableError, is_picture, read_label
 from grouping import attention_masks, maskcut, salience, spectral
 from lightning_modules.families.graph_cuts import centred, graph_vectors, no_keys, patch_features
+from lightning_modules.families.mask_crf import MaskCRF
 from models.backbone import Backbone
 
 NAMED = 3
@@ -47,12 +48,14 @@ class MaskProvider(ABC):
     """Finds the objects of pictures. `options`: its settings by name, `OPTIONS` with what `method.masks.options` says.
 
     Class facts: `OPTIONS` (name -> default and rule in the words of common/rules.py, none for true or false), `sees`
-    (False: it looks at no picture, and so no backbone counts). `remark`: a line that a run has to say of it.
+    (False: it looks at no picture, and so no backbone counts). `remark`: a line that a run has to say of it. `pixels`:
+    its masks have the size of the pictures, not that of the patches.
     """
 
     OPTIONS: ClassVar[dict[str, tuple[Any, str]]] = {}
     sees = True
     remark = ""
+    pixels = False
 
     def __init__(self, backbone: Backbone, masks: Any) -> None:
         self.backbone, self.options = backbone, SimpleNamespace(**settled(type(self), masks))
@@ -83,7 +86,7 @@ class FolderMasks(MaskProvider):
         "threshold": (None, "nullable(number(0, below=1))"),
         "norm": ("image", f"choice({', '.join(salience.NORMS)})"),
     }
-    sees = False
+    sees, pixels = False, True
 
     def __init__(self, backbone: Backbone, masks: Any, source: Any = None) -> None:
         super().__init__(backbone, masks)
@@ -267,7 +270,8 @@ class MaskCutMasks(MaskProvider):
     not centred, tau 0.15, count 3).
 
     centred: features less their mean over the picture, where all cosines of a network are high. solver, on_reject,
-    orient, overlap, smallest: as there. The objects of a picture are equally sure.
+    orient, overlap, smallest: as there. crf dense: each is refined on the pixels, see `mask_crf.py` (released), and
+    then two may share some. The objects of a picture are equally sure.
     """
 
     OPTIONS: ClassVar = {
@@ -280,19 +284,25 @@ class MaskCutMasks(MaskProvider):
         "orient": ("peak_then_corners", f"choice({', '.join(maskcut.ORIENTATIONS)})"),
         "overlap": (0.5, "number(0, most=1)"),
         "smallest": (0.01, "number(0, below=1)"),
+        "crf": ("none", "choice(none, dense)"),
     }
 
     def __init__(self, backbone: Backbone, masks: Any) -> None:
         super().__init__(backbone, masks)
         if not backbone.has_attention and self.options.features == "keys":
             self.remark = no_keys(backbone)
+        self.pixels = self.options.crf == "dense"
+        self.crf = MaskCRF()
 
     def find(self, images: Tensor, batch: Mapping[str, Any]) -> list[Found]:
         own = vars(self.options).copy()
         maps = patch_features(self.backbone, images, own.pop("features"))
         maps = centred(maps) if own.pop("centred") else maps
+        del own["crf"]
         cut = maskcut.mask_cut(maps.flatten(2).mT, tuple(maps.shape[-2:]), **own)
         kept = [masks[masks.any((1, 2))] for masks in cut.masks]
+        if self.pixels:
+            kept = [self.crf(image, masks) for image, masks in zip(images[:, :3], kept, strict=True)]
         return [Found(masks, images.new_ones(len(masks))) for masks in kept]
 
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor
 
 from common.errors import one_of
 from datamodules.base.transforms import Geometry
 from grouping import masks as shapes
 from lightning_modules.families.graph_cuts import patch_of, stage_cells, stage_geometry
+from lightning_modules.families.mask_crf import filled
 from lightning_modules.families.mask_finders import (
     ClassAttention,
     FolderMasks,
@@ -104,7 +104,7 @@ class ProvidedMasks(MapStep):
         return stage_geometry(self.method.stage, self.interpolation)
 
     def record_bytes(self) -> int:
-        if self.provider.sees:
+        if not self.provider.pixels:
             return stage_cells(self.method.stage, self) + 1000
         size = self.method.stage.size
         height, width = self.sides if size is None else (size, size) if isinstance(size, int) else size
@@ -143,7 +143,7 @@ def refined(masks: Tensor, scores: Tensor, objects: str, least: float, fill: boo
         masks, scores = masks[best][None], scores[best][None]
     kept, values, cells = [], [], masks.shape[-2] * masks.shape[-1]
     for mask, score in zip(masks, scores, strict=True):
-        pieces = shapes.components(_filled(mask) if fill else mask, AROUND)
+        pieces = shapes.components(filled(mask) if fill else mask, AROUND)
         sizes = pieces.flatten().bincount()
         large = (sizes >= least * cells) & (sizes > 0)
         large[0] = False
@@ -160,7 +160,3 @@ def refined(masks: Tensor, scores: Tensor, objects: str, least: float, fill: boo
         return masks[:0], scores[:0]
     order = torch.stack(values).argsort(descending=True, stable=True)
     return torch.stack(kept)[order], torch.stack(values)[order]
-
-
-def _filled(mask: Tensor) -> Tensor:
-    return torch.from_numpy(ndimage.binary_fill_holes(mask.cpu().numpy())).to(mask.device)

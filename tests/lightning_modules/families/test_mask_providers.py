@@ -13,6 +13,7 @@ from engine import setup
 from engine.stages.stage import Stage, summary_text
 from grouping import attention_masks, maskcut, spectral
 from lightning_modules.families import graph_cuts
+from lightning_modules.families.mask_crf import MaskCRF
 from lightning_modules.families.mask_providers import PROVIDERS, ProvidedMasks, check_masks, mask_provider, refined
 from models.backbone import Backbone
 from pseudo_labels.views import Saliency
@@ -113,6 +114,15 @@ def test_mask_cut_gives_the_masks_that_it_accepts(tiny, pictures):
         assert torch.equal(own, all_of_it[all_of_it.any((1, 2))])
 
 
+def test_masks_of_a_cut_can_be_refined_on_the_pixels(tiny, pictures):
+    plain = found(tiny, pictures, "mask_cut", tau=0.25, count=4)
+    for image, before, after in zip(
+        pictures, plain, found(tiny, pictures, "mask_cut", tau=0.25, count=4, crf="dense"), strict=True
+    ):
+        assert torch.equal(after, MaskCRF()(image, before))
+        assert after.shape[1:] == (48, 64)
+
+
 # ---- what is kept ----
 
 
@@ -185,6 +195,18 @@ def test_the_step_keeps_masks_with_their_boxes(tmp_path):
         labels = Saliency(records).read(record.index, record.size)
         assert set(np.unique(labels)) == {0, 1}
         assert labels.mean() == pytest.approx(mask.mean())
+
+
+@pytest.mark.train
+def test_refined_masks_have_the_size_of_the_picture(tmp_path):
+    words = {"provider": "mask_cut", "options": {"crf": "dense"}, "objects": "each", "least": 0.0}
+    records, _ = ran(tmp_path, composed("data.train_size=[48,64]", size=None, **words))
+    assert records.counts("masks").sum() > 0
+    for record in records.each():
+        for mask, box in zip(record.fields["masks"], record.fields["boxes"], strict=True):
+            assert mask.shape == (48, 64)
+            rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
+            assert box.tolist() == [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
 
 
 @pytest.mark.train

@@ -99,6 +99,8 @@ def export(checkpoint_path: Path, output: Path, tokens: list[str], names: str | 
         "%s: %d clusters of probe %s, sides from %d to %d px in steps of %d",
         output, len(legend.names), probe, facts["smallest"], facts["largest"], facts["multiple"],
     )  # fmt: skip
+    if model.scores_instances:
+        log.warning("%s: objects one by one are no part of a program; `predict` writes them", output)
     return facts
 
 

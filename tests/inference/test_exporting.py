@@ -94,6 +94,14 @@ def test_the_range_is_kept_and_said(checkpoint, tmp_path, caplog):
         program(torch.rand(1, 3, 64, 60))
 
 
+def test_a_program_of_a_method_that_finds_objects_says_what_is_no_part_of_it(small_run, tmp_path, caplog):
+    last = small_run("cutler").folder / "checkpoints" / "last.ckpt"
+    assert run.main(["export", f"ckpt={last}", f"output={tmp_path}/s.pt2"]) == 0
+    assert f"{tmp_path}/s.pt2: objects one by one are no part of a program; `predict` writes them" in caplog.text
+    program = torch.export.load(tmp_path / "s.pt2").module()
+    assert program(torch.rand(1, 3, 64, 128)).shape == (1, 12, 8, 16)
+
+
 def test_wrong_words_end_in_one_line(checkpoint, tmp_path, capsys):
     assert run.main(["export", f"ckpt={checkpoint}", f"output={tmp_path}/s.onnx"]) == 2
     line = f"error: output={tmp_path}/s.onnx: expected a file that ends in .pt2, which torch.export.load reads\n"

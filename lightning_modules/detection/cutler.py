@@ -25,6 +25,7 @@ from evaluation.instances import Detections, InstanceScore
 from evaluation.readouts import Readout
 from lightning_modules.base import Loss
 from lightning_modules.base.staged import StagedSegmenter, check_stage
+from lightning_modules.detection.loop import take_weights
 from lightning_modules.detection.relabel import Relabelled, resized
 from lightning_modules.detection.training import (
     VIEW,
@@ -86,10 +87,7 @@ class CutLER(StagedSegmenter):
         if not self.rounds:
             return
         state = results[f"detector_{self.rounds - 1}"].state()  # a resumed run has its own weights put in afterwards
-        for prefix, part in (("detector.", self.detector), ("backbone.", self.backbone)):
-            found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            if found:
-                part.load_state_dict(found)
+        take_weights(state, self.detector, self.backbone)
 
     def shown(self, results: Results) -> dict[str, View]:
         return {f"objects {number}": Objects(results[f"masks_{number}"]) for number in range(self.rounds + 1)}

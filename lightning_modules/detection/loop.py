@@ -20,6 +20,14 @@ MOST = IGNORE - 1
 """Objects of a picture that a map can hold."""
 
 
+def take_weights(state: dict[str, Tensor], detector: Detector, backbone: Backbone) -> None:
+    """Put the weights of a loop that has ended into a detector, and into a backbone where it was trained."""
+    for prefix, part in (("detector.", detector), ("backbone.", backbone)):
+        found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if found:
+            part.load_state_dict(found)
+
+
 class DetectorLoop(L.LightningModule):
     """A detector by `optim.detector`, and a backbone by `optim.backbone` where it is trained; one that is not is no
     part of what is kept."""

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 import config
 from datamodules.base.transforms import Geometry
+from lightning_modules.detection.loop import take_weights
 from lightning_modules.detection.training import make_detector
-from lightning_modules.families.graph_cuts import patch_of, stage_geometry
+from lightning_modules.families.graph_cuts import patch_of, stage_geometry, stage_sides
 from models.backbone import Backbone
 from models.detection.merging import merge
 from pseudo_labels.cache import Record
@@ -47,16 +48,13 @@ class Relabelled(MapStep):
         return stage_geometry(self.cfg.method.stage, self.cfg.data.interpolation)
 
     def record_bytes(self) -> int:
-        size, own = self.cfg.method.stage.size, self.cfg.method.rounds
-        height, width = self.sides if size is None else (size, size) if isinstance(size, int) else size
+        own = self.cfg.method.rounds
+        height, width = stage_sides(self.cfg.method.stage, self)
         return own.most * int(height * width / own.cell**2 / 8 + 8) + 1000
 
     def begin(self, results: Results) -> None:
-        self.before, state = results[self.needs[0]], results[self.needs[1]].state()
-        for prefix, part in (("detector.", self.detector), ("backbone.", self.seeing)):
-            found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            if found:
-                part.load_state_dict(found)
+        self.before = results[self.needs[0]]
+        take_weights(results[self.needs[1]].state(), self.detector, self.seeing)
         self.detector.eval()
 
     def records(self, batch: dict[str, Any]) -> list[Record]:

@@ -19,6 +19,7 @@ from datamodules.base import views as pictures
 from datamodules.base.transforms import Geometry
 from lightning_modules.detection.copy_paste import copy_paste
 from lightning_modules.detection.loop import MOST, DetectorLoop
+from lightning_modules.families.segmenter import COLOURS
 from models.backbone import Backbone
 from models.detection.detector import Detector, targets_of
 from models.detection.merging import paint
@@ -75,8 +76,7 @@ class Objects(View):
 
 def view_of(augment: Any) -> ViewSpec:
     """A part of the picture in other colours, mirrored now and then (`method.augment`)."""
-    names = ("brightness", "contrast", "saturation", "hue", "jitter_p", "gray_p", "blur_p")
-    colour = Photometric(**{name: augment[name] for name in names})
+    colour = Photometric(**{name: augment[name] for name in COLOURS})
     return ViewSpec(colour, Geometric(scale=tuple(augment.scale), flip_p=0.5))
 
 

@@ -7,6 +7,7 @@ Shapes: B pictures, h x w patches, k eigenvectors, R regions of a picture, D cha
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -86,9 +87,14 @@ def stage_geometry(settings: Any, interpolation: str) -> Geometry:
 
 def stage_cells(settings: Any, step: MapStep) -> int:
     """Patches of a picture in a stage; of one that keeps its own size the mean."""
-    size, patch = settings.size, patch_of(step.backbone)
-    sides = step.sides if size is None else (size, size) if isinstance(size, int) else size
-    return math.prod(math.ceil(side / patch) for side in sides)
+    patch = patch_of(step.backbone)
+    return math.prod(math.ceil(side / patch) for side in stage_sides(settings, step))
+
+
+def stage_sides(settings: Any, step: MapStep) -> Sequence[float]:
+    """Height and width of a picture in a stage, px; of one that keeps its own size the mean."""
+    size = settings.size
+    return step.sides if size is None else (size, size) if isinstance(size, int) else size
 
 
 # Graphs and eigenvectors.

@@ -18,7 +18,7 @@ from torch import Tensor
 from common.errors import one_of
 from datamodules.base.transforms import Geometry
 from grouping import masks as shapes
-from lightning_modules.families.graph_cuts import patch_of, stage_cells, stage_geometry
+from lightning_modules.families.graph_cuts import patch_of, stage_cells, stage_geometry, stage_sides
 from lightning_modules.families.mask_crf import filled
 from lightning_modules.families.mask_finders import (
     ClassAttention,
@@ -106,8 +106,7 @@ class ProvidedMasks(MapStep):
     def record_bytes(self) -> int:
         if not self.provider.pixels:
             return stage_cells(self.method.stage, self) + 1000
-        size = self.method.stage.size
-        height, width = self.sides if size is None else (size, size) if isinstance(size, int) else size
+        height, width = stage_sides(self.method.stage, self)
         return int(height * width) // 4 + 1000
 
     def announce(self, count: int) -> str:

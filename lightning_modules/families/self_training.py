@@ -20,7 +20,7 @@ from datamodules.base.transforms import Geometry
 from evaluation.crf import DenseCRF, as_bytes
 from lightning_modules.base import Loss
 from lightning_modules.base.staged import StagedSegmenter
-from lightning_modules.families.graph_cuts import patch_of, stage_geometry
+from lightning_modules.families.graph_cuts import patch_of, stage_geometry, stage_sides
 from lightning_modules.families.segmenter import augmented, labels_of, trained_groups
 from models.backbone import Backbone, Features
 from models.deeplab import DeepLabHead
@@ -179,8 +179,7 @@ class Relabelled(MapStep):
         return stage_geometry(self.cfg.method.stage, self.cfg.data.interpolation)
 
     def record_bytes(self) -> int:
-        size = self.cfg.method.stage.size
-        height, width = self.sides if size is None else (size, size) if isinstance(size, int) else size
+        height, width = stage_sides(self.cfg.method.stage, self)
         return int(height * width) * (1 if self.cfg.method.num_clusters <= MOST else 2) + 1000
 
     def records(self, batch: dict[str, Any]) -> list[Record]:

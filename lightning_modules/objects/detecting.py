@@ -14,8 +14,8 @@ from torch import Tensor
 import config
 from common.spec import IGNORE
 from datamodules.base.transforms import Geometry
-from lightning_modules.detection.loop import MOST, DetectorLoop
-from lightning_modules.families.graph_cuts import patch_of, stage_geometry
+from lightning_modules.detection.loop import MOST, DetectorLoop, take_weights
+from lightning_modules.families.graph_cuts import patch_of, stage_geometry, stage_sides
 from models.backbone import Backbone
 from models.detection.detector import Detector, targets_of
 from pseudo_labels.cache import Record, Records
@@ -101,13 +101,11 @@ class Confident(MapStep):
         return stage_geometry(self.cfg.method.stage, self.cfg.data.interpolation)
 
     def record_bytes(self) -> int:
-        size = self.cfg.method.stage.size
-        height, width = self.sides if size is None else (size, size) if isinstance(size, int) else size
+        height, width = stage_sides(self.cfg.method.stage, self)
         return int(height * width) * 2 + 1000
 
     def begin(self, results: Results) -> None:
-        state = results["detector"].state()
-        self.detector.load_state_dict({key.removeprefix("detector."): value for key, value in state.items()})
+        take_weights(results["detector"].state(), self.detector, self.backbone)
         self.detector.eval()
 
     def records(self, batch: dict[str, Any]) -> list[Record]:

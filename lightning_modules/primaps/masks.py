@@ -13,7 +13,7 @@ from datamodules.base.transforms import Geometry
 from evaluation import readout
 from evaluation.crf import DenseCRF, as_bytes
 from grouping.principal import label_log_probs, principal_masks
-from lightning_modules.families.graph_cuts import patch_of, stage_geometry
+from lightning_modules.families.graph_cuts import patch_of, stage_geometry, stage_sides
 from models.backbone import Backbone
 from pseudo_labels.cache import Record
 from pseudo_labels.steps import MapStep, new_record, whole_patches
@@ -38,8 +38,7 @@ class PrincipalMasks(MapStep):
         return stage_geometry(self.method.stage, self.interpolation)
 
     def record_bytes(self) -> int:
-        size = self.method.stage.size
-        height, width = self.sides if size is None else (size, size) if isinstance(size, int) else size
+        height, width = stage_sides(self.method.stage, self)
         return int(height * width) + 1000
 
     def records(self, batch: dict[str, Any]) -> list[Record]:

@@ -142,6 +142,22 @@ class Cover:
 
 
 @dataclass(frozen=True)
+class Meeting:
+    """How much of other views a view has to show: it alone is drawn anew until it does, the others stand."""
+
+    views: tuple[str, ...]
+    """Names of views that stand before it."""
+    share: float = 0.01
+    """The common part with each of them has a larger area than this share of the source's."""
+    of_own: bool = False
+    """Whether it is a share of the view's own area instead (SlotCon)."""
+    tries: int = 100
+    """Draws of the crop."""
+    whole: bool = True
+    """Where none will do: the view shows the whole picture, or (False) the last draw stands (SlotCon)."""
+
+
+@dataclass(frozen=True)
 class ViewSpec:
     """A view of the batch that a method asks for: `{"augmented": ViewSpec(photometric=Photometric())}`.
 
@@ -153,6 +169,7 @@ class ViewSpec:
     affine: Affine | None = None
     source: str = "image"
     cover: Cover | None = None
+    meets: Meeting | None = None
     of_epoch: bool = False
     """Whether the draws belong to (epoch, picture), so that every pass over the pictures of an epoch sees the same
     view; else to the step and the place in its batch."""

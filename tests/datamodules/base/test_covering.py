@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.errors import ConfigError
-from common.spec import Cover, Geometric, Photometric, ViewSpec
+from common.spec import Cover, Geometric, Meeting, Photometric, ViewSpec
 from datamodules.base import covering, views
 from tests.datamodules.pictures import Stripes, StripesModule, config
 from tests.support.ranks import on_two_ranks
@@ -96,3 +96,59 @@ def test_another_picture_takes_the_place_of_one_that_may_not_be_shown():
     assert runs[0] == runs[1]
     assert set(runs[0]) == {2, 5}
     assert all(new == old for new, old in zip(runs[0], plain, strict=True) if old in (2, 5))
+
+
+def meeting(tries: int = 100, share: float = 0.04, **more) -> dict[str, ViewSpec]:
+    rule = Meeting(("large",), share=share, tries=tries, **more)
+    return {"large": ViewSpec(geometric=CROP), "small": ViewSpec(geometric=CROP, meets=rule)}
+
+
+def apart(made) -> torch.Tensor:
+    rule = Meeting(("large",), share=0.04)
+    return ~covering.meets(made["small.params"], [made["large.params"]], rule)
+
+
+def test_a_view_is_drawn_until_it_meets_another():
+    free = views.make_views(batch(), {name: ViewSpec(geometric=CROP) for name in ("large", "small")}, 0, 3)
+    made = views.make_views(batch(), meeting(), 0, 3)
+    assert apart(free).any()
+    assert not apart(free).all()
+    assert not apart(made).any()
+    assert torch.equal(made["large.params"].boxes, free["large.params"].boxes)  # it alone is drawn anew
+    kept = (made["small.params"].boxes == free["small.params"].boxes).all(1)
+    assert torch.equal(kept, ~apart(free))
+
+
+def test_a_view_that_meets_nothing_is_whole_or_stays():
+    whole = views.make_views(batch(), meeting(tries=1), 0, 3)
+    free = views.make_views(batch(), meeting(tries=1, whole=False), 0, 3)
+    rows = apart(free)
+    assert (whole["small.params"].boxes[rows] == torch.tensor([0.0, 0, 32, 32])).all()
+    assert torch.equal(whole["small.params"].boxes[~rows], free["small.params"].boxes[~rows])
+    half = views.make_views(batch(), meeting(share=0.5, of_own=True), 0, 3)  # of its own area, which is 0.3 at most
+    assert not (half["small.params"].boxes[:, 2] == 32).any()
+
+
+def _meeting_parts(rank: int) -> dict[str, torch.Tensor]:
+    own = {name: value.chunk(2)[rank] for name, value in batch().items()}
+    return {"small": views.make_views(own, meeting(), 0, 5)["small"]}
+
+
+@pytest.mark.ddp
+def test_two_ranks_see_the_meeting_crops_of_one():
+    whole = views.make_views(batch(), meeting(), 0, 5)
+    assert torch.equal(torch.cat([part["small"] for part in on_two_ranks(_meeting_parts)]), whole["small"])
+
+
+def test_meetings_are_refused():
+    rule = Meeting(("later",))
+    for specs_, line in (
+        ({"a": ViewSpec(geometric=CROP, meets=rule)}, "view 'a': 'later', which it has to meet, must be a view that"),
+        ({"later": ViewSpec(), "a": ViewSpec(geometric=CROP, meets=rule)}, "view 'later': a meeting is of crops of"),
+        (
+            {"later": ViewSpec(geometric=CROP, cover=Cover()), "a": ViewSpec(geometric=CROP, meets=rule)},
+            "view 'later': a view that others have to meet, or that has to meet others, has no cover",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=line):
+            views.make_views(batch(), specs_, 0, 0)

@@ -155,6 +155,14 @@ def iou_matrix(counts: np.ndarray) -> np.ndarray:
     return counts / np.maximum(union, 1)
 
 
+def precision_matrix(counts: np.ndarray) -> np.ndarray:
+    """Share of every cluster that is of each class, n_kc / r_k, 0 for an empty cluster: [K,C] float64.
+
+    Its arg max over classes is that of n_kc, so `many_to_one` matches by precision, as Leopart does above C clusters.
+    """
+    return counts / np.maximum(counts.sum(1, keepdims=True), 1)
+
+
 def class_histogram(counts: np.ndarray, mapping: np.ndarray) -> np.ndarray:
     """Rows of clusters added up by their class: [K,C], [K] -> [C+1,C] int64, unmatched clusters in the last row."""
     classes = counts.shape[1]

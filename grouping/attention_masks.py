@@ -1,8 +1,9 @@
-"""The object of a picture by the attention of the class token, after MaskDistill (Van Gansbeke et al., 2022).
+"""By the attention of the class token: the object of a picture, after MaskDistill (Van Gansbeke et al., 2022), and all
+of its foreground, after Leopart (Ziegler and Asano, CVPR 2022).
 
-Patches that the class token looks at vote, by their keys, for all patches that are like them; the mask is what gets a
-positive vote and hangs together with the patch that is looked at most. The released code multiplies all keys with all
-keys; one product with the sum of the voters' keys gives the same.
+The object: patches that the class token looks at vote, by their keys, for all patches that are like them; the mask is
+what gets a positive vote and hangs together with the patch that is looked at most. The released code multiplies all
+keys with all keys; one product with the sum of the voters' keys gives the same.
 Shapes: B pictures, L heads, N = h*w patches (row by row), T tokens, d numbers of a head, C = L*d, n patches chosen.
 """
 
@@ -11,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torchvision.transforms.functional import gaussian_blur
 
 from common.errors import ConfigError, one_of
 from common.precision import exact, real
-from grouping.masks import component_at
+from grouping.masks import component_at, components
 
 TOPK_POLICIES = ("stable", "positive_only", "released")
 """Which patches are chosen where fewer than n have a score above 0, after the filter has set the others to 0: `stable`
@@ -63,6 +65,29 @@ def mass_filter(scores: Tensor, mass: float) -> Tensor:
     ordered, order = scores.sort(dim=1)
     share = (ordered / scores.sum(1, keepdim=True)).cumsum(1)
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, share > 1 - mass)
+
+
+@torch.no_grad()
+def attention_foreground(
+    weights: Tensor, mass: float = 0.65, *, sigma: float = 0.6, kernel: int = 7, specks: int = 2
+) -> Tensor:
+    """The cells that hold the share `mass` of the class token's attention [B,h,w], once it is blurred: bool [B,h,w].
+
+    weights: after the softmax, heads averaged, any sum. sigma and kernel (odd) of the Gaussian in cells, borders
+    reflected; on a grid too small for it the kernel shrinks. Pieces of at most `specks` cells (8-connected) are left
+    out. Leopart trains with a mass of 0.6 and reads out with 0.65.
+    """
+    rows = real(weights)
+    if min(rows.shape[-2:]) > 1:
+        widths = [min(kernel, 2 * side - 1) for side in (rows.shape[-1], rows.shape[-2])]
+        rows = gaussian_blur(rows, widths, [sigma, sigma])
+    kept = mass_filter(rows.flatten(1), mass).view_as(rows)
+    for mask in kept:
+        pieces = components(mask, 8)
+        small = pieces.flatten().bincount() <= specks
+        small[0] = False
+        mask &= ~small[pieces]
+    return kept
 
 
 @torch.no_grad()

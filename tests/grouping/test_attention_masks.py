@@ -88,3 +88,22 @@ def test_picture_without_keys_has_no_object():
 def test_refusals(words):
     with pytest.raises(ConfigError, match=next(iter(words))):
         am.attention_masks(torch.ones(1, 4), torch.ones(1, 4, 2), (2, 2), **words)
+
+
+def test_foreground_holds_the_mass_of_the_blurred_attention_without_specks():
+    weights = torch.full((1, 9, 9), 1e-4)
+    weights[0, 2:5, 2:5] = 1.0
+    weights[0, 7, 7] = 0.9
+    assert am.attention_foreground(weights, 0.85, sigma=0.1).nonzero()[:, 1:].tolist() == [
+        [row, column] for row in (2, 3, 4) for column in (2, 3, 4)
+    ]
+    assert am.attention_foreground(weights, 0.99, sigma=0.1).sum() == 9  # the single cell is a speck
+    assert am.attention_foreground(weights, 0.99, sigma=0.1, specks=0)[0, 7, 7]
+    blurred = am.attention_foreground(weights, 0.9, sigma=2.0)
+    assert blurred.sum() > 12
+
+
+def test_foreground_of_a_grid_smaller_than_the_blur():
+    weights = torch.tensor([[[4.0, 1.0], [1.0, 1.0]]])
+    assert am.attention_foreground(weights, 0.5, sigma=0.1, specks=0)[0].tolist() == [[True, False], [False, False]]
+    assert am.attention_foreground(weights[:, :1, :1], 0.5, specks=0).all()

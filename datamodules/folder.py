@@ -174,11 +174,37 @@ class FolderDataModule(SegmentationDataModule):
     def build_source(self, split: str) -> FolderSource:
         return FolderSource(self._entries[split], self._values, self._range, channels_of(self.data))
 
+    def own_source(self) -> str | FolderSource:
+        if not self.data.train_roots:
+            return "train"
+        own = _apart(Tree.find(self.data.root, "data.root", self.data), self._entries["val"])
+        return self._unlabelled(own) if own else "train"
+
+    def source_below(self, roots: list[str], key: str) -> FolderSource:
+        trees = [Tree.find(root, key, self.data, main=False) for root in roots]
+        return self._unlabelled([entry for tree in trees for entry in self._to_train_on(tree, self._entries["val"])])
+
+    def _unlabelled(self, entries: list[Entry]) -> FolderSource:
+        bare = [Entry(entry.id, entry.picture, None) for entry in entries]
+        return FolderSource(bare, None, self._range, channels_of(self.data))
+
     def settled(self) -> dict[str, Any]:
         return {"data.value_range": None if self._range is None else list(self._range)}
 
     def build_meta(self) -> ClassMeta:
         return ClassMeta(self._names, default_palette(len(self._names)))
+
+    @staticmethod
+    def _to_train_on(part: Tree, val: list[Entry]) -> list[Entry]:
+        """The pictures of a folder besides those that are evaluated. Raises DataError where there are none."""
+        left = _apart(part, val)
+        if not left:
+            raise DataError(
+                f"{part.key}={part.root}: holds no pictures to train on"
+                + (" besides those it is evaluated on" if part.train else " (images/train is missing or empty)")
+                + "; add pictures, or name folders to train on in data.train_roots"
+            )
+        return left
 
     def _find(self) -> tuple[dict[str, list[Entry]], tuple[str, ...]]:
         if not self.data.root:
@@ -190,17 +216,10 @@ class FolderDataModule(SegmentationDataModule):
         for line in filter(None, (other.unpaired() for other in trees if other.root != tree.root)):
             log.warning("%s", line)
         val = tree.evaluated()
-        seen = {os.path.realpath(entry.picture) for entry in val}
         train = []
         for part in trees or [tree]:
             prefix = f"{part.root.resolve().name}/" if len(trees) > 1 else ""
-            left = [entry for entry in part.train if os.path.realpath(entry.picture) not in seen]
-            if not left:
-                raise DataError(
-                    f"{part.key}={part.root}: holds no pictures to train on"
-                    + (" besides those it is evaluated on" if part.train else " (images/train is missing or empty)")
-                    + "; add pictures, or name folders to train on in data.train_roots"
-                )
+            left = self._to_train_on(part, val)
             train += [Entry(prefix + entry.id, entry.picture, entry.label) for entry in left]
         names = _common_names([tree, *trees], {entry.picture for entry in train + val if entry.label})
         labelled = [sum(entry.label is not None for entry in part) for part in (train, val)]
@@ -209,6 +228,12 @@ class FolderDataModule(SegmentationDataModule):
             len(train), labelled[0], len(val), labelled[1], len(names),
         )  # fmt: skip
         return {"train": train, "val": val}, names
+
+
+def _apart(tree: Tree, val: list[Entry]) -> list[Entry]:
+    """The training pictures of a folder that are not among those that are evaluated."""
+    seen = {os.path.realpath(entry.picture) for entry in val}
+    return [entry for entry in tree.train if os.path.realpath(entry.picture) not in seen]
 
 
 def expect_apart(cfg: Any, **targets: str | Path | None) -> None:

@@ -56,9 +56,9 @@ def evaluate(checkpoint_path: Path, tokens: list[str], into: Path | None = None)
             f"data.root={cfg.data.root}: its {data.meta.num_classes} classes are not the {stored.num_classes} that the "
             "linear probe of this checkpoint was trained for"
         )
-    model = setup.restore_model(checkpoint, cfg, data.meta if data.meta.has_labels else stored, stored.has_labels)
-    if any(key.startswith("evaluation.kmeans.") for key in named):
-        model.kmeans_probe.fitted.fill_(False)  # fitted anew, as asked
+    anew = any(key.startswith("evaluation.kmeans.") for key in named)  # as asked
+    meta = data.meta if data.meta.has_labels else stored
+    model = setup.restore_model(checkpoint, cfg, meta, stored.has_labels, refit=anew)
     if any(key.startswith("evaluation.posthoc.") for key in named):
         model.posthoc_probe = None
     centroids, posthoc = KMeansFit(cfg, data), PosthocFit(cfg, data)

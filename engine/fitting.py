@@ -50,7 +50,7 @@ class KMeansFit(L.Callback):
             )
         if self.cfg.data.eval_crop == "keep":
             return
-        pictures = min(settings.pictures, len(self.data.source("train")))
+        pictures = min(settings.pictures, self.data.clustered_count())
         if settings.sample == "batch":
             if (batches := -(-pictures // int(self.cfg.data.eval_batch_size))) < clusters:
                 raise ConfigError(
@@ -73,6 +73,10 @@ class KMeansFit(L.Callback):
             return
         settings = self.cfg.evaluation.kmeans
         codes = self.training_codes(trainer, pl_module, settings.pictures, settings.points)
+        probe = pl_module.kmeans_probe
+        if probe.reduces:
+            probe.fit_axes(codes, whiten=settings.reduce == "whiten")
+            codes = probe.reduced(codes.T[None, :, :, None])[0, :, :, 0].T  # unit codes, so unit ones again
         result = kmeans.fit_distributed(
             codes,
             clusters_of(self.cfg, "kmeans"),
@@ -82,7 +86,7 @@ class KMeansFit(L.Callback):
             restarts=settings.restarts,
             init=settings.init,
         )
-        pl_module.kmeans_probe.set(result.centroids)
+        probe.set(result.centroids)
 
     @torch.no_grad()
     def training_codes(
@@ -91,7 +95,8 @@ class KMeansFit(L.Callback):
         """Unit codes of this rank's part of the chosen training pictures, [n,D]: all patches, or as many of each; with
         `evaluation.kmeans.sample=batch` one of each batch."""
         rows = []
-        loader = self.data.loader("train", geometry="eval", order="shuffled", limit=pictures, purpose="kmeans")
+        source = self.data.clustered_source()
+        loader = self.data.loader(source, geometry="eval", order="shuffled", limit=pictures, purpose="kmeans")
         total = min(pictures, len(loader.dataset))
         for batch in counted(loader, "k-means", len(loader)):
             images = batch["image"].to(pl_module.device)

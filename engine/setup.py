@@ -284,13 +284,22 @@ def device(cfg: DictConfig) -> torch.device:
 
 
 def restore_model(
-    checkpoint: dict[str, Any], cfg: DictConfig, meta: ClassMeta | None = None, linear_probe: bool = True
+    checkpoint: dict[str, Any],
+    cfg: DictConfig,
+    meta: ClassMeta | None = None,
+    linear_probe: bool = True,
+    refit: bool = False,
 ) -> UnsupervisedSegmenter:
     """The trained method, in evaluation mode, on the CPU.
 
-    `meta`: classes of the data it is evaluated on. `linear_probe`: False where it was trained without any.
+    `meta`: classes of the data it is evaluated on. `linear_probe`: False where it was trained without any. `refit`: the
+    k-means probe is one that waits to be fitted, whatever that of the checkpoint is.
     """
     model = build_model(cfg, stored_meta(checkpoint) if meta is None else meta, linear_probe)
+    if refit:
+        own = {name: value for name, value in model.state_dict().items() if name.startswith("kmeans_probe.")}
+        kept = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("kmeans_probe.")}
+        checkpoint = {**checkpoint, "state_dict": kept | own}
     expect_fit(checkpoint, model, "ckpt")
     model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"])

@@ -221,7 +221,7 @@ def introduce(
 def closing_parts(cfg: DictConfig, data: SegmentationDataModule) -> dict[str, int]:
     """What is done behind the last step, and in how many pieces: batches, and pictures that are drawn."""
     size = cfg.data.eval_batch_size
-    codes, seen = min(cfg.evaluation.kmeans.pictures, len(data.source("train"))), len(data.source("val"))
+    codes, seen = min(cfg.evaluation.kmeans.pictures, data.clustered_count()), len(data.source("val"))
     return {"k-means": -(-codes // size), "evaluation": -(-seen // size), "pictures": min(seen, cfg.evaluation.panels)}
 
 

@@ -13,8 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from common import chance, distributed
 from common.errors import CheckpointError, ConfigError, one_of
+from common.precision import exact, real
 from evaluation import readout
-from retrieval import kmeans
+from retrieval import kmeans, whitening
 
 LABEL_PROBES = ("linear", "linear_posthoc", "retrieval")
 """Probes that learn from labels: they predict classes, all others clusters."""
@@ -218,13 +219,53 @@ def clusters_of(cfg: DictConfig, probe: str) -> int:
     return (cfg.evaluation.kmeans.clusters if probe == "kmeans" else None) or cfg.method.num_clusters
 
 
-class KMeansProbe(nn.Module):
-    """Centroids of an offline spherical k-means [K,D], kept with the run once fitted."""
+def components_of(cfg: DictConfig, dim: int) -> int | None:
+    """R of the k-means probe, None where codes of D numbers are clustered as they are. Raises ConfigError."""
+    settings = cfg.evaluation.kmeans
+    if settings.reduce == "none":
+        return None
+    if settings.components > dim:
+        raise ConfigError(
+            f"evaluation.kmeans.components={settings.components}: the codes have {dim} channels; set {dim} at most, or "
+            "evaluation.kmeans.reduce=none"
+        )
+    return settings.components
 
-    def __init__(self, dim: int, k: int):
+
+class KMeansProbe(nn.Module):
+    """Centroids of an offline spherical k-means [K,D], kept with the run once fitted.
+
+    components: R, the principal directions that codes are reduced to before (`evaluation.kmeans.reduce`); then the
+    centroids are [K,R], and the map to them, a mean [D] and axes [R,D], is kept beside them. None: codes as they are.
+    """
+
+    def __init__(self, dim: int, k: int, components: int | None = None):
         super().__init__()
-        self.register_buffer("centroids", torch.zeros(k, dim))
+        self.register_buffer("centroids", torch.zeros(k, components or dim))
         self.register_buffer("fitted", torch.tensor(False))
+        self.reduces = components is not None
+        if self.reduces:
+            self.register_buffer("mean", torch.zeros(dim))
+            self.register_buffer("axes", torch.zeros(components, dim))
+
+    @torch.no_grad()
+    def fit_axes(self, codes: Tensor, whiten: bool) -> None:
+        """The mean and the principal directions of unit codes [n,D] of all ranks; whiten: each divided by the standard
+        deviation along it. A collective."""
+        mean, axes = whitening.principal_of_all_ranks(codes, len(self.axes), whiten)
+        self.mean.copy_(mean)
+        self.axes.copy_(axes)
+
+    def reduced(self, codes: Tensor) -> Tensor:
+        """What k-means sees of codes [B,D,h,w]: [B,R,h,w], of the codes' own length, so that products with unit
+        centroids divided by it are cosines; the codes themselves where nothing is reduced."""
+        if not self.reduces:
+            return codes
+        with exact(codes.device):
+            codes = real(codes)
+            length = torch.linalg.vector_norm(codes, dim=1, keepdim=True).clamp(min=readout.EPS)
+            along = readout.pointwise(codes / length - self.mean[:, None, None], self.axes)
+            return F.normalize(along, dim=1, eps=readout.EPS) * length
 
     @torch.no_grad()
     def set(self, centroids: Tensor) -> None:
@@ -239,14 +280,15 @@ class KMeansProbe(nn.Module):
         self.fitted.fill_(True)
 
     def scores(self, codes: Tensor) -> Tensor:
-        """Dot products of codes with unit centroids: [B,D,h,w] -> [B,K,h,w]. Raises CheckpointError before `set`."""
+        """Dot products of codes, reduced where asked, with unit centroids: [B,D,h,w] -> [B,K,h,w]. Raises
+        CheckpointError before `set`."""
         self._expect_fitted()
-        return readout.dot_products(codes, self.centroids)
+        return readout.dot_products(self.reduced(codes), self.centroids)
 
     def log_probs(self, codes: Tensor, size: tuple[int, int], alpha: float = 2.0) -> Tensor:
         """As `ClusterProbe.log_probs`. Raises CheckpointError before `set`."""
         self._expect_fitted()
-        return readout.cluster_log_probs(codes, self.centroids, size, alpha)
+        return readout.cluster_log_probs(self.reduced(codes), self.centroids, size, alpha)
 
     def _expect_fitted(self) -> None:
         if not self.fitted:

@@ -39,13 +39,13 @@ class Segmenter(nn.Module):
         self.model = model
         self.flip = bool(model.cfg.evaluation.flip)
         model.wants_attention = False  # for training alone
-        self.register_buffer("centroids", naming.centroids(model, probe).clone())
+        self.probe = model.kmeans_probe if probe == "kmeans" else model.cluster_probe
 
     def forward(self, images: Tensor) -> Tensor:
         codes = self.codes(images)
         if self.flip:
             codes = readout.flip_average(codes, self.codes(images.flip(-1)))
-        return readout.dot_products(codes, self.centroids)
+        return self.probe.scores(codes)
 
     def codes(self, images: Tensor) -> Tensor:
         return self.model.embed(self.model.features(images))

@@ -74,7 +74,7 @@ def choose_probe(cfg: DictConfig, model: UnsupervisedSegmenter) -> str:
 
 
 def centroids(model: UnsupervisedSegmenter, probe: str) -> Tensor:
-    """Centroids [K,D] of the probe `cluster` or `kmeans`."""
+    """Centroids [K,D] of the probe `cluster` or `kmeans`; [K,R] where codes are reduced before."""
     return model.kmeans_probe.centroids if probe == "kmeans" else model.cluster_probe.clusters.detach()
 
 

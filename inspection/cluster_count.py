@@ -179,13 +179,13 @@ def side_by_side(path: Path, shown: list[Seen], columns: dict[int, Tensor]) -> N
 
 
 def codes(cfg: DictConfig, data: SegmentationDataModule, model: UnsupervisedSegmenter) -> tuple[Tensor, list[Seen]]:
-    """Unit codes [n,D] of patches of training pictures, drawn evenly from them by key, POINTS at most, on the CPU; and
-    the first PICTURES of these pictures."""
+    """Unit codes [n,D] of patches of the pictures that k-means is fitted on (`evaluation.kmeans.roots`), drawn evenly
+    from them by key, POINTS at most, on the CPU; and the first PICTURES of these pictures."""
     rows: list[Tensor] = []
     shown: list[Seen] = []
-    total = min(cfg.evaluation.kmeans.pictures, len(data.source("train")))
+    total = min(cfg.evaluation.kmeans.pictures, data.clustered_count())
     share = max(1, POINTS // total)
-    for batch, found, _ in read_out(cfg, data, model, "cluster"):
+    for batch, found, _ in read_out(cfg, data, model, "cluster", data.clustered_source()):
         patches = F.normalize(found.float().flatten(2), dim=1).transpose(1, 2).cpu()
         inside = readout.valid_patches(batch["valid"], found.shape[-2:]).flatten(1).cpu()
         for index, picture, valid in zip(batch["index"].tolist(), patches, inside, strict=True):

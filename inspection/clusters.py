@@ -16,6 +16,7 @@ import config
 from common import precision
 from common.files import write_text
 from datamodules.base import SegmentationDataModule
+from datamodules.base.module import Source
 from engine import setup
 from inference import naming
 from inference.naming import Legend
@@ -74,13 +75,19 @@ def restore(
 
 
 @torch.inference_mode()
-def read_out(cfg: DictConfig, data: SegmentationDataModule, model: UnsupervisedSegmenter, probe: str):
-    """Batches of training pictures, seen as in evaluation, with codes [B,D,h,w] and scores [B,K,h,w] of a probe.
+def read_out(
+    cfg: DictConfig,
+    data: SegmentationDataModule,
+    model: UnsupervisedSegmenter,
+    probe: str,
+    source: str | Source = "train",
+):
+    """Batches of pictures, seen as in evaluation, with codes [B,D,h,w] and scores [B,K,h,w] of a probe.
 
-    `evaluation.kmeans.pictures` pictures at most, a keyed choice.
+    `evaluation.kmeans.pictures` pictures at most, a keyed choice; source: the training pictures, or others.
     """
     limit = cfg.evaluation.kmeans.pictures
-    loader = data.loader("train", geometry="eval", order="shuffled", limit=limit, purpose="clusters")
+    loader = data.loader(source, geometry="eval", order="shuffled", limit=limit, purpose="clusters")
     dtype = precision.AUTOCAST[precision.usable(cfg.trainer.precision, model.device.type)]
     total, done = min(limit, len(loader.dataset)), 0
     for batch in loader:

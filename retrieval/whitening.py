@@ -4,6 +4,7 @@ itself as in MaskDistill (Van Gansbeke et al., 2022)."""
 import torch
 from torch import Tensor
 
+from common import distributed
 from common.precision import exact
 
 FLAT = 1e-12
@@ -18,11 +19,30 @@ def principal(points: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     mean = rows.mean(0)
     centred = rows - mean
     with exact(points.device):
-        values, vectors = torch.linalg.eigh(centred.T @ centred / max(1, len(rows)))
+        covariance = centred.T @ centred / max(1, len(rows))
+    return _axes(mean, covariance, dim, whiten=True)
+
+
+def principal_of_all_ranks(points: Tensor, dim: int, whiten: bool) -> tuple[Tensor, Tensor]:
+    """As `principal`, of the points [n,C] of all ranks, from their sums: none is gathered. whiten: false: directions of
+    length 1. A collective."""
+    rows = points.detach().double()
+    count = distributed.total(torch.tensor(float(len(rows)), dtype=torch.float64, device=rows.device)).clamp(min=1)
+    mean = distributed.total(rows.sum(0)) / count
+    centred = rows - mean
+    with exact(points.device):
+        products = centred.T @ centred
+    return _axes(mean, distributed.total(products) / count, dim, whiten)
+
+
+def _axes(mean: Tensor, covariance: Tensor, dim: int, whiten: bool) -> tuple[Tensor, Tensor]:
+    """Mean [C] and axes [dim,C] of a covariance [C,C], float32."""
+    with exact(covariance.device):
+        values, vectors = torch.linalg.eigh(covariance)
     values, vectors = values.flip(0)[:dim], vectors.flip(1)[:, :dim]
     there = values > FLAT * values[:1].clamp(min=FLAT)
-    scale = torch.where(there, values.clamp(min=FLAT).rsqrt(), 0.0)
-    axes = points.new_zeros(dim, points.shape[1], dtype=torch.float64)
+    scale = torch.where(there, values.clamp(min=FLAT).rsqrt() if whiten else 1.0, 0.0)
+    axes = covariance.new_zeros(dim, len(mean))
     axes[: len(values)] = (vectors * scale).T
     return mean.float(), axes.float()
 

@@ -135,6 +135,30 @@ class SegmentationDataModule(L.LightningDataModule):
         """The training pictures whose labels a read-out may read: "train", unless other pictures are trained on."""
         return "train"
 
+    def own_source(self) -> str | Source:
+        """The training pictures of the data that is evaluated: "train", unless other pictures are trained on and it has
+        some of its own."""
+        return "train"
+
+    def source_below(self, roots: list[str], key: str) -> Source:
+        """All pictures of some folders, without labels; `key` names them in errors. Raises DataError."""
+        raise ConfigError(f"{key}={list(roots)}: data={self.data.name} reads no folders of pictures; set it to own")
+
+    def clustered_source(self) -> str | Source:
+        """The pictures whose codes the k-means of the protocol is fitted on (`evaluation.kmeans.roots`): the own ones
+        of the data that is evaluated, those trained on, or those of given folders. Raises ConfigError, DataError."""
+        roots = self.cfg.evaluation.kmeans.roots
+        if isinstance(roots, str):
+            return self.own_source() if roots == "own" else "train"
+        if "below" not in self._sources:
+            self._sources["below"] = self.source_below(list(roots), "evaluation.kmeans.roots")
+        return self._sources["below"]
+
+    def clustered_count(self) -> int:
+        """How many pictures `clustered_source` has."""
+        found = self.clustered_source()
+        return len(self.source(found) if isinstance(found, str) else found)
+
     def describe(self, split: str) -> str:
         """What a split is, for metrics.json: its pictures, and the list they come from where there is one."""
         return f"{split}: {len(self.source(split))} pictures"

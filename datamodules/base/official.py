@@ -210,11 +210,20 @@ class OfficialDataModule(SegmentationDataModule):
         """The published training pictures, also where `data.train_roots` names others to train on."""
         return self.make_source(self.entries("train")) if self.data.train_roots else "train"
 
-    def _other(self, root: str) -> list[Entry]:
+    def own_source(self) -> str | ListedSource:
+        try:
+            return self.labelled_source()
+        except DataError:  # a copy that holds what is evaluated alone
+            return "train"
+
+    def source_below(self, roots: list[str], key: str) -> ListedSource:
+        return self.make_source([entry for root in roots for entry in self._other(root, key)])
+
+    def _other(self, root: str, key: str = "data.train_roots") -> list[Entry]:
         """Pictures of `data.train_roots`: those of `data.root` as published, all others without labels."""
         if Path(root).expanduser().resolve() == Path(self.data.root or "").expanduser().resolve():
             return self.entries("train")
-        return entries_below(root, "data.train_roots")
+        return entries_below(root, key)
 
     def _compare(self, split: str, count: int) -> None:
         official = self.official_count(split)

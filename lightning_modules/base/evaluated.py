@@ -14,7 +14,15 @@ from evaluation.crf import Constants, DenseCRF
 from evaluation.instances import InstanceScore
 from evaluation.matching import Scores, told_apart
 from evaluation.metrics import ClusterUsage, SegmentationScore
-from evaluation.probes import LABEL_PROBES, UNLABELLED, ClusterProbe, KMeansProbe, LinearProbe, clusters_of
+from evaluation.probes import (
+    LABEL_PROBES,
+    UNLABELLED,
+    ClusterProbe,
+    KMeansProbe,
+    LinearProbe,
+    clusters_of,
+    components_of,
+)
 from evaluation.retrieval import configured
 from models.backbone import Features
 from reporting import report
@@ -42,7 +50,7 @@ class Evaluated(L.LightningModule):
         self.cluster_probe = ClusterProbe(
             self.code_dim, clusters, cfg.seed, init=rules.cluster_init, reseed=rules.cluster_reseed
         )
-        self.kmeans_probe = KMeansProbe(self.code_dim, clusters_of(cfg, "kmeans"))
+        self.kmeans_probe = KMeansProbe(self.code_dim, clusters_of(cfg, "kmeans"), components_of(cfg, self.code_dim))
         self.linear_probe = (
             LinearProbe(self.code_dim, meta.num_classes, cfg.seed, rules.linear_mean)
             if meta.has_labels and linear_probe

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 from common.errors import ConfigError, DataError
@@ -149,6 +150,36 @@ def test_train_roots_replace_the_root(tmp_path):
     alone = module(root, train_roots=[str(more)])
     assert ids(alone.source("train")) == ["train0", "train1", "train2"]
     assert alone.source("train").read(0)[1] is not None
+
+
+def fitted_on(found, roots):
+    """A data set whose k-means is fitted on `roots`."""
+    OmegaConf.set_readonly(found.cfg, False)
+    found.cfg.evaluation.kmeans.roots = roots
+    return found
+
+
+def test_kmeans_is_fitted_on_the_pictures_of_the_data_that_is_evaluated(tmp_path):
+    root = labelled_folder(tmp_path / "root")
+    for i in range(4):
+        save(tmp_path / "flat" / f"f{i}.png", noise(seed=80 + i))
+    roots = [str(tmp_path / "flat")]
+    own = module(root, train_roots=roots)
+    assert ids(own.clustered_source()) == [f"train{i}" for i in range(6)]
+    assert own.clustered_count() == 6
+    assert own.clustered_source().read(0)[1] is None  # never with a label
+    assert module(root).clustered_source() == "train"
+    fitted_on(own, "trained")
+    assert own.clustered_source() == "train"
+    assert own.clustered_count() == 4
+    other = fitted_on(module(root), roots)
+    assert ids(other.clustered_source()) == [f"f{i}" for i in range(4)]
+    other = fitted_on(module(root), [str(tmp_path / "none")])
+    with pytest.raises(DataError, match=r"evaluation\.kmeans\.roots=.*none: "):
+        other.clustered_source()
+    val = tmp_path / "only"
+    save(val / "images" / "val" / "p.png", noise())
+    assert module(val, train_roots=roots).clustered_source() == "train"  # it has none of its own
 
 
 def test_train_roots_never_take_what_is_evaluated(tmp_path):

@@ -52,6 +52,22 @@ def test_probes_are_fitted_once_at_the_size_of_the_run(tmp_path, monkeypatch):
     assert metrics["val@48/kmeans/miou"] == run.metrics["val/kmeans/miou"]
 
 
+def test_kmeans_is_fitted_anew_to_reduced_codes(small_run, tmp_path):
+    run = small_run("kmeans_baseline")
+    last = run.folder / "checkpoints" / "last.ckpt"
+    words = ["evaluation.kmeans.reduce=pca", "evaluation.kmeans.components=4", "evaluation.kmeans.clusters=9"]
+    found = evaluating.evaluate(last, words)
+    assert found["protocol/kmeans_reduce"] == "pca, 4 components"
+    assert found["val/kmeans/miou"] != run.metrics["val/kmeans/miou"]
+    assert found["val/cluster/miou"] == run.metrics["val/cluster/miou"]
+    whole = run_small("kmeans_baseline", tmp_path, "x", *words[:2])
+    assert whole.metrics["protocol/kmeans_reduce"] == "pca, 4 components"
+    again = evaluating.evaluate(whole.folder / "checkpoints" / "last.ckpt", [])
+    for key in ("val/kmeans/miou", "val/kmeans/confidence"):
+        assert again[key] == whole.metrics[key]
+    assert 0 < again["val/kmeans/confidence"] <= 100
+
+
 def test_things_and_stuff_are_scored_apart(small_run):
     run = small_run("kmeans_baseline")
     last = run.folder / "checkpoints" / "last.ckpt"

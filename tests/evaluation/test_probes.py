@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 
 from common.errors import CheckpointError, ConfigError
 from evaluation import readout
-from evaluation.probes import ClusterProbe, KMeansProbe, LinearProbe, plus_plus
+from evaluation.probes import ClusterProbe, KMeansProbe, LinearProbe, components_of, plus_plus
 from retrieval import kmeans
 
 
@@ -249,6 +250,36 @@ def test_kmeans_probe_keeps_its_centroids_in_the_state():
         probe.set(torch.zeros(3, 2))
     with pytest.raises(ValueError, match="hold values that are not finite"):
         probe.set(torch.full((2, 3), float("nan")))
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_kmeans_of_reduced_codes_is_that_of_their_principal_components(whiten):
+    torch.manual_seed(3)
+    rows = F.normalize(torch.randn(200, 6) * torch.tensor([5.0, 3.0, 2.0, 1.0, 0.5, 0.1]) + 1, dim=1)
+    probe = KMeansProbe(6, 2, components=3)
+    probe.fit_axes(rows, whiten)
+    centred = rows.double() - rows.double().mean(0)
+    left, _, directions = torch.linalg.svd(centred, full_matrices=False)
+    expected = (left[:, :3] if whiten else centred @ directions[:3].T).float()
+    codes = 7 * rows.T[None, :, :, None]  # of any length
+    own = probe.reduced(codes)[0, :, :, 0].T
+    assert torch.allclose(torch.linalg.vector_norm(own, dim=1), torch.full((200,), 7.0), atol=1e-4)
+    signs = torch.sign((own * expected).sum(0))
+    assert torch.allclose(own / 7 * signs, F.normalize(expected, dim=1), atol=2e-3)
+    probe.set(own[:2])
+    again = KMeansProbe(6, 2, components=3)
+    again.load_state_dict(probe.state_dict())
+    assert torch.equal(again.scores(codes), probe.scores(codes))
+    assert torch.allclose(probe.scores(codes)[0, 0, 0], torch.tensor(7.0), atol=1e-4)  # the length times a cosine of 1
+
+
+def test_more_components_than_channels_end_in_one_line():
+    cfg = OmegaConf.create({"evaluation": {"kmeans": {"reduce": "pca", "components": 9}}})
+    with pytest.raises(ConfigError) as error:
+        components_of(cfg, 4)
+    assert str(error.value) == (
+        "evaluation.kmeans.components=9: the codes have 4 channels; set 4 at most, or evaluation.kmeans.reduce=none"
+    )
 
 
 def test_probes_stay_in_float32_inside_autocast():

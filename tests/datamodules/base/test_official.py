@@ -375,6 +375,12 @@ def test_training_on_other_pictures(tmp_path):
     assert (len(alone.source("train")), len(labelled)) == (3, 4)
     assert all(labelled.read(i)[1] is not None for i in range(4))
     assert module("camvid", tmp_path / "camvid").labelled_source() == "train"
+    assert (alone.clustered_count(), found.clustered_count()) == (4, 4)  # k-means is fitted on pictures of the set
+    other = module("camvid", tmp_path / "camvid", f"evaluation.kmeans.roots=[{tmp_path}/more,{tmp_path}/camvid]")
+    assert other.clustered_count() == 3 + 4
+    shutil.rmtree(tmp_path / "camvid" / "train")
+    bare = module("camvid", tmp_path / "camvid", f"data.train_roots=[{tmp_path}/more]")
+    assert bare.clustered_source() == "train"  # none of its own
 
 
 def test_a_label_of_another_size(tmp_path):

@@ -86,8 +86,8 @@ def excused(key: str, rule: rules.Rule, value: object) -> bool:
     if not isinstance(rule, rules.Listed):
         return False
     texts = isinstance(rule.item, rules.Text | rules.Place)
-    return (value == [] and not rule.length and not rule.least) or (
-        texts and isinstance(value, list) and not isinstance(value[0], list)  # numbers are texts there
+    return bool(value == [] and not rule.length and not rule.least) or (
+        texts and isinstance(value, list) and value and not isinstance(value[0], list)  # numbers are texts there
     )
 
 

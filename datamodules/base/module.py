@@ -142,16 +142,18 @@ class SegmentationDataModule(L.LightningDataModule):
 
     def source_below(self, roots: list[str], key: str) -> Source:
         """All pictures of some folders, without labels; `key` names them in errors. Raises DataError."""
-        raise ConfigError(f"{key}={list(roots)}: data={self.data.name} reads no folders of pictures; set it to own")
+        raise ConfigError(f"{key}={list(roots)}: data={self.data.name} reads no folders of pictures; set [own]")
 
     def clustered_source(self) -> str | Source:
         """The pictures whose codes the k-means of the protocol is fitted on (`evaluation.kmeans.roots`): the own ones
         of the data that is evaluated, those trained on, or those of given folders. Raises ConfigError, DataError."""
-        roots = self.cfg.evaluation.kmeans.roots
-        if isinstance(roots, str):
-            return self.own_source() if roots == "own" else "train"
+        key, roots = "evaluation.kmeans.roots", list(self.cfg.evaluation.kmeans.roots)
+        if roots in (["own"], ["trained"]):
+            return self.own_source() if roots == ["own"] else "train"
+        if {"own", "trained"} & set(roots):
+            raise ConfigError(f"{key}={roots}: own and trained stand alone; name folders only, or one of the two")
         if "below" not in self._sources:
-            self._sources["below"] = self.source_below(list(roots), "evaluation.kmeans.roots")
+            self._sources["below"] = self.source_below(roots, key)
         return self._sources["below"]
 
     def clustered_count(self) -> int:

@@ -34,8 +34,9 @@ def protocol(cfg: DictConfig, data: SegmentationDataModule, model: UnsupervisedS
         found["protocol/partition"] = rules.partition
     if rules.kmeans.clusters is not None:
         found["protocol/kmeans_clusters"] = rules.kmeans.clusters
-    if (roots := rules.kmeans.roots) != "own" and not (roots == "trained" and data.own_source() == "train"):
-        where = "those trained on" if roots == "trained" else ", ".join(roots)
+    roots = list(rules.kmeans.roots)
+    if roots != ["own"] and not (roots == ["trained"] and data.own_source() == "train"):
+        where = "those trained on" if roots == ["trained"] else ", ".join(roots)
         found["protocol/kmeans_pictures"] = f"{data.clustered_count()} pictures: {where}"
     if rules.kmeans.reduce != "none":
         found["protocol/kmeans_reduce"] = f"{rules.kmeans.reduce}, {rules.kmeans.components} components"

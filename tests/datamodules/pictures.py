@@ -19,7 +19,7 @@ YAML = Path(__file__).parents[2] / "configs" / "data" / "folder.yaml"
 
 def config(seed: int = 3, **data: object) -> DictConfig:
     """A strict, read-only config with the folder's own yaml, changed by `data`."""
-    cfg = OmegaConf.create({"seed": seed, "data": OmegaConf.load(YAML), "evaluation": {"kmeans": {"roots": "own"}}})
+    cfg = OmegaConf.create({"seed": seed, "data": OmegaConf.load(YAML), "evaluation": {"kmeans": {"roots": ["own"]}}})
     OmegaConf.set_struct(cfg, True)
     small = {"batch_size": 4, "eval_batch_size": 2, "workers": 0, "train_size": 16, "eval_size": 16}
     for key, value in (small | data).items():

@@ -169,7 +169,7 @@ def test_kmeans_is_fitted_on_the_pictures_of_the_data_that_is_evaluated(tmp_path
     assert own.clustered_count() == 6
     assert own.clustered_source().read(0)[1] is None  # never with a label
     assert module(root).clustered_source() == "train"
-    fitted_on(own, "trained")
+    fitted_on(own, ["trained"])
     assert own.clustered_source() == "train"
     assert own.clustered_count() == 4
     other = fitted_on(module(root), roots)
@@ -177,6 +177,8 @@ def test_kmeans_is_fitted_on_the_pictures_of_the_data_that_is_evaluated(tmp_path
     other = fitted_on(module(root), [str(tmp_path / "none")])
     with pytest.raises(DataError, match=r"evaluation\.kmeans\.roots=.*none: "):
         other.clustered_source()
+    with pytest.raises(ConfigError, match=r"=\['own', 'x'\]: own and trained stand alone; name folders only"):
+        fitted_on(module(root), ["own", "x"]).clustered_source()
     val = tmp_path / "only"
     save(val / "images" / "val" / "p.png", noise())
     assert module(val, train_roots=roots).clustered_source() == "train"  # it has none of its own

@@ -5,6 +5,8 @@ Both trained probes are those of STEGO (Hamilton et al., ICLR 2022, released mod
 same in HP), with the loss made exact under DDP and the memory of the upsampled logits bounded.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
@@ -24,6 +26,8 @@ UNLABELLED = ("cluster", "kmeans")
 """Probes that are scored without labels as well (`metrics.ClusterUsage`)."""
 SEEDING_POINTS = 4096
 """Patches, over all ranks, that seeding of centroids looks at."""
+COLUMNS = 4
+"""Columns of a picture, at least, that these patches come from."""
 STARTS, ITERATIONS = 10, 20
 """Of the k-means on the first batch. One start alone costs 2 to 3 points of mIoU on the scenes: a centroid that is
 placed badly hardly moves in a few hundred steps."""
@@ -301,8 +305,10 @@ class KMeansProbe(nn.Module):
 def seeding_points(codes: Tensor) -> Tensor:
     """Unit codes of evenly spaced patches of all ranks' pictures, [n,D] on the CPU, at most about SEEDING_POINTS."""
     patches = F.normalize(codes.detach().float().flatten(2), dim=1).transpose(1, 2)
-    pictures = patches.shape[0] * distributed.world_size()
+    pictures, width = patches.shape[0] * distributed.world_size(), codes.shape[3]
     step = max(1, -(-pictures * patches.shape[1] // SEEDING_POINTS))
+    while width // math.gcd(step, width) < min(width, COLUMNS):  # else each row gives the same one or two columns
+        step += 1
     return distributed.gather_uneven(patches[:, step // 2 :: step].flatten(0, 1)).cpu()
 
 

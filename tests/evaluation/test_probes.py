@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 
 from common.errors import CheckpointError, ConfigError
-from evaluation import readout
+from evaluation import probes, readout
 from evaluation.probes import ClusterProbe, KMeansProbe, LinearProbe, components_of, plus_plus
 from retrieval import kmeans
 
@@ -225,6 +225,16 @@ def test_unknown_words_are_refused():
     with pytest.raises(ConfigError) as error:
         ClusterProbe(4, 5, reseed=-1)
     assert str(error.value) == "evaluation.cluster_reseed=-1: expected 0 (never) or a number of steps"
+
+
+def test_seeds_come_from_all_over_a_picture(monkeypatch):
+    monkeypatch.setattr(probes, "SEEDING_POINTS", 16)
+    codes = torch.zeros(1, 2, 16, 16)
+    angles = torch.arange(16) / 10  # told apart by their columns
+    codes[0, 0], codes[0, 1] = angles.cos(), angles.sin()
+    points = probes.seeding_points(codes)
+    assert len(points) <= 16
+    assert len(points.unique(dim=0)) >= 4
 
 
 def test_kmeans_probe_refuses_scores_before_it_is_fitted():

@@ -39,13 +39,14 @@ class Segmenter(nn.Module):
         self.model = model
         self.flip = bool(model.cfg.evaluation.flip)
         model.wants_attention = False  # for training alone
-        self.probe = model.kmeans_probe if probe == "kmeans" else model.cluster_probe
+        self.register_buffer("centroids", naming.centroids(model, probe).clone())
+        self.reduce = model.kmeans_probe.reduced if probe == "kmeans" else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
         codes = self.codes(images)
         if self.flip:
             codes = readout.flip_average(codes, self.codes(images.flip(-1)))
-        return self.probe.scores(codes)
+        return readout.dot_products(self.reduce(codes), self.centroids)
 
     def codes(self, images: Tensor) -> Tensor:
         return self.model.embed(self.model.features(images))
@@ -84,6 +85,8 @@ def export(checkpoint_path: Path, output: Path, tokens: list[str], names: str | 
     module = Segmenter(model, probe).eval().requires_grad_(False)
     fix_padding(module)
     program = traced(module, facts)
+    if drop_unused(module, program):
+        program = traced(module, facts)
     check(program, module, facts)
     output.parent.mkdir(parents=True, exist_ok=True)
     content = BytesIO()
@@ -132,6 +135,20 @@ def traced(module: nn.Module, facts: dict[str, Any]) -> torch.export.ExportedPro
             )
     except Exception as error:  # torch raises many kinds for what it cannot trace
         raise refused(error) from error
+
+
+def drop_unused(module: nn.Module, program: torch.export.ExportedProgram) -> bool:
+    """Take out of the module what a traced program never reads, such as teachers, banks and detectors, since all that a
+    module holds is written into its file. Returns whether anything was taken out."""
+    read = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
+    signature = program.graph_signature
+    held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    unused = [name for node, name in held.items() if node not in read]
+    for name in unused:
+        owner, _, leaf = name.rpartition(".")
+        part = module.get_submodule(owner)
+        (part._parameters if leaf in part._parameters else part._buffers).pop(leaf)
+    return bool(unused)
 
 
 def refused(error: Exception) -> ConfigError:

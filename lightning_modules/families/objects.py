@@ -80,11 +80,7 @@ class ObjectFinder(StagedSegmenter):
             )
         classes = object_classes(self.meta, chosen) if self.meta.has_labels else ()
         self.foreground = ForegroundScore(classes) if classes and self.finds_objects else None
-        if self.finds_objects and self.meta.has_labels and not classes:
-            log.warning(
-                "method.foreground=[]: nothing says which classes are objects, so val/foreground is not scored; "
-                "name their ids"
-            )
+        self.told = False
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         maps = super().validation_step(batch, batch_idx)
@@ -96,6 +92,12 @@ class ObjectFinder(StagedSegmenter):
         super().on_validation_epoch_start()
         if self.foreground is not None:
             self.foreground.reset()
+        elif self.finds_objects and self.meta.has_labels and not self.told:
+            self.told = True
+            log.warning(
+                "method.foreground=[]: nothing says which classes are objects, so val/foreground is not scored; "
+                "name their ids"
+            )
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()

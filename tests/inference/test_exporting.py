@@ -98,8 +98,11 @@ def test_a_program_of_a_method_that_finds_objects_says_what_is_no_part_of_it(sma
     last = small_run("cutler").folder / "checkpoints" / "last.ckpt"
     assert run.main(["export", f"ckpt={last}", f"output={tmp_path}/s.pt2"]) == 0
     assert f"{tmp_path}/s.pt2: objects one by one are no part of a program; `predict` writes them" in caplog.text
-    program = torch.export.load(tmp_path / "s.pt2").module()
-    assert program(torch.rand(1, 3, 64, 128)).shape == (1, 12, 8, 16)
+    program = torch.export.load(tmp_path / "s.pt2")
+    assert program.module()(torch.rand(1, 3, 64, 128)).shape == (1, 12, 8, 16)
+    assert not [name for name in program.state_dict if "detector" in name]  # of what it never reads nothing is kept
+    assert [name for name in program.state_dict if "backbone" in name]
+    assert "nothing says which classes are objects" not in caplog.text
 
 
 def test_wrong_words_end_in_one_line(checkpoint, tmp_path, capsys):

@@ -21,6 +21,7 @@ from engine.callbacks.panel_keeper import PanelKeeper
 from engine.callbacks.progress import TrainingProgress
 from engine.callbacks.run_keeper import numbers
 from engine.fitting import KMeansFit, OwnFit, PosthocFit, RetrievalFit
+from engine.overclustering import OverclusterFit
 from engine.records import environment, recipes, summary
 from engine.training import write_files
 from lightning_modules.base import UnsupervisedSegmenter
@@ -66,6 +67,7 @@ def evaluate(checkpoint_path: Path, tokens: list[str], into: Path | None = None)
         centroids.check(model)
     if model.posthoc_probe is None:
         posthoc.check()
+    OverclusterFit(cfg, data).check(model)
     setup.connect(model, data)
     step = int(checkpoint["global_step"])
     root, started = evaluations(checkpoint_path), time.perf_counter()
@@ -76,7 +78,7 @@ def evaluate(checkpoint_path: Path, tokens: list[str], into: Path | None = None)
     if not sizes:
         folder = into or root / checkpoint_path.stem
         (folder / RECORD).unlink(missing_ok=True)  # not whole any more
-        metrics |= evaluate_once(cfg, data, model, fits, step, folder)
+        metrics |= evaluate_once(cfg, data, model, [*fits, OverclusterFit(cfg, data)], step, folder)
     else:
         for size in sizes:
             model.backbone.check_size(size, "evaluation.resolutions")
@@ -85,7 +87,8 @@ def evaluate(checkpoint_path: Path, tokens: list[str], into: Path | None = None)
         for size, (changed, other) in zip(sizes, sized, strict=True):
             log.info("at %s px", summary.size_name(size))
             setup.connect(model, other)
-            found = evaluate_once(changed, other, model, fits, step, folder / summary.size_name(size))
+            own = [*fits, OverclusterFit(changed, other)]  # of the codes that are evaluated
+            found = evaluate_once(changed, other, model, own, step, folder / summary.size_name(size))
             metrics |= summary.at_resolution(found, size)
     metrics |= {**summary.facts(cfg, model, step), "checkpoint": checkpoint_path.name}
     metrics |= published(checkpoint)

@@ -25,6 +25,7 @@ from engine.callbacks.progress import TrainingProgress
 from engine.callbacks.run_keeper import RunKeeper, numbers
 from engine.callbacks.wandb_rows import masked_pictures
 from engine.fitting import KMeansFit, OwnFit, PosthocFit, RetrievalFit
+from engine.overclustering import OverclusterFit
 from engine.records import environment, recipes, summary
 from engine.records.metrics_file import FACTS, read_metrics
 from engine.records.run_folder import RunFolder, open_run
@@ -36,6 +37,9 @@ from lightning_modules.base.staged import StagedSegmenter
 from reporting import panels, report
 
 log = logging.getLogger(__name__)
+
+FITS = (KMeansFit, PosthocFit, RetrievalFit, OverclusterFit)
+"""What is fitted before a closing evaluation, behind a method's own classes."""
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
@@ -66,6 +70,7 @@ def _train(cfg: DictConfig) -> dict[str, Any]:
     centroids, posthoc = KMeansFit(cfg, data), PosthocFit(cfg, data)
     centroids.check(model)
     posthoc.check()
+    OverclusterFit(cfg, data).check(model)
     keeper = RunKeeper(folder, cfg, selection.choose(cfg, model))
     if folder.checkpoint is not None:
         begun = check_resume(steps, folder, model)
@@ -95,7 +100,7 @@ def _train(cfg: DictConfig) -> dict[str, Any]:
                 checkpoint = folder.last
             if not keeper.history.rows and trainer.is_global_zero:  # killed in the closing evaluation: no step was left
                 keeper.restore_history(trainer)
-            trainer.callbacks += [OwnFit(), KMeansFit(cfg, data), PosthocFit(cfg, data), RetrievalFit(cfg, data)]
+            trainer.callbacks += [OwnFit(), *(fit(cfg, data) for fit in FITS)]
             progress.close(closing_parts(cfg, data))
             metrics = close(cfg, data, model, trainer, keeper, folder, steps)
             metrics |= recipes.published_figures(config.flatten(base))

@@ -33,6 +33,10 @@ class Readout(ABC, nn.Module):
     def compute(self) -> Scores | dict[str, float]:
         """What was found since `reset`, over all ranks: Scores, or values in percent by name."""
 
+    def results(self) -> dict[str, Scores | dict[str, float]]:
+        """The same by row of the tables: one named `name`, or several where a read-out says more. A collective."""
+        return {self.name: self.compute()}
+
     @abstractmethod
     def reset(self) -> None:
         """Forget what was counted."""
@@ -40,3 +44,7 @@ class Readout(ABC, nn.Module):
     @abstractmethod
     def protocol(self) -> str:
         """How it reads, for metrics.json (`protocol/<name>`)."""
+
+    def protocols(self) -> dict[str, str]:
+        """The same by row of the tables."""
+        return {self.name: self.protocol()}

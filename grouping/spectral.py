@@ -32,6 +32,16 @@ _SEPARATION = 1e-3
 densely."""
 
 
+def centred(maps: Tensor) -> Tensor:
+    """Unit features of patches [B,C,h,w] less their mean over the picture.
+
+    Features of a network lie in a narrow cone, so all cosines of a picture are high and its graph hardly tells patches
+    apart; around the mean, half of them are negative.
+    """
+    unit = F.normalize(maps, dim=1)
+    return unit - unit.mean((2, 3), keepdim=True)
+
+
 # Affinities, float32 [B,N,N] (float64 for float64 features), symmetric. Each raises LabelfreeError for features that
 # are not finite: a threshold would hide them.
 

@@ -20,8 +20,9 @@ TRAINING_ONLY = (
     "data.five_crop_ratio", "data.max_broken", "data.lists", "data.eval_size", "data.eval_crop", "data.interpolation",
 )  # fmt: skip
 """Keys of `data` that do not say how a picture is evaluated, or that have a `protocol/…` of their own."""
-OF_ONE_PROBE = ("protocol/linear_posthoc", "protocol/retrieval", "protocol/partition")
-"""Facts that concern one read-out alone: a run without that read-out is no other protocol."""
+OF_ONE_PROBE = ("protocol/linear_posthoc", "protocol/retrieval", "protocol/partition",
+                "protocol/overcluster_", "protocol/cbfe", "protocol/communities")  # fmt: skip
+"""Beginnings of facts that concern one read-out alone: a run without that read-out is no other protocol."""
 SAME_ENTRY = ("seed", "run.", "wandb.", "logger", "cache.", "trainer.progress", "trainer.threads", "data.workers",
               "data.cache", "evaluation.panels", "predict.", "search.", "method.init_from")  # fmt: skip
 """Keys that may differ between the runs of one entry."""
@@ -97,7 +98,7 @@ class Finished:
             own["data.root"] = self.config["data.root"]
         own["clusters"] = self.config["method.num_clusters"]
         own |= {key: value for key, value in self.metrics.items() if key.startswith("protocol/")}
-        return {key: value for key, value in own.items() if key not in OF_ONE_PROBE}
+        return {key: value for key, value in own.items() if not key.startswith(OF_ONE_PROBE)}
 
     def history(self, key: str) -> list[tuple[int, float]]:
         """(step, value) of a column of metrics.csv; empty where it has none."""
@@ -294,7 +295,8 @@ class Section:
     def notes(self) -> list[str]:
         """Further differences between its entries that a reader has to know."""
         found = []
-        for key in OF_ONE_PROBE:
+        known = dict.fromkeys(key for entry in self.entries for run in entry.runs for key in run.metrics)
+        for key in (key for key in known if key.startswith(OF_ONE_PROBE)):
             values = {str(run.metrics[key]) for entry in self.entries for run in entry.runs if key in run.metrics}
             if len(values) > 1:
                 found.append(

@@ -98,9 +98,10 @@ def final_table(metrics: Mapping[str, Any], title: str = "") -> Table:
             table.add_column(f"{column} {'mIoU' if name == 'miou' else name}".strip(), justify="right")
     for stage in stages:
         for probe in _probes(metrics, stage, names):
-            cells = [metrics.get(f"{source}/{probe}/{name}") for source in (stage, *beside) for name in names]
+            keys = [f"{source}/{probe}/{name}" for source in (stage, *beside) for name in names]
+            cells = [spread(metrics.get(key), metrics.get(f"{key}_std")) for key in keys]
             bold = "bold" if probe == headline.probe_of(metrics) else None
-            table.add_row(*[stage.partition("@")[2]] * sized, probe, *(number(cell) for cell in cells), style=bold)
+            table.add_row(*[stage.partition("@")[2]] * sized, probe, *cells, style=bold)
         table.add_section()
     return table
 
@@ -109,6 +110,11 @@ def number(value: float | None) -> str:
     """A percentage with one digit, or a dash for nothing."""
     value = plain(value)
     return "-" if value is None else f"{value:.1f}"
+
+
+def spread(mean: float | None, deviation: float | None = None) -> str:
+    """A percentage, with the standard deviation of the runs of its read-out where it has several."""
+    return number(mean) if deviation is None or plain(mean) is None else f"{number(mean)} ± {number(deviation)}"
 
 
 def per_class_table(results: Mapping[str, Scores], meta: ClassMeta) -> Table:

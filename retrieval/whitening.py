@@ -1,11 +1,14 @@
-"""Features before they are clustered: whitened by PCA as in DeepCluster (Caron et al., ECCV 2018), or each number by
-itself as in MaskDistill (Van Gansbeke et al., 2022)."""
+"""Features before they are clustered: whitened by PCA as in DeepCluster (Caron et al., ECCV 2018), each number by
+itself as in MaskDistill (Van Gansbeke et al., 2022), or standardised and reduced as in Leopart (CVPR 2022)."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from common import distributed
 from common.precision import exact
+from retrieval import search
 
 FLAT = 1e-12
 """Share of the largest variance up to which a direction counts as having none."""
@@ -65,3 +68,45 @@ def deviations(points: Tensor) -> Tensor:
 def scaled(points: Tensor, spread: Tensor) -> Tensor:
     """Points [...,C] divided by `spread` [C], as unit vectors, float32."""
     return torch.nn.functional.normalize(points.float() / spread, dim=-1)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Points of D numbers standardised, then along their principal directions. No gradient."""
+
+    mean: Tensor
+    """[D] float32"""
+    spread: Tensor
+    """[D] float32: standard deviation of the population, 1 where there is none."""
+    axes: Tensor
+    """[dim,D] float32, orthonormal rows, the direction of largest variance first."""
+
+    def __call__(self, points: Tensor) -> Tensor:
+        """Points [...,D] of any floating type -> [...,dim] float32."""
+        with exact(points.device):
+            rows = (points.float() - self.mean.to(points.device)) / self.spread.to(points.device)
+            return rows @ self.axes.to(points.device).T
+
+
+@torch.no_grad()
+def reduction(points: Tensor, dim: int) -> Reduction:
+    """Standardisation and PCA of points [N,D], all of them used; `dim` directions, or fewer where D or N is less.
+
+    PCA is faiss's (its eigenvalues; torch's in float64 where faiss is missing), on the host; a direction's sign is as
+    it comes.
+    """
+    rows = points.detach().float()
+    mean, spread = rows.double().mean(0).float(), deviations(rows)
+    rows = (rows - mean) / spread
+    dim = min(dim, *rows.shape)
+    faiss, _ = search.load_faiss()
+    if faiss is None:
+        with exact(rows.device):
+            _, vectors = torch.linalg.eigh(rows.double().T @ rows.double())
+        axes = vectors.flip(1)[:, :dim].T.float()
+    else:
+        found = faiss.PCAMatrix(rows.shape[1], dim)
+        found.max_points_per_d = len(rows)  # faiss would take a part of them in silence
+        found.train(rows.cpu().numpy())
+        axes = torch.from_numpy(faiss.vector_to_array(found.A).reshape(-1, rows.shape[1])[:dim].copy())
+    return Reduction(mean.cpu(), spread.cpu(), axes.cpu())

@@ -15,6 +15,13 @@ NO_MATTER = (
 )  # fmt: skip
 """Keys that may differ from the recipe: where it ran, what was computed beside it."""
 
+BESIDE = {
+    "evaluation.overcluster.": ("evaluation.overcluster.k", "evaluation.cbfe.clusters"),
+    "evaluation.cbfe.": ("evaluation.cbfe.clusters",),
+    "evaluation.communities.": ("evaluation.communities.clusters",),
+}
+"""Keys of read-outs, and the keys that ask for these: they may differ where the recipe does not."""
+
 
 def published_recipe(settings: dict[str, Any]) -> str | None:
     """The experiment with published figures whose settings (flat) a run has; None where none has all of them."""
@@ -27,10 +34,18 @@ def published_recipe(settings: dict[str, Any]) -> str | None:
         if all(
             settings.get(key) == value
             for key, value in recipe.items()
-            if not key.startswith(NO_MATTER) and (key, value) != ("method.num_clusters", None)
+            if matters(key, recipe) and (key, value) != ("method.num_clusters", None)
         ):
             return name
     return None
+
+
+def matters(key: str, recipe: dict[str, Any]) -> bool:
+    """Whether a run of the recipe (flat) has to agree with it in this key."""
+    for start, wanted in BESIDE.items():
+        if key.startswith(start):
+            return any(recipe[name] for name in wanted)
+    return not key.startswith(NO_MATTER)
 
 
 def figures(name: str) -> tuple[dict[str, float], str]:

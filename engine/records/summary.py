@@ -48,7 +48,8 @@ def protocol(cfg: DictConfig, data: SegmentationDataModule, model: UnsupervisedS
             f"{posthoc.epochs} epochs, {posthoc.optimizer}, lr {posthoc.lr:g} {posthoc.schedule}, "
             f"weight decay {posthoc.weight_decay:g}"
         )
-    found |= {f"protocol/{name}": item.protocol() for name, item in model.further.items()}
+    for item in model.further.values():
+        found |= {f"protocol/{row}": text for row, text in item.protocols().items()}
     return found
 
 

@@ -12,10 +12,8 @@ another, by picture, as a share of all neighbours of the first. Communities are 
 import importlib.util
 from collections.abc import Sequence
 
-import networkx as nx
 import numpy as np
 import torch
-from skimage.feature import graycomatrix
 from torch import Tensor
 
 from common.errors import ConfigError
@@ -46,6 +44,8 @@ def cooccurrence(
     `distances` (px) and `angles` (see ANGLES; offsets are rounded to whole pixels); pairs of one cluster are left out
     and rows divided by their sum. A row is the mean over the pictures in which the cluster has a neighbour.
     """
+    from skimage.feature import graycomatrix  # here alone: it takes a while
+
     radians = np.deg2rad(ANGLES[angles])
     total, shown = np.zeros((k, k)), np.zeros(k)
     for ids in clusters:
@@ -85,6 +85,8 @@ def communities(
 
 
 def _louvain(found: Sequence[tuple[int, int, float]], time: float, seed: int) -> list[list[int]]:
+    import networkx as nx
+
     graph = nx.Graph()
     graph.add_weighted_edges_from(found)
     groups = nx.community.louvain_communities(graph, resolution=1 / time, seed=seed % 2**32)

@@ -14,6 +14,7 @@ from evaluation.crf import Constants, DenseCRF
 from evaluation.instances import InstanceScore
 from evaluation.matching import Scores, told_apart
 from evaluation.metrics import ClusterUsage, SegmentationScore
+from evaluation.overclustering import readout as overclustering
 from evaluation.probes import (
     LABEL_PROBES,
     UNLABELLED,
@@ -61,7 +62,8 @@ class Evaluated(L.LightningModule):
             {probe: self._confusion(probe) for probe in self.probe_names()} if meta.has_labels else {}
         )
         sliding.check(rules.window.size, rules.window.stride, self.backbone.unit, cfg.backbone.cache_features)
-        self.further = nn.ModuleDict({item.name: item for item in (*configured(rules, meta), *self.readouts)})
+        asked = (*configured(rules, meta), *overclustering.configured(cfg, meta))
+        self.further = nn.ModuleDict({item.name: item for item in (*asked, *self.readouts)})
         self.usage = nn.ModuleDict({probe: ClusterUsage(clusters_of(cfg, probe)) for probe in UNLABELLED})
         constants = Constants(**rules.crf_constants)
         constants.check("evaluation.crf_constants")
@@ -216,7 +218,7 @@ class Evaluated(L.LightningModule):
         fitted = bool(self.kmeans_probe.fitted)
         ready = [probe for probe in self.confusion if fitted or not probe.startswith("kmeans")]
         scores = {probe: self.confusion[probe].compute() for probe in ready}
-        others = {name: item.compute() for name, item in self.further.items() if item.ready}
+        others = {row: found for item in self.further.values() if item.ready for row, found in item.results().items()}
         scores |= {name: found for name, found in others.items() if isinstance(found, Scores)}
         self.validated = {probe: told_apart(found) for probe, found in scores.items() if found.counts.any()}
         values: dict[str, float | None] = {}

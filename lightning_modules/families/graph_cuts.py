@@ -52,16 +52,6 @@ def patch_width(backbone: Backbone, kind: str) -> int:
     return backbone.channels[-1] if kind == "keys" and backbone.has_attention else backbone.dim
 
 
-def centred(maps: Tensor) -> Tensor:
-    """Unit features of patches [B,C,h,w] less their mean over the picture.
-
-    Features of a network lie in a narrow cone, so all cosines of a picture are high and its graph hardly tells patches
-    apart; around the mean, half of them are negative.
-    """
-    unit = F.normalize(maps, dim=1)
-    return unit - unit.mean((2, 3), keepdim=True)
-
-
 def say_features(backbone: Backbone, kind: str = "keys") -> None:
     """One line where keys are asked of a network that has none."""
     if kind == "keys" and not backbone.has_attention:
@@ -112,7 +102,7 @@ def graph_vectors(
         )
     else:
         maps = patch_features(backbone, images, graph.features)
-        maps = centred(maps) if graph.centred else maps
+        maps = spectral.centred(maps) if graph.centred else maps
         size = tuple(side * graph.scale for side in maps.shape[-2:])
         if graph.scale > 1:
             maps = spectral.upsampled(maps, size)

@@ -25,7 +25,7 @@ from datamodules.base.resizing import resize_ids
 from datamodules.files.opening import opened
 from datamodules.files.reading import UnreadableError, is_picture, read_label
 from grouping import attention_masks, maskcut, salience, spectral
-from lightning_modules.families.graph_cuts import centred, graph_vectors, no_keys, patch_features
+from lightning_modules.families.graph_cuts import graph_vectors, no_keys, patch_features
 from lightning_modules.families.mask_crf import MaskCRF
 from models.backbone import Backbone
 
@@ -297,7 +297,7 @@ class MaskCutMasks(MaskProvider):
     def find(self, images: Tensor, batch: Mapping[str, Any]) -> list[Found]:
         own = vars(self.options).copy()
         maps = patch_features(self.backbone, images, own.pop("features"))
-        maps = centred(maps) if own.pop("centred") else maps
+        maps = spectral.centred(maps) if own.pop("centred") else maps
         del own["crf"]
         cut = maskcut.mask_cut(maps.flatten(2).mT, tuple(maps.shape[-2:]), **own)
         kept = [masks[masks.any((1, 2))] for masks in cut.masks]

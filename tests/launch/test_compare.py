@@ -213,6 +213,7 @@ def test_a_recipe_is_recognised_by_all_that_matters():
     flat = config.flatten(cfg) | {"method.num_clusters": 27}
     assert recipes.published_recipe(flat) == name
     assert recipes.figures(name)[0]["cluster_crf/miou"] == 28.2
+    assert recipes.published_recipe(flat | {"evaluation.overcluster.k": [500], "evaluation.cbfe.clusters": 9}) == name
     assert recipes.published_recipe(flat | {"optim.head.lr": 1.0}) is None
     assert recipes.published_recipe(config.flatten(config.compose(["method=stego"]))) is None
 

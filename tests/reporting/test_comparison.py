@@ -96,6 +96,9 @@ def test_readouts_of_one_run_alone_are_no_other_protocol_but_a_note_where_they_d
         [finished(), finished("a", **{posthoc: "5 epochs"}), finished("b", **{posthoc: "9"})]
     )
     assert section.notes() == ["linear_posthoc differs between these runs: 5 epochs | 9"]
+    over = "protocol/overcluster_21"
+    (section,) = comparison.arrange([finished(), finished("a", **{over: "5 seeds"}), finished("b", **{over: "1 seed"})])
+    assert section.notes() == ["overcluster_21 differs between these runs: 1 seed | 5 seeds"]
     (section,) = comparison.arrange([finished(), finished("a", **{"selection/rule": "sum of four"})])
     assert section.notes() == ["the best checkpoint was chosen by different rules: last step | sum of four"]
 

@@ -122,6 +122,14 @@ def test_final_table_orders_probes_and_shows_the_best():
     ]
 
 
+def test_final_table_shows_the_spread_of_a_read_out_that_has_several_runs():
+    metrics = {"val/overcluster_9/acc": 50.0, "val/overcluster_9/miou": 40.04, "val/overcluster_9/miou_std": 1.26,
+               "val/cluster/miou": 12.0, "val/cluster/acc": 30.0}  # fmt: skip
+    shown = report.as_text(report.final_table(metrics))
+    assert "40.0 ± 1.3" in shown
+    assert "50.0 ±" not in shown
+
+
 def test_final_table_of_several_resolutions():
     metrics = {
         "val@320/cluster/acc": 50.0, "val@320/cluster/miou": 20.0, "val@320/cluster/entropy": 99.0,

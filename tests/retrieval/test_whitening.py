@@ -1,11 +1,13 @@
 """Whitened features: unit vectors of components with equal variance."""
 
+import numpy as np
 import pytest
 import torch
 
 import config
 from common.errors import ConfigError
 from engine import setup
+from retrieval import whitening
 from retrieval.whitening import deviations, principal, scaled, whitened
 from tests.conftest import run_small, small_words
 
@@ -54,3 +56,31 @@ def test_numbers_are_divided_by_their_own_deviation_and_rows_by_their_length():
     rows = points / spread
     assert torch.allclose(scaled(points, spread), rows / rows.norm(dim=1, keepdim=True))
     assert deviations(points[:1]).tolist() == [1, 1, 1]  # nothing to divide by
+
+
+def test_reduction_standardises_and_keeps_the_largest_directions():
+    """Against numpy's singular values; a number without any spread does not make NaN."""
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(200, 6, generator=generator) @ torch.randn(6, 6, generator=generator) * 5 + 3
+    points[:, 4] = 2
+    found = whitening.reduction(points, 3)
+    reduced = found(points)
+    plain = points.numpy() - points.numpy().mean(0)
+    deviation = plain.std(0)
+    plain /= np.where(deviation > 0, deviation, 1)
+    values = np.linalg.svd(plain, compute_uv=False)[:3]
+    assert np.linalg.norm(reduced.numpy(), axis=0) == pytest.approx(values, rel=1e-4)
+    assert torch.allclose(reduced.mean(0), torch.zeros(3), atol=1e-4)
+    assert torch.allclose(found.axes @ found.axes.T, torch.eye(3), atol=1e-5)
+    assert torch.equal(found(points.view(2, 100, 6)), reduced.view(2, 100, 3))
+
+
+def test_reduction_without_faiss_is_the_same_up_to_sign(monkeypatch):
+    points = torch.randn(100, 5, generator=torch.Generator().manual_seed(1)) * torch.arange(1, 6)
+    with_faiss = whitening.reduction(points, 4).axes
+    monkeypatch.setattr(whitening.search, "load_faiss", lambda: (None, "not here"))
+    assert torch.allclose((whitening.reduction(points, 4).axes * with_faiss).sum(1).abs(), torch.ones(4), atol=1e-4)
+
+
+def test_reduction_of_few_points_has_few_directions():
+    assert whitening.reduction(torch.randn(3, 8), 50).axes.shape == (3, 8)

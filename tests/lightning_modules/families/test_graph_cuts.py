@@ -67,7 +67,7 @@ def test_levels_are_what_the_codes_are_made_of(pictures):
 
 
 def test_centred_features_lie_around_nothing(pictures):
-    maps = graph_cuts.centred(torch.rand(2, 5, 6, 8) + torch.tensor([9.0, 0, 0, 0, 0])[:, None, None])
+    maps = spectral.centred(torch.rand(2, 5, 6, 8) + torch.tensor([9.0, 0, 0, 0, 0])[:, None, None])
     assert torch.allclose(maps.mean((2, 3)), torch.zeros(2, 5), atol=1e-6)
     unit = torch.nn.functional.normalize(maps.flatten(2), dim=1)
     assert (unit.mT @ unit).min() < -0.5  # cosines were all above 0.9

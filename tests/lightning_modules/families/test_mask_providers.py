@@ -103,7 +103,7 @@ def test_token_cut_is_that_of_the_method(tiny, pictures):
 
 def test_mask_cut_gives_the_masks_that_it_accepts(tiny, pictures):
     maps = graph_cuts.patch_features(tiny, pictures, "levels")
-    cut = maskcut.mask_cut(graph_cuts.centred(maps).flatten(2).mT, (6, 8), tau=0.25, count=4)
+    cut = maskcut.mask_cut(spectral.centred(maps).flatten(2).mT, (6, 8), tau=0.25, count=4)
     masks = found(tiny, pictures, "mask_cut", tau=0.25, count=4)
     assert max(map(len, masks)) > 1
     for own, all_of_it in zip(masks, cut.masks, strict=True):

@@ -70,6 +70,8 @@ def cut(maps: Tensor, boxes: Tensor, size: int | tuple[int, int], mirrored: Tens
     mirrored: bool [B,n]; those parts are mirrored back. A box of negative extent gives zeros.
     """
     values = real(maps)
+    low, high = boxes.split(2, dim=-1)
+    boxes = torch.cat([low, torch.maximum(low, high)], dim=-1)  # torchvision asks for a negative number of samples
     with torch.autocast(values.device.type, enabled=False):
         parts = roi_align(values, [rows.to(values.dtype) for rows in boxes], size, aligned=True)
     parts = parts.unflatten(0, boxes.shape[:2])

@@ -82,3 +82,8 @@ def test_cuts_are_float32_under_autocast():
     maps = torch.rand(2, 3, 6, 6).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert cut(maps, torch.tensor([[[0.0, 0, 6, 6]]] * 2), 3).dtype == torch.float32
+
+
+def test_boxes_of_negative_extent_give_zeros_however_far_apart_the_crops_are():
+    boxes = torch.tensor([[[8.0, 0.0, 4.0, 4.0], [0.0, 3.0, 4.0, -9.0], [7.0, 9.0, -3.0, -2.0], [2.1, 0.0, 2.0, 4.0]]])
+    assert torch.equal(cut(torch.ones(1, 2, 4, 4), boxes, 4), torch.zeros(1, 4, 2, 4, 4))

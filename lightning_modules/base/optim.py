@@ -12,18 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-ALGORITHMS = {"adam": Adam, "adamw": AdamW, "sgd": SGD}
+from lightning_modules.base.lars import Lars
+
+ALGORITHMS = {"adam": Adam, "adamw": AdamW, "sgd": SGD, "lars": Lars}
 
 
 class CompositeOptimizer(Optimizer):
-    """Adam, AdamW and SGD groups behind one optimiser.
+    """Adam, AdamW, SGD and LARS groups behind one optimiser.
 
     A group is `{name, params, optimizer, lr, weight_decay, schedule, warmup, clip_norm, clip_value, owner}`; `owner` is
     `method` or `probe`. It may also have `lr_end` (where the schedule ends, default 0), `weight_decay_end` (the decay
     follows a cosine from `weight_decay` to it), `clip_each` (norm limit of every single parameter), `momentum` (of
-    sgd), `hold` (steps between two changes of its schedule, default 1), and what `schedule_factor` takes besides:
-    `warmup_from`, `power`, `milestones`, `drop`. With `skip_method` set, the next step leaves parameters and state of
-    the method's groups as they are.
+    sgd and lars), `hold` (steps between two changes of its schedule, default 1), and what `schedule_factor` takes
+    besides: `warmup_from`, `power`, `milestones`, `drop`. With `skip_method` set, the next step leaves parameters and
+    state of the method's groups as they are.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:

@@ -52,7 +52,7 @@ SMALL_OF = {
 library draws them. Batch norms are held: two processes on CPUs see half the batch each. At their own rate the
 transformers of HSG make rounding grow: segments change groups after a few steps."""
 
-TRAINED = ("segsort", "hsg")
+TRAINED = ("segsort", "hsg", "slotcon")
 """Methods whose small runs train the network, which their defaults leave alone."""
 
 

@@ -102,7 +102,7 @@ def test_choices_and_cross_field_rules():
     assert message("data.batch_size=0") == "data.batch_size=0: must be at least 1"
     assert (
         message("optim.linear_probe.optimizer=adma")
-        == "optim.linear_probe.optimizer=adma: not one of adam, adamw, sgd; did you mean adam?"
+        == "optim.linear_probe.optimizer=adma: not one of adam, adamw, sgd, lars; did you mean adam?"
     )
     assert message("optim.linear_probe.clip_norm=abc") == (
         "optim.linear_probe.clip_norm=abc: expected a number, got a text"

@@ -101,6 +101,7 @@ OF_METHOD = {
         "evaluation.posthoc.epochs=1",
     ],
     "iic": ["method.over_clusters=9", "method.half_side=2"],
+    "slotcon": ["method.crops.size=64", "method.head.hidden=16", "method.dim=8"],
     "dino": ["method.head.out_dim=64", "method.crops.local_count=2", "data.train_size=128"],
 }
 
@@ -233,6 +234,29 @@ def test_recipes_of_smooseg_hold_the_released_values(name):
         0,
     )
     assert (cfg.data.batch_size, cfg.trainer.max_steps, cfg.data.train_size) == (32, 3000, 224)
+
+
+@pytest.mark.parametrize("name", [name for name in config.names("experiment") if name.startswith("slotcon")])
+def test_recipes_of_slotcon_hold_the_released_values(name):
+    """Those of the release's scripts (CVMI-Lab/SlotCon); its epochs of COCO have 231 steps, of ImageNet 2502."""
+    cfg = config.compose([f"experiment={name}", "data.root=x"])
+    method, epoch = cfg.method, 2502 if "imagenet" in name else 231
+    assert (cfg.backbone.weights, cfg.backbone.frozen, cfg.backbone.output_stride) == ("none", False, None)
+    prototypes = {"slotcon_coco_resnet50": 256, "slotcon_imagenet_resnet50": 2048, "slotcon_cocostuff27_resnet50": 27}
+    assert (method.prototypes, method.dim, method.head.hidden, method.head.norm) == (
+        prototypes[name],
+        256,
+        4096,
+        "batch",
+    )
+    assert (method.momentum, method.centre_momentum, method.grouping_weight) == (0.99, 0.9, 0.5)
+    assert (method.temperature.student, method.temperature.teacher, method.contrast.temperature) == (0.1, 0.07, 0.2)
+    assert (method.crops.size, list(method.crops.scale), method.crops.overlap) == (224, [0.08, 1.0], 0.01)
+    assert (list(method.augment.blur_p), list(method.augment.solarize_p)) == ([1.0, 0.1], [0.0, 0.2])
+    assert (cfg.data.batch_size, cfg.trainer.max_epochs) == (512, 200 if "imagenet" in name else 800)
+    for group in (cfg.optim.head, cfg.optim.backbone):
+        assert (group.optimizer, group.lr, group.lr_end, group.weight_decay) == ("lars", 2.0, 1e-6, 1e-5)
+        assert (group.momentum, group.schedule, group.warmup, group.warmup_from) == (0.9, "cosine", 5 * epoch, 0.01)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from docs.figures.shared import (
     read,
     regions,
 )
+from docs.figures.slotcon import slotcon
 from evaluation import readout
 from evaluation.instances import Detections, boxes_of
 from grouping import spectral
@@ -415,6 +416,6 @@ FIGURES: dict[str, Callable[[], Grid]] = {
     for draw in (
         autoregressive, cause, comus, context_prediction, cooccurrence, cutler, deep_spectral, dino, eagle,
         hidden_positives, hsg, iic, kmeans_baseline, maskcontrast, maskdistill, mdc, normalized_cut, picie, primaps,
-        segsort, smooseg, stego, tokencut, transfgu,
+        segsort, slotcon, smooseg, stego, tokencut, transfgu,
     )
 }  # fmt: skip

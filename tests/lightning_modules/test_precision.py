@@ -33,6 +33,7 @@ BANDS = {
     "cooccurrence": 4e-2,
     "autoregressive": 2e-2,
     "iic": 6e-2,
+    "slotcon": 8e-2,
 }
 """Measured of the cluster probe, whose patches near the border of two clusters change sides: segsort 1.8 % (0.2 % of
 the rest; backbone and head are trained, and their codes are short), stego 0.6 % (its codes are nearly one here),
@@ -43,7 +44,9 @@ the 144 is 0.7 %. eagle: 0.4 % but for what hangs on the segments, whose border 
 losses, 2 % of the whole. context_prediction and cooccurrence: 0.05 % at the first step, later up to 2 %, and 4 % of the
 probability of a direction: the whole network is trained from random weights, by steps of Adam that are as large for a
 small gradient, on four pairs a step. autoregressive: 0.5 % of an information that is 0.05 % of its most yet. iic:
-below 0.1 % at first, and 3 % of its loss from the fourth step on, as its information."""
+below 0.1 % at first, and 3 % of its loss from the fourth step on, as its information. slotcon: 0.5 % but for which
+slots both crops show, which single pixels near the border of two prototypes decide: 4 % of a small batch's anchors, and
+1.4 % of their contrast."""
 BANDS |= dict.fromkeys(("picie", "mdc"), 0.1)
 """Their clusters begin with a k-means of codes, which ends elsewhere for others: 2 % of the losses, 7 % of the clusters
 in use."""

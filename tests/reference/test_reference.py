@@ -42,6 +42,8 @@ def test_every_kind_of_the_foundation_has_a_case():
         "loss_schedule training",
         "cause": "modularity_loss grid_sample concept_contrastive bank_update tr_head mlp_head ema cluster_predict "
         "finetune_step training",
+        "slotcon": "grouping inverse_augmentation self_distill center slot_contrast train_step momentum_schedule "
+        "lr_schedule lars crop_boxes prototype_retrieval",
         "primaps": "principal_direction mask_stack refine_labels assign_classes focal_loss ema cluster_loss pca_init "
         "metrics training",
         "maskcontrast": "contrastive balanced_bce image_embedding cluster_eval training",

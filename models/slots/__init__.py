@@ -1,0 +1,1 @@
+"""Networks with a few vectors for a picture: its slots, concepts or prototypes."""

@@ -20,7 +20,7 @@ from engine.callbacks import screen
 from engine.callbacks.panel_keeper import PanelKeeper
 from engine.callbacks.progress import TrainingProgress
 from engine.callbacks.run_keeper import numbers
-from engine.fitting import KMeansFit, OwnFit, PosthocFit, RetrievalFit
+from engine.fitting import FCNFit, KMeansFit, OwnFit, PosthocFit, RetrievalFit
 from engine.overclustering import OverclusterFit
 from engine.records import environment, recipes, summary
 from engine.training import write_files
@@ -67,12 +67,17 @@ def evaluate(checkpoint_path: Path, tokens: list[str], into: Path | None = None)
         centroids.check(model)
     if model.posthoc_probe is None:
         posthoc.check()
+    head = FCNFit(cfg, data)
+    if any(key.startswith("evaluation.fcn.") for key in named) and "fcn" in model.further:
+        model.further["fcn"].probe = None
+    if not head.present(model):
+        head.check()
     OverclusterFit(cfg, data).check(model)
     setup.connect(model, data)
     step = int(checkpoint["global_step"])
     root, started = evaluations(checkpoint_path), time.perf_counter()
     # At data.eval_size, once, where they are not there yet.
-    fits: list[Callback] = [OwnFit(), centroids, posthoc, RetrievalFit(cfg, data)]
+    fits: list[Callback] = [OwnFit(), centroids, posthoc, head, RetrievalFit(cfg, data)]
     sizes = config.plain(cfg)["evaluation"]["resolutions"]
     metrics: dict[str, Any] = {}
     if not sizes:

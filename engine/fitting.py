@@ -1,14 +1,14 @@
 """Probes that are fitted after training, on codes of the training pictures, before an evaluation that needs them."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import chance, distributed
@@ -19,6 +19,7 @@ from datamodules.base.module import Source
 from datamodules.base.sampling import permutation
 from engine.callbacks.screen import counted
 from evaluation import readout
+from evaluation.fcn_probe import FCNReadout
 from evaluation.probes import LinearProbe, clusters_of
 from evaluation.retrieval import SegmentBank, SegmentRetrieval
 from lightning_modules.base import UnsupervisedSegmenter
@@ -185,9 +186,12 @@ class PosthocFit(L.Callback):
     Labels are those of the training split. Several ranks share every batch.
     """
 
+    group = "posthoc"
+    called = "linear probe"
+
     def __init__(self, cfg: DictConfig, data: SegmentationDataModule) -> None:
         self.cfg = cfg
-        self.settings = cfg.evaluation.posthoc
+        self.settings = cfg.evaluation[self.group]
         self.data = data
 
     def check(self) -> None:
@@ -203,51 +207,72 @@ class PosthocFit(L.Callback):
         return source.labelled() if hasattr(source, "labelled") else list(range(len(source)))
 
     def unlabelled(self) -> ConfigError:
+        key = f"evaluation.{self.group}.epochs"
         return ConfigError(
-            f"evaluation.posthoc.epochs={self.settings.epochs}: the probe learns from labels and no training picture "
-            "has one; set evaluation.posthoc.epochs=0, or add labels of training pictures"
+            f"{key}={self.settings.epochs}: the probe learns from labels and no training picture has one; set {key}=0, "
+            "or add labels of training pictures"
         )
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: UnsupervisedSegmenter) -> None:
-        if not self.settings.epochs or pl_module.posthoc_probe is not None:
+        if not self.settings.epochs or self.present(pl_module):
             return
         with torch.inference_mode(False), torch.enable_grad():  # Lightning evaluates in inference mode
-            pl_module.set_posthoc(self.fit(trainer, pl_module))
+            self.give(pl_module, self.fit(trainer, pl_module))
 
-    def fit(self, trainer: L.Trainer, model: UnsupervisedSegmenter) -> LinearProbe:
+    def present(self, model: UnsupervisedSegmenter) -> bool:
+        """Whether the model has its probe."""
+        return model.posthoc_probe is not None
+
+    def new_probe(self, model: UnsupervisedSegmenter) -> nn.Module:
+        """An untrained one."""
+        return LinearProbe(model.code_dim, model.meta.num_classes, self.cfg.seed)
+
+    def give(self, model: UnsupervisedSegmenter, probe: nn.Module) -> None:
+        """The model takes the trained one."""
+        model.set_posthoc(probe)
+
+    def gradients(
+        self, probe: nn.Module, codes: Tensor, label: Tensor, step: int, size: int
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """Loss, and its gradients on this rank, of a global batch of `size` pictures. A collective."""
+        loss = probe.loss(codes, label)
+        return loss.detach(), torch.autograd.grad(loss, list(probe.parameters()))
+
+    def fit(self, trainer: L.Trainer, model: UnsupervisedSegmenter) -> nn.Module:
         """The trained probe, the same on every rank. Raises ConfigError where no pixel has a label."""
         settings, device = self.settings, model.device
-        probe = LinearProbe(model.code_dim, model.meta.num_classes, self.cfg.seed).to(device)
+        probe = self.new_probe(model).to(device)
+        momentum = {"momentum": settings.momentum} if settings.optimizer == "sgd" else {}
         optimizer = ALGORITHMS[settings.optimizer](
-            probe.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
+            probe.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, **momentum
         )
         source, batch_size, steps = self.arranged()
+        shape = {"milestones": list(settings.milestones), "drop": settings.drop}
         step, learned, kept = 0, False, Kept(settings.keep_mb)
         for epoch in range(settings.epochs):
             batches = iter(kept.batches if kept.complete else self.batches(trainer, model, source, batch_size))
             for _ in counted(
-                range(steps), "linear probe", steps
+                range(steps), self.called, steps
             ):  # a rank whose last pictures cannot be read still takes part in the sums
                 codes, label = next(batches, None) or nothing(model.code_dim)
                 if not kept.complete:
                     kept.add(codes, label)
                 codes, label = codes.to(device), label.to(device).long()
                 pixels = distributed.total(((label >= 0) & (label < model.meta.num_classes)).sum())
+                factor = schedule_factor(settings.schedule, step, settings.epochs * steps, **shape)
                 for group in optimizer.param_groups:
-                    group["lr"] = settings.lr * schedule_factor(settings.schedule, step, settings.epochs * steps)
+                    group["lr"] = settings.lr * factor
                 step += 1
                 if not pixels:
                     continue
                 learned = True
-                loss = probe.loss(codes, label)
-                gradients = torch.autograd.grad(loss, list(probe.parameters()))
+                loss, gradients = self.gradients(probe, codes, label, step, batch_size)
                 for parameter, gradient in zip(probe.parameters(), gradients, strict=True):
                     parameter.grad = distributed.mean(gradient)
                 optimizer.step()
             kept.close()
             if learned:
-                value = float(loss.detach())
-                log.info("post-hoc linear probe: epoch %d of %d, loss %.4f", epoch + 1, settings.epochs, value)
+                log.info("post-hoc %s: epoch %d of %d, loss %.4f", self.called, epoch + 1, settings.epochs, float(loss))
         if not learned:
             raise self.unlabelled()
         return probe
@@ -277,6 +302,27 @@ class PosthocFit(L.Callback):
             with trainer.precision_plugin.forward_context():
                 codes = model.embed(model.features(views["image"].to(model.device))).float()
             yield codes, torch.where(views["valid"], label, IGNORE)
+
+
+class FCNFit(PosthocFit):
+    """Trains the FCN probe (`evaluation.fcn.*`) in the same way."""
+
+    group = "fcn"
+    called = "FCN probe"
+
+    def present(self, model: UnsupervisedSegmenter) -> bool:
+        return FCNReadout.name not in model.further or model.further[FCNReadout.name].ready
+
+    def new_probe(self, model: UnsupervisedSegmenter) -> nn.Module:
+        return model.further[FCNReadout.name].new_probe(model.code_dim)
+
+    def give(self, model: UnsupervisedSegmenter, probe: nn.Module) -> None:
+        model.further[FCNReadout.name].take(probe)
+
+    def gradients(
+        self, probe: nn.Module, codes: Tensor, label: Tensor, step: int, size: int
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        return probe.gradients(codes, label, probe.drawn(step, size, len(codes)))
 
 
 class Chosen:

@@ -28,6 +28,7 @@ from engine.checkpoints import WholeCheckpointIO
 from engine.records import environment
 from lightning_modules import registry
 from lightning_modules.base import UnsupervisedSegmenter
+from lightning_modules.base.evaluated import FCN
 from lightning_modules.base.segmenter import FORMAT
 from models import published
 from retrieval import search
@@ -309,7 +310,11 @@ def restore_model(
 
 def expect_fit(checkpoint: dict[str, Any], model: UnsupervisedSegmenter, key: str) -> None:
     """Raises CheckpointError, naming the word `key`, where the weights of a checkpoint are not those of the method."""
-    late = ("posthoc_probe.", *(("backbone.",) if model.backbone.frozen else ()))  # made, or put in, when it is loaded
+    late = (
+        "posthoc_probe.",
+        FCN,
+        *(("backbone.",) if model.backbone.frozen else ()),
+    )  # made, or put in, when it is loaded
     found, own = (
         {name: list(value.shape) for name, value in state.items() if not name.startswith(late)}
         for state in (checkpoint["state_dict"], model.state_dict())

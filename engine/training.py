@@ -24,7 +24,7 @@ from engine.callbacks.preemption import Preemption
 from engine.callbacks.progress import TrainingProgress
 from engine.callbacks.run_keeper import RunKeeper, numbers
 from engine.callbacks.wandb_rows import masked_pictures
-from engine.fitting import KMeansFit, OwnFit, PosthocFit, RetrievalFit
+from engine.fitting import FCNFit, KMeansFit, OwnFit, PosthocFit, RetrievalFit
 from engine.overclustering import OverclusterFit
 from engine.records import environment, recipes, summary
 from engine.records.metrics_file import FACTS, read_metrics
@@ -38,7 +38,7 @@ from reporting import panels, report
 
 log = logging.getLogger(__name__)
 
-FITS = (KMeansFit, PosthocFit, RetrievalFit, OverclusterFit)
+FITS = (KMeansFit, PosthocFit, FCNFit, RetrievalFit, OverclusterFit)
 """What is fitted before a closing evaluation, behind a method's own classes."""
 
 
@@ -70,6 +70,7 @@ def _train(cfg: DictConfig) -> dict[str, Any]:
     centroids, posthoc = KMeansFit(cfg, data), PosthocFit(cfg, data)
     centroids.check(model)
     posthoc.check()
+    FCNFit(cfg, data).check()
     OverclusterFit(cfg, data).check(model)
     keeper = RunKeeper(folder, cfg, selection.choose(cfg, model))
     if folder.checkpoint is not None:

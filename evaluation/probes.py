@@ -19,7 +19,7 @@ from common.precision import exact, real
 from evaluation import readout
 from retrieval import kmeans, whitening
 
-LABEL_PROBES = ("linear", "linear_posthoc", "retrieval")
+LABEL_PROBES = ("linear", "linear_posthoc", "fcn", "retrieval")
 """Probes that learn from labels: they predict classes, all others clusters."""
 UNLABELLED = ("cluster", "kmeans")
 

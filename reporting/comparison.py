@@ -20,7 +20,7 @@ TRAINING_ONLY = (
     "data.five_crop_ratio", "data.max_broken", "data.lists", "data.eval_size", "data.eval_crop", "data.interpolation",
 )  # fmt: skip
 """Keys of `data` that do not say how a picture is evaluated, or that have a `protocol/…` of their own."""
-OF_ONE_PROBE = ("protocol/linear_posthoc", "protocol/retrieval", "protocol/partition",
+OF_ONE_PROBE = ("protocol/linear_posthoc", "protocol/retrieval", "protocol/partition", "protocol/fcn",
                 "protocol/overcluster_", "protocol/cbfe", "protocol/communities")  # fmt: skip
 """Beginnings of facts that concern one read-out alone: a run without that read-out is no other protocol."""
 SAME_ENTRY = ("seed", "run.", "wandb.", "logger", "cache.", "trainer.progress", "trainer.threads", "data.workers",

@@ -179,7 +179,7 @@ def caption(section: Section, stage: str = "val") -> str:
 LEFT_OUT = ("data.name", "data.root", "data.lists", "data.train_roots")
 """Of a protocol in a caption, which names the data already and is no place for those of files."""
 READABLE = {"cluster": "online clusters", "kmeans": "k-means", "own": "own classes", "linear": "linear probe",
-            "linear_posthoc": "linear probe, post hoc", "score": "score"}  # fmt: skip
+            "linear_posthoc": "linear probe, post hoc", "fcn": "FCN probe", "score": "score"}  # fmt: skip
 
 
 def readable(probe: str) -> str:

@@ -20,7 +20,7 @@ from evaluation import headline
 from evaluation.matching import UNMATCHED, Scores, partition
 from reporting import panels
 
-PROBES = ("cluster", "kmeans", "own", "regions", "linear", "linear_posthoc", "retrieval")
+PROBES = ("cluster", "kmeans", "own", "regions", "linear", "linear_posthoc", "fcn", "retrieval")
 """Order of the rows; further probes follow in the order of the metrics."""
 LAST_STEP = "last step"
 """`selection/rule` where nothing but the last step is the best."""

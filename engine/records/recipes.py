@@ -18,6 +18,7 @@ NO_MATTER = (
 BESIDE = {
     "evaluation.overcluster.": ("evaluation.overcluster.k", "evaluation.cbfe.clusters"),
     "evaluation.cbfe.": ("evaluation.cbfe.clusters",),
+    "evaluation.fcn.": ("evaluation.fcn.epochs",),
     "evaluation.communities.": ("evaluation.communities.clusters",),
 }
 """Keys of read-outs, and the keys that ask for these: they may differ where the recipe does not."""

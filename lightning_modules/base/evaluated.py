@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from common.spec import ClassMeta
-from evaluation import readout, sliding
+from evaluation import fcn_probe, readout, sliding
 from evaluation.crf import Constants, DenseCRF
 from evaluation.instances import InstanceScore
 from evaluation.matching import Scores, told_apart
@@ -27,6 +27,9 @@ from evaluation.probes import (
 from evaluation.retrieval import configured
 from models.backbone import Features
 from reporting import report
+
+FCN = "further.fcn.probe."
+"""Of the weights of the FCN probe in the state dict."""
 
 
 class Evaluated(L.LightningModule):
@@ -62,7 +65,7 @@ class Evaluated(L.LightningModule):
             {probe: self._confusion(probe) for probe in self.probe_names()} if meta.has_labels else {}
         )
         sliding.check(rules.window.size, rules.window.stride, self.backbone.unit, cfg.backbone.cache_features)
-        asked = (*configured(rules, meta), *overclustering.configured(cfg, meta))
+        asked = (*configured(rules, meta), *fcn_probe.configured(cfg, meta), *overclustering.configured(cfg, meta))
         self.further = nn.ModuleDict({item.name: item for item in (*asked, *self.readouts)})
         self.usage = nn.ModuleDict({probe: ClusterUsage(clusters_of(cfg, probe)) for probe in UNLABELLED})
         constants = Constants(**rules.crf_constants)
@@ -245,6 +248,6 @@ class Evaluated(L.LightningModule):
             self.confusion["linear_posthoc"] = self._confusion("linear_posthoc").to(self.device)
 
     def offline_state(self) -> dict[str, Tensor]:
-        """The part of the state dict that is fitted after training: k-means centroids, post-hoc linear probe."""
-        fitted = ("kmeans_probe.", "posthoc_probe.")
+        """The part of the state dict that is fitted after training: k-means centroids, post-hoc probes."""
+        fitted = ("kmeans_probe.", "posthoc_probe.", FCN)
         return {name: value for name, value in self.state_dict().items() if name.startswith(fitted)}

@@ -21,7 +21,7 @@ from common.errors import CheckpointError, ConfigError
 from common.spec import ClassMeta, NeighbourSpec, RegionSpec, ViewSpec, channels_of
 from evaluation.probes import LinearProbe
 from evaluation.readouts import Readout
-from lightning_modules.base.evaluated import Evaluated
+from lightning_modules.base.evaluated import FCN, Evaluated
 from lightning_modules.base.kept import check_kept, keep_features
 from lightning_modules.base.near import near_pictures
 from lightning_modules.base.optim import CompositeOptimizer, clip_gradients, scheduled
@@ -410,10 +410,24 @@ class UnsupervisedSegmenter(Evaluated):
         elif posthoc:
             classes, dim = posthoc["posthoc_probe.classifier.weight"].shape[:2]
             self.set_posthoc(LinearProbe(dim, classes))
+        self._load_head(checkpoint["state_dict"], training)
         if training and self.first_step and checkpoint["global_step"] == self.first_step:
             checkpoint["optimizer_states"] = []  # a phase begins with a new optimiser
         if self.backbone.frozen:
             checkpoint["state_dict"] |= {f"backbone.{key}": value for key, value in self.backbone.state_dict().items()}
+
+    def _load_head(self, state: dict[str, Tensor], training: bool) -> None:
+        """Make the FCN probe that a checkpoint holds, or leave it out: codes will change, it is not asked for, or it is
+        one of other settings and will be fitted anew."""
+        found = {name.removeprefix(FCN): value.shape for name, value in state.items() if name.startswith(FCN)}
+        item = self.further["fcn"] if found and not training and "fcn" in self.further else None
+        if item is not None:
+            probe = item.new_probe(self.code_dim)
+            if found == {name: value.shape for name, value in probe.state_dict().items()}:
+                item.take(probe)
+                return
+        for name in found:
+            del state[FCN + name]
 
 
 class Unlabelled:

@@ -19,6 +19,7 @@ from torch import Tensor
 from common import chance, distributed
 from common.errors import ConfigError
 from common.spec import Geometric, Meeting, Photometric, ViewSpec
+from datamodules.base.transforms import both_sides
 from lightning_modules.base import Loss, UnsupervisedSegmenter
 from lightning_modules.base.optim import cosine
 from lightning_modules.representations.crops import crop_boxes, cut, shared_boxes
@@ -32,6 +33,8 @@ from retrieval import kmeans
 CROPS = ("crop0", "crop1")
 NEVER = -1e4
 """Score of a class without a prototype; finite, since enlarging takes no share of infinity."""
+MOST_ENLARGED = 4
+"""How many times larger than a training picture's shorter side a crop may be made."""
 DRAWS = 11
 """Of the second crop: ten that have to meet the first one, then one that stands."""
 
@@ -50,7 +53,7 @@ class SlotCon(UnsupervisedSegmenter):
         self.refuse_padding()
         self.backbone.check_size(settings.crops.size, "method.crops.size")
         self.count = settings.prototypes or settings.num_clusters
-        check_settings(self.count, settings)
+        check_settings(self.count, settings, min(both_sides(self.cfg.data.train_size)))
         self.projects = settings.codes == "projected"
         self.code_dim = settings.dim if self.projects else self.backbone.dim
         self.student = None
@@ -239,8 +242,14 @@ def part(scores: Tensor, box: Tensor, mirrored: Tensor) -> Tensor:
     return cut(scores, cells[:, None], (height, width), mirrored[:, None])[:, 0]
 
 
-def check_settings(prototypes: int, settings: Any) -> None:
-    """Raises ConfigError for values that do not go together; what each may be stands in the method's yaml."""
+def check_settings(prototypes: int, settings: Any, shorter: int) -> None:
+    """Raises ConfigError for values that do not go together, and for crops that would be a blur of training pictures
+    whose shorter side is so many px; what each may be stands in the method's yaml."""
+    if settings.crops.size > MOST_ENLARGED * shorter:
+        raise ConfigError(
+            f"method.crops.size={settings.crops.size}: training pictures are {shorter} px (data.train_size), and a "
+            f"crop of them would be enlarged more than {MOST_ENLARGED} times; set {MOST_ENLARGED * shorter} at most"
+        )
     if prototypes < settings.num_clusters:
         raise ConfigError(
             f"method.prototypes={prototypes}: method.num_clusters={settings.num_clusters} classes need at least as "

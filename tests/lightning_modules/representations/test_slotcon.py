@@ -242,6 +242,15 @@ def test_the_classes_of_more_prototypes_are_in_the_checkpoint(tmp_path):
     assert run.weights["owner"].unique().tolist() == list(range(12))
 
 
+def test_crops_that_would_be_a_blur_are_refused():
+    with pytest.raises(ConfigError) as caught:
+        build("method.crops.size=800")
+    assert str(caught.value) == (
+        "method.crops.size=800: training pictures are 48 px (data.train_size), and a crop of them would be enlarged "
+        "more than 4 times; set 192 at most"
+    )
+
+
 def test_fewer_prototypes_than_classes_are_refused():
     with pytest.raises(ConfigError) as caught:
         build("method.prototypes=2")

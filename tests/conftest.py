@@ -52,8 +52,12 @@ SMALL_OF = {
 library draws them. Batch norms are held: two processes on CPUs see half the batch each. At their own rate the
 transformers of HSG make rounding grow: segments change groups after a few steps."""
 
-TRAINED = ("segsort", "hsg", "slotcon")
-"""Methods whose small runs train the network, which their defaults leave alone."""
+SMALL_WORDS = {
+    "segsort": ["backbone.frozen=false"],
+    "hsg": ["backbone.frozen=false"],
+    "slotcon": ["backbone.frozen=false", "method.head.norm=layer"],
+}
+"""Small runs that train the network, which the method's defaults leave alone, and have norms that hang on no batch."""
 
 
 def small_words(method: str, *more: str) -> list[str]:
@@ -63,8 +67,7 @@ def small_words(method: str, *more: str) -> list[str]:
     known = config.flatten(cfg)
     words = [f"backbone={cfg.backbone.name}", *data, f"method={method}"]
     words += [f"{key}={value}" for key, value in SMALL_OF.items() if key in known]
-    words += ["backbone.frozen=false"] if method in TRAINED else []
-    return [*words, *more]
+    return [*words, *SMALL_WORDS.get(method, []), *more]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ NET = ["backbone=net10a", "backbone.create.widths=[4,4,6,6,8,8]", "backbone.froz
 
 def build(*words, classes=3):
     setup.begin()
-    cfg = config.compose([*small_words("slotcon", f"method.num_clusters={classes}", *words)])
+    cfg = config.compose(small_words("slotcon", f"method.num_clusters={classes}", "backbone.frozen=true", *words))
     return setup.build_model(cfg, replay.classes(classes))
 
 

@@ -16,7 +16,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from common.errors import ConfigError, one_of
 from common.precision import exact, real
-from grouping.masks import component_at, components
+from grouping.masks import component_at, without_specks
 
 TOPK_POLICIES = ("stable", "positive_only", "released")
 """Which patches are chosen where fewer than n have a score above 0, after the filter has set the others to 0: `stable`
@@ -82,12 +82,7 @@ def attention_foreground(
         widths = [min(kernel, 2 * side - 1) for side in (rows.shape[-1], rows.shape[-2])]
         rows = gaussian_blur(rows, widths, [sigma, sigma])
     kept = mass_filter(rows.flatten(1), mass).view_as(rows)
-    for mask in kept:
-        pieces = components(mask, 8)
-        small = pieces.flatten().bincount() <= specks
-        small[0] = False
-        mask &= ~small[pieces]
-    return kept
+    return without_specks(kept, specks + 1)
 
 
 @torch.no_grad()

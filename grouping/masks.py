@@ -38,6 +38,18 @@ def largest_component(mask: Tensor, connectivity: int) -> Tensor:
     return (found == sizes.argmax()) & mask
 
 
+def without_specks(masks: Tensor, smallest: int, connectivity: int = 8) -> Tensor:
+    """Masks bool [B,h,w] without their components of fewer than `smallest` places."""
+    one_of("connectivity", connectivity, CONNECTIVITIES)
+    # One labelling for the whole batch: the third axis connects nothing.
+    structure = np.zeros((3, 3, 3), dtype=bool)
+    structure[1] = ndimage.generate_binary_structure(2, 1 if connectivity == 4 else 2)
+    found = ndimage.label(masks.cpu().numpy(), structure)[0]
+    large = np.bincount(found.ravel()) >= smallest
+    large[0] = False
+    return torch.from_numpy(large[found]).to(masks.device)
+
+
 def tight_box(mask: Tensor, patch: int = 1, size: tuple[int, int] | None = None) -> Tensor:
     """The box of a mask bool [h,w] in pixels: int64 [4]; zeros where the mask is empty.
 

@@ -86,12 +86,13 @@ def sinkhorn_targets(logits: Tensor, temperature: float, iterations: int = 3) ->
 
 
 def entropies(targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean entropy of the rows, entropy of the mean row) of targets [n,K], each as a share of log K.
+    """(mean entropy of the rows, entropy of the mean row of all ranks) of targets [n,K], each as a share of log K.
 
-    The first is 1 where the teacher says nothing, the second near 0 where it says the same few things of every picture.
+    Ranks must hold the same n. The first is 1 where the teacher says nothing, the second near 0 where it says the same
+    few things of every picture.
     """
     rows = targets.detach().float()
-    mean = rows.mean(0)
+    mean = distributed.mean(rows.mean(0))
     own = -(rows * rows.clamp(min=1e-30).log()).sum(1).mean()
     joint = -(mean * mean.clamp(min=1e-30).log()).sum()
     return own / math.log(rows.shape[1]), joint / math.log(rows.shape[1])

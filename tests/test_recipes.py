@@ -102,6 +102,21 @@ OF_METHOD = {
     ],
     "iic": ["method.over_clusters=9", "method.half_side=2"],
     "slotcon": ["method.crops.size=64", "method.head.hidden=16", "method.dim=8"],
+    "leopart": [
+        "method.prototypes=12",
+        "method.head.hidden=16",
+        "method.crops.global_size=64",
+        "method.crops.local_size=32",
+        "method.queue.size=8",
+        "evaluation.fcn.epochs=1",
+        "evaluation.fcn.channels=8",
+        "evaluation.fcn.size=null",
+        "evaluation.overcluster.k=[3]",
+        "evaluation.cbfe.clusters=4",
+        "evaluation.cbfe.train_pictures=2",
+        "evaluation.communities.clusters=3",
+        "evaluation.posthoc.epochs=1",
+    ],
     "dino": ["method.head.out_dim=64", "method.crops.local_count=2", "data.train_size=128"],
 }
 

@@ -13,6 +13,7 @@ from docs.figures import drawing
 from docs.figures.drawing import Cell, Grid
 from docs.figures.named_objects import comus, maskdistill
 from docs.figures.objects import maskcontrast
+from docs.figures.representations import leopart
 from docs.figures.runs import FOLDER, staged, trained, untrained
 from docs.figures.shared import (
     TRAIN,
@@ -415,7 +416,7 @@ FIGURES: dict[str, Callable[[], Grid]] = {
     draw.__name__: draw
     for draw in (
         autoregressive, cause, comus, context_prediction, cooccurrence, cutler, deep_spectral, dino, eagle,
-        hidden_positives, hsg, iic, kmeans_baseline, maskcontrast, maskdistill, mdc, normalized_cut, picie, primaps,
-        segsort, slotcon, smooseg, stego, tokencut, transfgu,
+        hidden_positives, hsg, iic, kmeans_baseline, leopart, maskcontrast, maskdistill, mdc, normalized_cut, picie,
+        primaps, segsort, slotcon, smooseg, stego, tokencut, transfgu,
     )
 }  # fmt: skip

@@ -83,3 +83,13 @@ def test_regions_grow_after_what_erosion_leaves():
     assert masks.region_boxes(corner, erode=1, dilate=0)[1].tolist() == [[0, 0, 1, 1]]  # outside counts as inside
     names, boxes = masks.region_boxes(torch.zeros(3, 3, dtype=torch.int64))
     assert (names.tolist(), tuple(boxes.shape)) == ([], (0, 4))
+
+
+def test_specks_are_taken_out_of_each_mask():
+    both = torch.stack([grid("1100", "0010", "0000", "1001"), grid("1001", "0000", "0000", "1100")]) > 0
+    assert masks.without_specks(both, 3).int().tolist() == [
+        grid("1100", "0010", "0000", "0000").tolist(), grid("0000", "0000", "0000", "0000").tolist()
+    ]  # fmt: skip
+    assert masks.without_specks(both, 3, connectivity=4).sum() == 0
+    assert masks.without_specks(both, 2)[1].int().tolist() == grid("0000", "0000", "0000", "1100").tolist()
+    assert torch.equal(masks.without_specks(both, 1), both)

@@ -1,4 +1,4 @@
-"""Adapters for `leopart.*`: the read-outs of the released evaluation."""
+"""Adapters for `leopart.*`: the training step of Leopart and its pieces, and the read-outs of its evaluation."""
 
 import numpy as np
 import torch
@@ -7,6 +7,12 @@ from torch import Tensor
 from evaluation import matching
 from evaluation.overclustering import foreground, graph
 from grouping.attention_masks import attention_foreground as foreground_of
+from lightning_modules.base.optim import cosine
+from lightning_modules.representations.crops import cut, shared_boxes
+from lightning_modules.representations.leopart import aligned_loss
+from losses.self_distillation import sinkhorn_targets
+from tests.reference import leopart_training
+from tests.reference.training import tensor
 
 Case = dict[str, np.ndarray]
 
@@ -27,11 +33,57 @@ def _scored(case: Case, truth: str, classes: int, policy: str) -> matching.Score
 
 
 def attention_foreground(case: Case) -> Case:
-    weights = torch.from_numpy(case["in_attention_headmean"])[:, 0]
-    found = {
-        f"out_mask_thr{name}": foreground_of(weights, mass)[:, None] for name, mass in (("06", 0.6), ("065", 0.65))
-    }
-    return {name: mask.numpy() for name, mask in found.items()}
+    weights, sigma = tensor(case["in_attention_headmean"])[:, 0], float(case["cfg_blur_sigma"])
+    rules = {"sigma": sigma, "kernel": int(case["cfg_blur_kernel"])}
+    found = {name: foreground_of(weights, mass, **rules) for name, mass in (("06", 0.6), ("065", 0.65))}
+    return {f"out_mask_thr{name}": mask[:, None].numpy() for name, mask in found.items()}
+
+
+def cosine_schedule(case: Case) -> Case:
+    total = int(case["cfg_epochs"]) * int(case["cfg_iters_per_epoch"])
+    ends = float(case["cfg_base"]), float(case["cfg_final"])
+    return {"out_schedule": np.array([cosine(*ends, step, total) for step in range(total)])}
+
+
+def crop_boxes(case: Case) -> Case:
+    numbers = case["cfg_nmb_crops"].tolist()
+    sides = [side for side, count in zip(case["cfg_size_crops"].tolist(), numbers, strict=True) for _ in range(count)]
+    sizes = torch.tensor([(float(side), float(side)) for side in sides])
+    found = shared_boxes(tensor(case["in_crop_boxes_xyxy"])[None], sizes)[0]
+    return {"out_gc_boxes": found[: numbers[0]].numpy(), "out_all_boxes": found[:, : numbers[0]].numpy()}
+
+
+def sinkhorn(case: Case) -> Case:
+    logits, epsilon = tensor(case["in_logits"]), float(case["cfg_epsilon"])
+    return {f"out_assignments_iters{n}": sinkhorn_targets(logits, epsilon, n).numpy() for n in (1, 3, 10)}
+
+
+def loss(case: Case) -> Case:
+    batch, (large, small), size = int(case["cfg_batch_size"]), case["cfg_nmb_crops"].tolist(), int(case["cfg_roi_size"])
+    grids = [int(case["cfg_global_grid"])] * large + [int(case["cfg_local_grid"])] * small
+    patch, temperature = int(case["cfg_patch_size"]), float(case["cfg_temperature"])
+    cells = torch.zeros(batch, large + small, large + small, 4)
+    cells[:, :large] = tensor(case["in_gc_boxes"]) / patch
+    cells[:, :, :large] = tensor(case["in_all_boxes"]) / patch
+
+    def maps(rows: Tensor, grid: int) -> Tensor:
+        return rows.unflatten(0, (batch, grid, grid)).movedim(-1, 1)
+
+    rules = float(case["cfg_epsilon"]), int(case["cfg_sinkhorn_iterations"])
+    crops = [sinkhorn_targets(rows, *rules) for rows in tensor(case["in_teacher_logits"]).chunk(large)]
+    targets = torch.stack([maps(rows, grids[0]) for rows in crops])
+    masks = tensor(case["in_foreground_mask"]).squeeze(1).unflatten(0, (large, batch)) > 0
+    cuts = [cut(part, cells[:, 0], size).flatten(0, 1) for part in (targets[0], masks[0][:, None].float())]
+    names = ("mid_assign_crop0", "mid_aligned_assign_crop0", "mid_aligned_mask_crop0")
+    found = {name: part.numpy() for name, part in zip(names, (crops[0], *cuts), strict=True)}
+    for name, chosen in (("all", None), ("fg", masks)):
+        rows = tensor(case["in_student_logits"]).requires_grad_()
+        parts = rows.split([batch * grid**2 for grid in grids])
+        logits = [maps(part, grid) for part, grid in zip(parts, grids, strict=True)]
+        total, _ = aligned_loss(targets, logits, cells, size, temperature, chosen, tolerance=0.0, skipped="count")
+        total.backward()
+        found |= {f"out_loss_{name}": total.detach().numpy(), f"out_grad_student_logits_{name}": rows.grad.numpy()}
+    return found
 
 
 def miou_hungarian(case: Case) -> Case:
@@ -91,3 +143,6 @@ def cooccurrence(case: Case) -> Case:
         "out_matrix": matrix.numpy(),
         "out_edges": np.array(graph.edges(matrix, float(case["cfg_weight_threshold"]))),
     }
+
+
+training = leopart_training.run

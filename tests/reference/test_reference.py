@@ -47,6 +47,8 @@ def test_every_kind_of_the_foundation_has_a_case():
         "primaps": "principal_direction mask_stack refine_labels assign_classes focal_loss ema cluster_loss pca_init "
         "metrics training",
         "maskcontrast": "contrastive balanced_bce image_embedding cluster_eval training",
+        "leopart": "attention_foreground cosine_schedule crop_boxes loss sinkhorn training cbfe cooccurrence "
+        "miou_hungarian miou_manytoone",
         "autoregressive": "masked_conv orderings mi_loss residual_block decoder attention",
         "iic": "loss_collapsed loss_uncollapsed match sobel head trunk_narrow",
         "classic_priors": "context_patches cooccurrence_patches patch_pair context_loss cooccurrence_loss",

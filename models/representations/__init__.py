@@ -1,0 +1,1 @@
+"""Networks of methods that learn dense representations."""

@@ -25,15 +25,16 @@ def kind_for(wanted: str, backbone: Any) -> str:
 def noisy_foreground(backbone: Any, images: Tensor, kind: str, mass: float) -> Tensor:
     """Foreground of pictures [B,3,H,W] in 0..1: bool [B,h,w].
 
-    attention: see `attention_foreground`, of the last block, heads averaged. spectral: one side of the second
-    eigenvector of cosines around their mean over the picture, that which has less of the picture's border.
+    attention: see `attention_foreground`, of the last block, heads averaged. spectral: where the second eigenvector of
+    cosines around their mean over the picture is above its mean, or below it, whichever has less of the border.
     """
     if kind == "attention":
         return by_attention(backbone.features(images, attention=True), mass)
     maps = spectral.centred(real(backbone.features(images).map))
     size = tuple(maps.shape[-2:])
     _, vectors = spectral.second_vectors(spectral.feature_affinity(maps.flatten(2).mT), size)
-    found = vectors.unflatten(1, size) > 0
+    # The mean, for in a picture that falls apart one side's entries are 0 up to rounding.
+    found = (vectors > vectors.mean(1, keepdim=True)).unflatten(1, size)
     turned = spectral.border_share(found) > spectral.border_share(~found)
     return torch.where(turned[:, None, None], ~found, found)
 

@@ -204,7 +204,8 @@ class Leopart(UnsupervisedSegmenter):
 
     def _follow(self) -> None:
         """Before the backward pass, so by the weights that this step was computed with."""
-        m = cosine(self.cfg.method.teacher.momentum, 1.0, self.global_step, self.total_steps)
+        settings = self.cfg.method.teacher
+        m = cosine(settings.momentum, settings.momentum_end, self.global_step, self.total_steps)
         self.teacher.update(m)
         self.teacher_head.update(m)
 

@@ -83,6 +83,7 @@ def words(case: Case) -> list[str]:
         f"method.attention.smallest={int(case['cfg_mask_smallest'])}",
         "method.teacher.head=own",
         f"method.teacher.momentum={float(case['cfg_momentum_start'])}",
+        f"method.teacher.momentum_end={float(case['cfg_momentum_end'])}",
         f"method.queue.size={int(case['cfg_queue_length'])}",
         "method.queue.prototypes=student",
         f"method.sinkhorn.epsilon={float(case['cfg_epsilon'])}",

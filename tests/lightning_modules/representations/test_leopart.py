@@ -72,6 +72,15 @@ def test_the_teacher_follows_by_the_weights_that_the_loss_was_computed_with():
     assert not found.codes.requires_grad
 
 
+def test_the_momentum_of_the_teacher_goes_to_its_end(monkeypatch):
+    model, seen = built("method.teacher.momentum=0.5", "method.teacher.momentum_end=0.9"), []
+    monkeypatch.setattr(leopart.Momentum, "update", lambda _, m: seen.append(m))
+    for model.total_steps in (100, 0):  # at the beginning of a run, and behind its end
+        monkeypatch.setattr(type(model), "global_step", 100 - model.total_steps)
+        model._follow()
+    assert seen == pytest.approx([0.5, 0.5, 0.9, 0.9])
+
+
 def test_four_groups_of_parameters_and_what_is_decayed():
     model = built("method.train_blocks=null")
     groups = model.param_groups()

@@ -1,9 +1,10 @@
-"""CAUSE's modularity and its contrast beside their plain formulations, in one run.
+"""CAUSE's and ACSeg's modularity, and CAUSE's contrast, beside their plain formulations, in one run.
 
 `python -m benchmarks.modularity [--threads T] [--repeats R] [--allocator default|tuned] [--only WORD] [--quick]`
 
 modularity: the loss of a book of M concepts, forward and backward, float32; the plain side holds M x P x P products for
-each picture, as released. contrast: one step against a bank; the plain side compares the concepts of all pairs of
+each picture, as released. concepts: the same of the few concepts of a picture; the plain side holds P x P x M products
+and what autograd keeps of them. contrast: one step against a bank; the plain side compares the concepts of all pairs of
 patches by their vectors, as released, ours looks them up in the table of a frozen book.
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.harness import Piece, run
 from losses.concept_contrast import Likeness, concept_contrast, nearest
-from losses.modularity import modularity_loss
+from losses.modularity import concept_modularity, modularity_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TEMPERATURE, NEAR, FAR = 0.07, 0.3, 0.1
@@ -65,6 +66,42 @@ def _plain_modularity(vectors: Tensor, book: Tensor) -> float:
     pairs = torch.tanh(likeness[:, :, :, None] * likeness[:, :, None, :] / 0.1).amax(1)
     traces = (weights @ pairs).diagonal(dim1=1, dim2=2).sum(1)  # both are symmetric
     return _summed(-(traces / total.flatten()).mean(), book)
+
+
+# ------------------------------------------------------------------ concepts of a picture
+
+
+def _concepts(pictures: int, patches: int, channels: int, concepts: int) -> tuple[Tensor, Tensor]:
+    draws = torch.Generator().manual_seed(0)
+    vectors = torch.randn(pictures, patches, channels, generator=draws) + 0.3
+    return vectors.to(DEVICE), torch.randn(pictures, concepts, channels, generator=draws).to(DEVICE)
+
+
+def concepts_ours(**sizes: int) -> Callable[[], float]:
+    vectors, concepts = _concepts(**sizes)
+
+    def step() -> float:
+        leaf = concepts.detach().requires_grad_()
+        return _summed(concept_modularity(vectors, leaf).mean(), leaf)
+
+    return step
+
+
+def concepts_plain(**sizes: int) -> Callable[[], float]:
+    vectors, concepts = _concepts(**sizes)
+
+    def step() -> float:
+        leaf = concepts.detach().requires_grad_()
+        unit = F.normalize(vectors, dim=2)
+        edges = (unit @ unit.mT).clamp(min=0)
+        degrees = edges.sum(2)
+        total = degrees.sum(1)[:, None, None]
+        weights = edges - degrees[:, :, None] * degrees[:, None] / total
+        likeness = (unit @ F.normalize(leaf, dim=2).mT).clamp(min=0)
+        together = (likeness[:, :, None] * likeness[:, None]).max(3).values
+        return _summed(-(weights * together / total).sum((1, 2)).mean(), leaf)
+
+    return step
 
 
 # ------------------------------------------------------------------ contrast
@@ -127,14 +164,17 @@ def _plain_term(anchors: Tensor, own: Tensor, rows: Tensor, of: Tensor, first: i
 def pieces(quick: bool) -> list[Piece]:
     """What is compared, at the sizes that are asked for or at tiny ones."""
     graph = {"pictures": 2, "patches": 100, "channels": 384, "concepts": 1024}
+    few = {"pictures": 4, "patches": 784, "channels": 384, "concepts": 5}
     step = {"pictures": 16, "patches": 49, "channels": 384, "concepts": 2048, "wide": 256, "bank": 20000}
     if quick:
         graph |= {"patches": 12, "channels": 8, "concepts": 16}
+        few |= {"pictures": 2, "patches": 10, "channels": 8}
         step |= {"pictures": 2, "patches": 9, "channels": 8, "concepts": 16, "wide": 8, "bank": 40}
     module = "benchmarks.modularity"
     sizes = f"{graph['pictures']} x {graph['patches']}, {graph['concepts']} concepts"
     chosen = [
         Piece(f"modularity, {sizes}", module, "modularity_plain", "modularity_ours", graph, 5.0, 5.0),
+        Piece("concepts, 4 x 784, 5 of each picture", module, "concepts_plain", "concepts_ours", few, 1.0, 5.0),
         Piece(f"contrast, bank of {step['bank']}", module, "contrast_plain", "contrast_ours", step, 1.0, 1.0),
     ]
     return [replace(piece, faster=None, smaller=None) for piece in chosen] if quick else chosen
@@ -142,7 +182,7 @@ def pieces(quick: bool) -> list[Piece]:
 
 def main(words: list[str] | None = None) -> int:
     """Measure and print the table."""
-    return run("modularity", __doc__, pieces, "modularity, contrast", words)
+    return run("modularity", __doc__, pieces, "modularity, concepts, contrast", words)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""From maps of salience to objects: threshold, size and box, after COMUS (Zadaianchuk et al., ICLR 2023)."""
+"""From salience to objects: threshold, size and box of maps, after COMUS (Zadaianchuk et al., ICLR 2023); the salient
+of a picture's regions, after ACSeg (Li et al., CVPR 2023)."""
 
 import torch
 from torch import Tensor
@@ -39,3 +40,22 @@ def object_box(mask: Tensor, least: int) -> tuple[int, bool, Tensor]:
     area = int(mask.sum())
     keep = area > least
     return area, keep, tight_box(mask if keep else torch.zeros_like(mask))
+
+
+@torch.no_grad()
+def upper_of_two(scores: Tensor, there: Tensor) -> Tensor:
+    """2-means of the scores of each picture's regions: which belong to the higher mean, bool [B,R].
+
+    scores [B,R]; there bool [B,R]: regions that the picture has; the others count nothing and are False. Of all splits
+    the one with the least squared distances, found exactly; of equal ones that with fewer low scores. Where all scores
+    are equal, and of a single region, none is higher.
+    """
+    found = torch.zeros_like(there)
+    for values, own, high in zip(scores.double(), there, found, strict=True):
+        ordered = values[own].sort().values
+        if len(ordered) < 2 or ordered[0] == ordered[-1]:
+            continue
+        spreads = [sum(float((part - part.mean()).square().sum()) for part in (ordered[:n], ordered[n:]))
+                   for n in range(1, len(ordered))]  # fmt: skip
+        high |= own & (values >= ordered[1 + spreads.index(min(spreads))])
+    return found

@@ -390,6 +390,16 @@ def test_published_figures_are_those_of_the_metrics():
             assert 0 < value < 100, name
 
 
+@pytest.mark.parametrize("name", [name for name in config.names("experiment") if name.startswith("acseg")])
+def test_recipes_of_acseg_hold_what_the_paper_says(name):
+    """There is no release; what it does not say is assumed in one way for both."""
+    cfg = config.compose([f"experiment={name}", "data.root=x"])
+    generator, regions, voc = cfg.method.generator, cfg.method.regions, cfg.data.name == "pascal_voc"
+    assert (generator.concepts, generator.layers, cfg.trainer.max_steps, cfg.method.centred) == (5, 6, 2500, False)
+    assert (regions.vectors, cfg.method.background.score) == ("crop", "class" if voc else "none")
+    assert (cfg.backbone.name, cfg.backbone.levels, cfg.backbone.cache_features) == ("dino_vits16", None, True)
+
+
 @pytest.mark.parametrize("name", [name for name in config.names("experiment") if name.startswith("maskcontrast")])
 def test_recipes_of_maskcontrast_hold_the_released_values(name):
     """The settings of the release (wvangansbeke/Unsupervised-Semantic-Segmentation), without and with supervision."""

@@ -27,6 +27,7 @@ from docs.figures.shared import (
     regions,
 )
 from docs.figures.slotcon import slotcon
+from docs.figures.slots import acseg
 from evaluation import readout
 from evaluation.instances import Detections, boxes_of
 from grouping import spectral
@@ -415,7 +416,7 @@ def cutler() -> Grid:
 FIGURES: dict[str, Callable[[], Grid]] = {
     draw.__name__: draw
     for draw in (
-        autoregressive, cause, comus, context_prediction, cooccurrence, cutler, deep_spectral, dino, eagle,
+        acseg, autoregressive, cause, comus, context_prediction, cooccurrence, cutler, deep_spectral, dino, eagle,
         hidden_positives, hsg, iic, kmeans_baseline, leopart, maskcontrast, maskdistill, mdc, normalized_cut, picie,
         primaps, segsort, slotcon, smooseg, stego, tokencut, transfgu,
     )

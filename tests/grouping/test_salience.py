@@ -32,3 +32,22 @@ def test_small_objects_have_no_box():
     assert salience.object_box(mask, 1)[2].tolist() == [2, 1, 6, 5]
     area, keep, box = salience.object_box(mask, 2)
     assert (area, keep, box.tolist()) == (2, False, [0, 0, 0, 0])
+
+
+def test_the_higher_of_two_means_is_the_best_split_of_all():
+    draws = torch.Generator().manual_seed(0)
+    scores, there = torch.rand(40, 6, generator=draws), torch.rand(40, 6, generator=draws) > 0.3
+    for values, own, high in zip(scores, there, salience.upper_of_two(scores, there), strict=True):
+        assert not (high & ~own).any()
+        if own.sum() < 2:
+            assert not high.any()
+            continue
+
+        def spread(upper, values=values, own=own):
+            parts = values[own & upper], values[own & ~upper]
+            return sum((part - part.mean()).square().sum() for part in parts if len(part))
+
+        best = min(spread(values > edge) for edge in values[own].sort().values[:-1])
+        assert spread(high) == pytest.approx(best)
+        assert values[high].min() > values[own & ~high].max()
+    assert not salience.upper_of_two(torch.ones(1, 3), torch.ones(1, 3, dtype=torch.bool)).any()

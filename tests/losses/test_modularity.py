@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from losses.modularity import modularity_loss, winners
+from losses.modularity import concept_modularity, modularity_loss, winners
 
 
 def made(pictures=2, patches=13, channels=6, centres=5, seed=0):
@@ -77,3 +77,56 @@ def test_the_graph_is_a_constant():
     vectors.requires_grad_()
     modularity_loss(vectors, centres.requires_grad_()).backward()
     assert vectors.grad is None
+
+
+def plain_of_concepts(vectors, concepts):
+    """ACSeg's, with all products of P x P x M."""
+    unit = F.normalize(vectors, dim=2)
+    edges = (unit @ unit.mT).clamp(min=0)
+    degrees = edges.sum(2)
+    total = degrees.sum(1)[:, None, None]
+    like = (unit @ F.normalize(concepts, dim=2).mT).clamp(min=0)
+    together = (like[:, :, None] * like[:, None]).amax(3)
+    return -((edges - degrees[:, :, None] * degrees[:, None] / total) / total * together).sum((1, 2))
+
+
+@pytest.mark.parametrize("room", [1, 40, 1 << 18])
+@pytest.mark.parametrize("sizes", [{}, {"patches": 1}, {"centres": 1}, {"pictures": 4, "patches": 5, "centres": 9}])
+def test_that_of_concepts_is_the_plain_form_in_value_and_gradient(sizes, room, monkeypatch):
+    monkeypatch.setattr("losses.modularity.CACHED", room)
+    vectors, centres = made(**sizes)
+    concepts = centres + torch.randn(len(vectors), *centres.shape, generator=torch.Generator().manual_seed(3)).double()
+    ours, theirs = concepts.clone().requires_grad_(), concepts.clone().requires_grad_()
+    weights = torch.arange(1.0, len(vectors) + 1, dtype=torch.float64)
+    loss, wanted = concept_modularity(vectors, ours), plain_of_concepts(vectors, theirs)
+    torch.testing.assert_close(loss, wanted)
+    (loss * weights).sum().backward()
+    (wanted * weights).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    assert sizes.get("patches") == 1 or ours.grad.abs().sum() > 0
+
+
+def test_that_of_concepts_is_float32_under_autocast_and_counts_no_picture_without_features():
+    vectors, centres = (part.float() for part in made())
+    concepts = centres.expand(2, -1, -1)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = concept_modularity(vectors, concepts)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, concept_modularity(vectors, concepts), rtol=0, atol=0)
+    vectors[1] = 0
+    leaf = concepts.clone().requires_grad_()
+    loss = concept_modularity(vectors, leaf)
+    assert loss[1] == 0
+    loss.sum().backward()
+    assert torch.isfinite(leaf.grad).all()
+
+
+def test_one_concept_a_direction_is_the_modularity_of_that_partition():
+    """Three groups at right angles: A is 1 inside a group, so the modularity is 1 less the squares of their shares of
+    all edges."""
+    sizes = torch.tensor([5, 3, 2])
+    vectors = torch.eye(3)[torch.arange(3).repeat_interleave(sizes)][None]
+    shares = sizes.double().square() / sizes.double().square().sum()
+    torch.testing.assert_close(
+        concept_modularity(vectors, torch.eye(3)[None]).double(), -(1 - shares.square().sum())[None]
+    )

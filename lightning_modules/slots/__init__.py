@@ -1,0 +1,1 @@
+"""Methods with a few vectors for each picture: slots, concepts."""

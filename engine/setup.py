@@ -29,6 +29,7 @@ from engine.records import environment
 from lightning_modules import registry
 from lightning_modules.base import UnsupervisedSegmenter
 from lightning_modules.base.evaluated import FCN
+from lightning_modules.base.placed import fit_places
 from lightning_modules.base.segmenter import FORMAT
 from models import published
 from retrieval import search
@@ -167,6 +168,7 @@ def connect(model: UnsupervisedSegmenter, data: SegmentationDataModule) -> None:
     cfg = model.cfg
     for key in ("train_size", "eval_size"):
         model.backbone.check_size(cfg.data[key], f"data.{key}")
+    fit_places(model, data)
     model.total_steps = total_steps(cfg, data)
 
 

@@ -9,13 +9,12 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from timm.layers import Attention, AttentionRope, Conv2dSame, convert_sync_batchnorm
 from timm.models import VisionTransformer
 from timm.models.eva import EvaAttention
@@ -25,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from common import chance
 from common.errors import ConfigError, did_you_mean, one_of
 from common.precision import real
+from models.debias.places import Debias, debias_of
 from models.features import Features
 from models.output_stride import OutputStrides
 from models.pretrained import origins, weights
@@ -36,7 +36,6 @@ from models.vit import positions
 for maker in MAKERS:
     timm.models.register_model(maker)
 
-LOG = logging.getLogger(__name__)
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 OWN_KEYS = ("num_classes", "features_only", "out_indices", "output_stride", "pad_type", "dynamic_img_size")
 """timm arguments that this file sets by itself, so `backbone.create` may not."""
@@ -77,7 +76,7 @@ class Backbone(nn.Module):
         frozen: no gradients, evaluation mode whatever `train()` says.
         licence: of the loaded weights; "none (random weights)" for `weights: none`.
         fingerprint: network, its arguments and sha256 of the loaded weights.
-        features_key: the fingerprint and every further setting that changes the features; keys caches of features.
+        debias: what takes places out of the maps (`backbone.debias`); None without.
 
     Raises:
         ConfigError: unknown timm name (with near ones), a level that does not exist, settings that the network does not
@@ -91,7 +90,7 @@ class Backbone(nn.Module):
         self.network: str = cfg.timm
         self.frozen: bool = cfg.frozen
         self.precision: str = cfg.precision
-        create = _plain(cfg.create) or {}
+        create = origins.plain(cfg.create) or {}
         self._check_settings(cfg, create)
         with chance.library_draws(seed, "backbone/init"):
             with torch.device("meta"):  # the shape of the full network: which family it is, which keys its files have
@@ -100,17 +99,17 @@ class Backbone(nn.Module):
             published = dict(whole.pretrained_cfg)
             source = self._locate(cfg, published)
             options = self._options(cfg, whole)
-            self.order = self._levels(_plain(cfg.levels), whole)
+            self.order = self._levels(origins.plain(cfg.levels), whole)
             if not self.transformer:
                 options |= {"features_only": True, "out_indices": tuple(sorted(self.order))}
             self.net = _create(self.network, **create, **options)
-        own = {_flat(key): key for key in self.net.state_dict()}
-        self.file_names = {own[_flat(key)]: key for key in whole.state_dict() if _flat(key) in own}
+        own = {weights.flat(key): key for key in self.net.state_dict()}
+        self.file_names = {own[weights.flat(key)]: key for key in whole.state_dict() if weights.flat(key) in own}
         if self.transformer:
             self._describe_transformer(cfg)
         else:
             self._describe_maps()
-        mean, std = _plain(cfg.mean) or published["mean"], _plain(cfg.std) or published["std"]
+        mean, std = origins.plain(cfg.mean) or published["mean"], origins.plain(cfg.std) or published["std"]
         self.in_channels: int = create.get("in_chans") or 3
         if {len(mean), len(std)} != {self.in_channels} or min(std) <= 0:
             given = f"backbone.mean={list(mean)}, backbone.std={list(std)}"
@@ -124,7 +123,9 @@ class Backbone(nn.Module):
         settings = [list(self.order), cfg.level_norm, cfg.pos_interp, list(mean), list(std), self.precision]
         values = weights.identity(self.net.state_dict())
         self.fingerprint = f"{self.network} {json.dumps(arguments, sort_keys=True)} {values}"
-        self.features_key = f"{self.fingerprint} {json.dumps(settings)}"
+        self.settings_key = json.dumps(settings)
+        self.debias: Debias | None = debias_of(cfg, self.channels)
+        self.fingerprint += f" {self.debias.name}" if self.debias is not None else ""
         self._set_gradients()
         self.train()
         if self.frozen and not self.transformer:
@@ -222,6 +223,11 @@ class Backbone(nn.Module):
     def dim(self) -> int:
         return sum(self.channels)
 
+    @property
+    def features_key(self) -> str:
+        """The fingerprint and all else that the features hang on; keys caches of features."""
+        return f"{self.fingerprint} {self.settings_key}" + (self.debias.values if self.debias is not None else "")
+
     # ---- weights --------------------------------------------------------------------------------------------------
 
     def _locate(self, cfg: DictConfig, published: dict[str, Any]) -> str | Path:
@@ -238,7 +244,7 @@ class Backbone(nn.Module):
     ) -> None:
         """Put the weights into the network; all of them, or none where `backbone.weights=none` asks for random ones."""
         if source == "none":
-            _log_once(logging.WARNING, f"backbone {self.name}: random weights ({self.network}, seed {seed})")
+            origins.log_once(logging.WARNING, f"backbone {self.name}: random weights ({self.network}, seed {seed})")
             return
         content = weights.download(self.network, published) if source == "hub" else weights.read(source)
         shapes = {key: tensor.shape for key, tensor in self.net.state_dict().items()}
@@ -261,7 +267,7 @@ class Backbone(nn.Module):
         self.net.load_state_dict({named[key]: tensor for key, tensor in fitted.state.items()}, strict=True)
         below = f" under {fitted.prefix}" if fitted.prefix else ""
         bundled = f"see models/pretrained/bundled/{self.name}.md" if cfg.weights == "bundled" else None
-        _log_once(
+        origins.log_once(
             logging.INFO,
             f"backbone {self.name}: {self.network}, weights {cfg.weights}{below}; "
             f"pre-training: {cfg.get('pretraining') or bundled or 'not stated'}; licence: {self.licence}",
@@ -283,8 +289,8 @@ class Backbone(nn.Module):
         return self.frozen
 
     def state_to_save(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold of this backbone: nothing where the config gives it again, else all of it."""
-        return {} if self.unmodified_weights else self.state_dict()
+        """What a checkpoint must hold of this backbone: what the config does not give again."""
+        return {k: v for k, v in self.state_dict().items() if not self.unmodified_weights or k.startswith("debias.")}
 
     def exported(self) -> dict[str, Tensor]:
         """The weights under the names that timm's whole network has: what `backbone.weights=<file>` reads back."""
@@ -380,6 +386,8 @@ class Backbone(nn.Module):
                 f"backbone={self.name}: {self.network} has no attention to give; let the method use an affinity of the "
                 "features instead (method.lhp.attention=affinity), or choose a vision transformer"
             )
+        if keys and self.debias is not None:
+            self.debias.refuse_keys()
         self.check_size(images.shape[-2:])
         with ExitStack() as stack:
             if self.frozen or not grad:
@@ -392,11 +400,13 @@ class Backbone(nn.Module):
                 stack.enter_context(layers.unfused(self.net))
             pictures = (real(images) - self.mean) / self.std
             try:
-                if not self.transformer:
-                    return Features(self._maps(pictures))
-                if hidden is not None:
+                if hidden is not None and self.transformer:
                     stack.enter_context(layers.hiding(self.net.patch_embed, *hidden))
-                return self._tokens(pictures, attention, qkv, block, keys)
+                found = self._seen(pictures, attention, qkv, block, keys)
+                if self.debias is not None:
+                    black = (-self.mean / self.std).expand(1, -1, *pictures.shape[-2:])
+                    found.levels = self.debias(found.levels, lambda: self._seen(black).levels)
+                return found
             except AssertionError as error:  # some transformers take one size only
                 size = " x ".join(map(str, images.shape[-2:]))
                 raise ConfigError(f"{self.network} refuses pictures of {size} px: {error}") from None
@@ -409,7 +419,11 @@ class Backbone(nn.Module):
         maps = [maps[level].permute(0, 3, 1, 2) if self.turned else maps[level] for level in self.order]
         return [real(level).contiguous() for level in maps]
 
-    def _tokens(self, pictures: Tensor, attention: bool, qkv: bool, block: int, keys: Sequence[int]) -> Features:
+    def _seen(
+        self, pictures: Tensor, attention: bool = False, qkv: bool = False, block: int = -1, keys: Sequence[int] = ()
+    ) -> Features:
+        if not self.transformer:
+            return Features(self._maps(pictures))
         depth = len(self.net.blocks)
         for number in (block, *keys):
             if not -depth <= number < depth:
@@ -462,7 +476,7 @@ def outline(cfg: DictConfig) -> tuple[dict[str, Any], int, int]:
     classifier, which no backbone uses; no memory is taken for it."""
     _expect_known(cfg.timm)
     with torch.device("meta"):
-        whole = _create(cfg.timm, **(_plain(cfg.create) or {}))
+        whole = _create(cfg.timm, **(origins.plain(cfg.create) or {}))
         published = _numbers(whole)
         whole.reset_classifier(0)
     return dict(whole.pretrained_cfg), published, _numbers(whole)
@@ -484,17 +498,3 @@ def _create(name: str, **kwargs: Any) -> nn.Module:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         settings = ", ".join(f"{key}={value}" for key, value in kwargs.items()) or "its defaults"
         raise ConfigError(f"backbone.timm={name}: timm cannot build it with {settings}: {reason}") from None
-
-
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-
-
-def _flat(key: str) -> str:
-    """timm's feature networks may write `stages.0` as `stages_0`."""
-    return key.replace(".", "_")
-
-
-@cache
-def _log_once(level: int, message: str) -> None:
-    LOG.log(level, message)

@@ -413,8 +413,9 @@ class UnsupervisedSegmenter(Evaluated):
         self._load_head(checkpoint["state_dict"], training)
         if training and self.first_step and checkpoint["global_step"] == self.first_step:
             checkpoint["optimizer_states"] = []  # a phase begins with a new optimiser
-        if self.backbone.frozen:
-            checkpoint["state_dict"] |= {f"backbone.{key}": value for key, value in self.backbone.state_dict().items()}
+        if self.backbone.frozen:  # but what is fitted to pictures is the checkpoint's
+            own = {f"backbone.{key}": value for key, value in self.backbone.state_dict().items()}
+            checkpoint["state_dict"] = own | checkpoint["state_dict"]
 
     def _load_head(self, state: dict[str, Tensor], training: bool) -> None:
         """Make the FCN probe that a checkpoint holds, or leave it out: codes will change, it is not asked for, or it is

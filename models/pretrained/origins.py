@@ -6,8 +6,11 @@ Imports torch only to ask an address.
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from common.errors import ConfigError, WeightsError
 from common.files import no_file
@@ -164,3 +167,14 @@ def stated_sum(name: str) -> str | None:
     """The beginning of the sha256 that a file's name ends in, as torch and timm name what they publish; or None."""
     found = re.search(r"-([0-9a-f]{8,})\.", name)
     return found.group(1) if found else None
+
+
+def plain(value: Any) -> Any:
+    """A part of a configuration as lists and dicts."""
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+@cache
+def log_once(level: int, message: str) -> None:
+    """A line of the log that a process says once."""
+    log.log(level, message)

@@ -247,3 +247,8 @@ def identity(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def flat(key: str) -> str:
+    """timm's feature networks may write `stages.0` as `stages_0`."""
+    return key.replace(".", "_")

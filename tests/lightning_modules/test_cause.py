@@ -8,8 +8,8 @@ from omegaconf import OmegaConf
 import config
 from common.errors import ConfigError
 from engine import evaluating, setup
-from models import backbone
 from models.heads import own_element_masks, patch_rows
+from models.pretrained import origins
 from retrieval import kmeans
 from tests.conftest import Run, read_json, run_small, small_words
 from tests.test_ddp import expect_equal, run_two
@@ -180,7 +180,7 @@ def test_the_book_has_a_fiftieth_of_the_patches_that_its_phase_samples():
 
 
 def test_looking_for_the_size_of_the_book_says_nothing_of_random_weights(caplog):
-    backbone._log_once.cache_clear()
+    origins.log_once.cache_clear()
     setup.build_data(config.compose(small_words("cause", "backbone.weights=bundled", "method.concepts=null")))
     assert "random weights" not in caplog.text
 

@@ -258,7 +258,7 @@ def test_presets_hold_every_key_and_name_a_network(name):
 
 
 def test_the_bundled_tiny_is_complete_small_and_says_where_it_comes_from(caplog):
-    backbone._log_once.cache_clear()
+    backbone.origins.log_once.cache_clear()
     with caplog.at_level("INFO"):
         model = Backbone(OmegaConf.load(PRESETS / "tiny.yaml"))
     assert (backbone.origins.BUNDLED / "tiny.safetensors").stat().st_size < 4_000_000

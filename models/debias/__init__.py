@@ -1,0 +1,1 @@
+"""Taking out of frozen features what tells where in the picture a patch lies (`backbone.debias`)."""

@@ -107,3 +107,10 @@ def test_foreground_of_a_grid_smaller_than_the_blur():
     weights = torch.tensor([[[4.0, 1.0], [1.0, 1.0]]])
     assert am.attention_foreground(weights, 0.5, sigma=0.1, specks=0)[0].tolist() == [[True, False], [False, False]]
     assert am.attention_foreground(weights[:, :1, :1], 0.5, specks=0).all()
+
+
+def test_foreground_is_the_same_under_autocast():
+    weights = torch.rand(200, 9, 9, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = am.attention_foreground(weights)
+    assert torch.equal(found, am.attention_foreground(weights))

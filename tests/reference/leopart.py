@@ -89,7 +89,8 @@ def loss(case: Case) -> Case:
 def miou_hungarian(case: Case) -> Case:
     classes = int(case["cfg_num_gt"])
     found = _scored(case, "in_gt", classes, "hungarian_iou")
-    plain = _scored(case, "in_gt", classes, "identity")
+    shown = np.arange(len(found.counts))
+    unmatched = matching.class_histogram(found.counts, np.where(shown < classes, shown, matching.UNMATCHED))
     fewer = _scored(case, "in_gt4", int(case["in_gt4"].max()) + 1, "hungarian_iou")
     hits = np.diagonal(found.histogram)
     return {
@@ -99,7 +100,7 @@ def miou_hungarian(case: Case) -> Case:
         "out_fn": found.histogram.sum(0) - hits,
         "out_reordered": found.mapping[case["in_pred"]],
         "out_score_matrix_iou": matching.iou_matrix(found.counts).T,
-        "out_miou_no_matching": np.array(plain.miou / 100),
+        "out_miou_no_matching": np.nan_to_num(matching.jaccard(unmatched)).mean(),
         "out_miou_partial": np.array(fewer.miou / 100),
         "out_reordered_partial": fewer.mapping[case["in_pred"]],
     }

@@ -62,7 +62,7 @@ def test_links_lead_somewhere(path: Path):
 
 
 def test_no_page_is_of_a_method_that_is_gone():
-    assert {path.stem for path in FOLDER.glob("*.md")} == set(registry.names())
+    assert {path.stem for path in FOLDER.glob("*.md")} == {*registry.names(), "index"}
 
 
 def test_the_tables_of_recipes_are_those_of_the_files():

@@ -50,6 +50,8 @@ def test_every_kind_of_the_foundation_has_a_case():
         "leopart": "attention_foreground cosine_schedule crop_boxes loss sinkhorn training cbfe cooccurrence "
         "miou_hungarian miou_manytoone",
         "autoregressive": "masked_conv orderings mi_loss residual_block decoder attention",
+        "acseg": "modularity_loss",
+        "position_debias": "blank_basis rasa",
         "iic": "loss_collapsed loss_uncollapsed match sobel head trunk_narrow",
         "classic_priors": "context_patches cooccurrence_patches patch_pair context_loss cooccurrence_loss",
         "hsg": "knn_affinity dmon_loss transition_composition group_means transformer_clustering generate_clusters "

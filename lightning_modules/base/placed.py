@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from common import chance
+from common import chance, distributed
 from evaluation.readout import valid_patches
 from lightning_modules.base.asked import Asked
 from models.debias import removal
@@ -38,7 +38,10 @@ def fit_places(method: Asked, data: Any) -> None:
                 order = torch.randperm(int(valid.sum()), generator=chance.generator(seed, "places", index))[:share]
                 patches[number].append(rows[valid][order.to(device)])
                 places[number].append(own[valid][order.to(device)])
-    rows, own = [torch.cat(part) for part in patches], [torch.cat(part) for part in places]
+    every = distributed.objects([[torch.cat(part).cpu() for part in found] for found in (patches, places)])
+    rows, own = (
+        [torch.cat(parts).to(device) for parts in zip(*found, strict=True)] for found in zip(*every, strict=True)
+    )
     told = [removal.told(part, where) for part, where in zip(rows, own, strict=True)]
     backbone.debias.fit(rows, own)
     left = backbone.debias([part.mT[None, :, :, None] for part in rows], list)

@@ -78,6 +78,9 @@ class PriMaPs(StagedSegmenter):
         1). Raises CheckpointError where it was trained on other features."""
         expect_same_features(checkpoint, self.cfg, self.backbone)
         state = checkpoint["state_dict"]
+        if self.backbone.debias is not None:  # what was fitted to the pictures that the method has seen
+            own = {name: state[f"backbone.debias.{name}"] for name in self.backbone.debias.state_dict()}
+            self.backbone.debias.load_state_dict(own)
         self.base.load_state_dict({name: state[name] for name in self.base.state_dict()})
         self.running.start(F.normalize(state["cluster_probe.clusters"].float(), dim=1))
 

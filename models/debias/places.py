@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import ConfigError, one_of
+from common.precision import exact
 from models.debias import removal
 
 KINDS = ("none", "blank", "rasa")
@@ -132,8 +133,9 @@ class Rasa(Debias):
     def forward(self, levels: list[Tensor], black: Callable[[], list[Tensor]]) -> list[Tensor]:
         found = []
         for level, planes in zip(levels, self.planes, strict=True):
-            unit = nn.functional.normalize(level.float(), dim=1).movedim(1, -1)
-            found.append(nn.functional.normalize(removal.without_planes(unit, planes).movedim(-1, 1), dim=1))
+            with exact(level.device):
+                unit = nn.functional.normalize(level.float(), dim=1).movedim(1, -1)
+                found.append(nn.functional.normalize(removal.without_planes(unit, planes).movedim(-1, 1), dim=1))
         return found
 
     @torch.no_grad()

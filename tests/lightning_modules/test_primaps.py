@@ -164,6 +164,15 @@ def test_it_begins_with_the_codes_and_the_cluster_probe_of_a_trained_method(trai
     assert again["stands_on"] == name
 
 
+def test_places_are_taken_out_as_the_trained_method_had_it(folder):
+    words = ["backbone.debias=rasa", "backbone.debias_components=4", "trainer.max_steps=2", *SHORT[1:2], *SHORT[4:]]
+    run = run_small("stego", folder, "placed", *words)
+    path = run.folder / "checkpoints" / "last.ckpt"
+    found = small(folder, "on_placed", f"method.init_from={path}", *words[:2], "seed=7")
+    for name in ("backbone.debias.planes_0", "backbone.debias.planes_1"):
+        assert torch.equal(found.weights[name], run.weights[name])
+
+
 def test_a_trained_method_rests_while_prototypes_learn(folder, small_run):
     path = small_run("stego").folder / "checkpoints" / "last.ckpt"
     run = small(folder, "rests", f"method.init_from={path}", "method.ema.every=1")

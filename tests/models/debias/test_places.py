@@ -87,6 +87,15 @@ def test_keys_and_more_directions_than_patches_are_refused(images):
         made("backbone.debias=blank", "backbone.debias_components=48").features(images)
 
 
+def test_half_precision_of_the_network_leaves_the_removal_exact(images):
+    debiased = made("backbone.debias=rasa", "backbone.debias_components=4", "backbone.precision=bf16")
+    for planes in debiased.debias.planes:
+        planes.copy_(torch.randn(planes.shape, generator=torch.Generator().manual_seed(1)))
+    for level, planes in zip(debiased.features(images).levels, debiased.debias.planes, strict=True):
+        axes = removal.orthonormal(planes[-1])
+        assert torch.einsum("bchw,kc->bkhw", level, axes).abs().max() < 1e-5
+
+
 @pytest.mark.train
 def test_planes_are_fitted_to_training_pictures_and_are_the_checkpoints(tmp_path, caplog):
     caplog.set_level(logging.INFO)

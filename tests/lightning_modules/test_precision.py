@@ -51,6 +51,9 @@ BANDS |= dict.fromkeys(("picie", "mdc"), 0.1)
 """Their clusters begin with a k-means of codes, which ends elsewhere for others: 2 % of the losses, 7 % of the clusters
 in use."""
 
+BANDS["leopart"] = 0.01
+"""0.55 % of the loss of the cluster probe, whose codes are of trained blocks; below 0.5 % of its own losses."""
+
 BANDS["cutler"] = 0.5
 """Which boxes its losses are of follows which proposals stay, and its stage trains a detector before: 11 % of the whole
 loss, 34 % of that of the few boxes that hold an object."""

@@ -164,7 +164,7 @@ def connect(model: UnsupervisedSegmenter, data: SegmentationDataModule) -> None:
     """Tell the data what the method wants to see, and the method how long the run is."""
     data.views = model.views
     data.pad_multiple = model.pad_multiple
-    data.instances = model.scores_instances
+    data.instances = model.wants_instances
     cfg = model.cfg
     for key in ("train_size", "eval_size"):
         model.backbone.check_size(cfg.data[key], f"data.{key}")

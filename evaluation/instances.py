@@ -52,6 +52,7 @@ class InstanceScore(Readout):
 
     name = "instances"
     groups = ("instances",)
+    instances = True
 
     def __init__(self, backend: str = "pycocotools") -> None:
         """backend: torchmetrics' word for the library that counts."""

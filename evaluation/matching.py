@@ -18,7 +18,7 @@ from common.errors import ConfigError, one_of
 
 UNMATCHED = -1
 MATCHINGS = ("hungarian", "hungarian_iou", "many_to_one", "many_to_one_iou")
-EXTRAS = ("drop", "background", "merge", "stego_compat")
+EXTRAS = ("drop", "background", "rest", "merge", "stego_compat")
 ABSENTS = ("skip", "zero")
 
 
@@ -44,7 +44,7 @@ class Scores:
 
 
 def score(
-    counts, matching: str = "hungarian", extra: str = "merge", absent: str = "skip", background: int = 0
+    counts, matching: str = "hungarian", extra: str = "merge", absent: str = "skip", background: int = 0, loose: int = 0
 ) -> Scores:
     """Match, then score one confusion matrix.
 
@@ -57,11 +57,16 @@ def score(
     extra: what happens to the clusters that a one-to-one matching leaves over (K > C):
     - `drop`: m(k) = -1. Their pixels stay in N and t_c, so they count as errors, in no predicted class.
     - `background`: m(k) = `background`.
+    - `rest`: the same, but `background` takes no part in the matching: it is what no cluster of another class is, as
+      DINOSAUR scores VOC.
     - `merge`: m(k) = argmax_c n_kc, the class they overlap most (PriMaPs); ties, and clusters without a pixel, go to
       the lowest class id.
     - `stego_compat`: as released. Pixels with k >= C are thrown away first (they leave N and t_c), the rest is matched;
       clusters k < C without a class form one further row whose IoU counts in the mean. Inflated when K > C. Where all
       pixels are thrown away, which the release gives no number for, all scores are 0.
+
+    loose: the last so many rows are no clusters but pixels without one. No matching takes them; they are errors, or
+    background with `background` and `rest`.
 
     absent: a class that is in neither labels nor predictions has IoU 0/0. `skip` leaves it out of the mean (NaN in
     `iou`), `zero` counts it as 0. A class absent from the labels but predicted has IoU 0 either way.
@@ -75,13 +80,14 @@ def score(
     if extra == "stego_compat":
         kept = counts.copy()
         kept[classes:] = 0
-    mapping = match(kept, matching)
+    if extra in ("background", "rest") and not 0 <= background < classes:
+        raise ConfigError(f"evaluation.background={background}: expected a class id from 0 to {classes - 1}")
+    mapping = match(kept, matching, loose, background if extra == "rest" else None)
     left = mapping == UNMATCHED
     if extra == "merge":
+        left[len(left) - loose :] = False
         mapping[left] = kept[left].argmax(1)
-    elif extra == "background":
-        if not 0 <= background < classes:
-            raise ConfigError(f"evaluation.background={background}: expected a class id from 0 to {classes - 1}")
+    elif extra in ("background", "rest"):
         mapping[left] = background
     histogram = class_histogram(kept, mapping)
     if extra == "stego_compat" and len(counts) > classes:
@@ -126,8 +132,11 @@ def as_counts(counts) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def match(counts: np.ndarray, matching: str) -> np.ndarray:
+def match(counts: np.ndarray, matching: str, loose: int = 0, out: int | None = None) -> np.ndarray:
     """Clusters to classes: [K,C] int64 -> m [K] int64, -1 where a one-to-one matching leaves a cluster over.
+
+    The last `loose` rows are no clusters, and class `out` is no cluster's: their pixels count in unions alone.
+
 
     - `hungarian`: one-to-one, maximises sum_k n[k, m(k)] (the field's protocol; maximises accuracy).
     - `hungarian_iou`: one-to-one, maximises the sum of `iou_matrix`.
@@ -141,11 +150,14 @@ def match(counts: np.ndarray, matching: str) -> np.ndarray:
             raise ValueError(f"matching=identity needs as many outputs as classes, got {clusters} and {classes}")
         return np.arange(clusters)
     gain = iou_matrix(counts) if matching.endswith("_iou") else counts
-    if matching.startswith("many_to_one"):
-        return gain.argmax(1)
-    rows, columns = linear_sum_assignment(gain, maximize=True)
+    rows, columns = np.arange(clusters - loose), np.delete(np.arange(classes), [] if out is None else [out])
+    gain = gain[np.ix_(rows, columns)]
     mapping = np.full(clusters, UNMATCHED, dtype=np.int64)
-    mapping[rows] = columns
+    if matching.startswith("many_to_one"):
+        mapping[rows] = columns[gain.argmax(1)]
+    else:
+        rows, found = linear_sum_assignment(gain, maximize=True)
+        mapping[rows] = columns[found]
     return mapping
 
 

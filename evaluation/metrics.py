@@ -31,12 +31,14 @@ class SegmentationScore(Metric):
         extra: str = "merge",
         absent: str = "skip",
         background: int = 0,
+        loose: int = 0,
         **kwargs,
     ):
         super().__init__(**kwargs)
         if clusters < 1 or classes < 1:
             raise ValueError(f"SegmentationScore needs clusters and classes, got {clusters} and {classes}")
-        self.policy = {"matching": matching, "extra": extra, "absent": absent, "background": background}
+        self.policy = {"matching": matching, "extra": extra, "absent": absent, "background": background,
+                       "loose": loose}  # fmt: skip
         check_policies(matching, extra, absent)
         self.clusters, self.classes = clusters, classes
         self.add_state("counts", torch.zeros(clusters, classes, dtype=torch.int64), dist_reduce_fx="sum")

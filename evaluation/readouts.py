@@ -19,6 +19,8 @@ class Readout(ABC, nn.Module):
     """Stands in keys of metrics.json."""
     ready = True
     """False: it is passed over (nothing to compare with yet)."""
+    instances = False
+    """True: it wants objects one by one in the batch, where the data has them."""
     groups: tuple[str, ...] = ()
     """Maps that `see` gives whose ids are groups of one picture, without a meaning beyond it."""
 

@@ -75,8 +75,13 @@ class Evaluated(L.LightningModule):
         self.validated: dict[str, Scores] = {}
 
     @property
-    def scores_instances(self) -> bool:
+    def wants_instances(self) -> bool:
         """Whether validation wants objects one by one beside the labels."""
+        return any(item.instances for item in self.further.values())
+
+    @property
+    def scores_instances(self) -> bool:
+        """Whether the method finds objects one by one."""
         return any(isinstance(item, InstanceScore) for item in self.further.values())
 
     @property

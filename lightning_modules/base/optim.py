@@ -24,8 +24,8 @@ class CompositeOptimizer(Optimizer):
     `method` or `probe`. It may also have `lr_end` (where the schedule ends, default 0), `weight_decay_end` (the decay
     follows a cosine from `weight_decay` to it), `clip_each` (norm limit of every single parameter), `momentum` (of
     sgd and lars), `hold` (steps between two changes of its schedule, default 1), and what `schedule_factor` takes
-    besides: `warmup_from`, `power`, `milestones`, `drop`. With `skip_method` set, the next step leaves parameters and
-    state of the method's groups as they are.
+    besides: `warmup_from`, `power`, `milestones`, `drop`, `decay_steps`. With `skip_method` set, the next step leaves
+    parameters and state of the method's groups as they are.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
@@ -109,12 +109,14 @@ def schedule_factor(
     power: float = 0.9,
     milestones: Sequence[float] = (0.32, 0.56, 0.75),
     drop: float = 0.1,
+    decay_steps: int = 100_000,
 ) -> float:
     """What the learning rate is multiplied by at `step` (0-based) of `total` steps.
 
-    Linear warm-up from 1/warmup to 1 comes first, or, as in the releases of SegSort and HSG, from `warmup_from` at step
-    0. Then `constant`; `cosine` / `linear` down to zero at `total`; `poly`, (1 - step/total)^power, which the warm-up
-    does not exceed; or `step`, times `drop` at each of the `milestones` (shares of `total`, rounded down).
+    Linear warm-up from 1/warmup to 1 comes first, or, as in the releases of SegSort, HSG and DINOSAUR, from `warmup_from`
+    at step 0. Then `constant`; `cosine` / `linear` down to zero at `total`; `poly`, (1 - step/total)^power, which the warm-up
+    does not exceed; `step`, times `drop` at each of the `milestones` (shares of `total`, rounded down); or
+    `exponential`, times `drop` in every `decay_steps`, smoothly (DINOSAUR).
     """
     rising = 1.0
     if step < warmup:
@@ -125,6 +127,8 @@ def schedule_factor(
         return rising
     if schedule == "step":
         return drop ** sum(step >= int(share * total) for share in milestones)
+    if schedule == "exponential":
+        return drop ** ((step - warmup) / decay_steps)
     if schedule == "constant":
         return 1.0
     share = min(1.0, (step - warmup) / max(1, total - warmup))
@@ -140,7 +144,7 @@ def cosine(start: float, end: float, step: int, total: int) -> float:
 def scheduled(group: dict[str, Any], step: int, total: int) -> dict[str, float]:
     """The learning rate and the weight decay of a group at `step` (0-based) of `total` steps."""
     step -= step % (group.get("hold") or 1)
-    shape = {key: group[key] for key in ("warmup_from", "power", "milestones", "drop") if key in group}
+    shape = {key: group[key] for key in ("warmup_from", "power", "milestones", "drop", "decay_steps") if key in group}
     factor = schedule_factor(group["schedule"], step, total, group["warmup"], **shape)
     end = 0.0 if step < group["warmup"] else group.get("lr_end") or 0.0
     values = {"lr": end + (group["base_lr"] - end) * factor}

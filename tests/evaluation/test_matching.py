@@ -186,7 +186,7 @@ def test_partition_is_by_class_and_not_by_cluster():
     [
         ({"matching": "best"}, "evaluation.matching=best: not one of hungarian, hungarian_iou, many_to_one, "
          "many_to_one_iou, identity"),
-        ({"extra": "keep"}, "evaluation.extra=keep: not one of drop, background, merge, stego_compat"),
+        ({"extra": "keep"}, "evaluation.extra=keep: not one of drop, background, rest, merge, stego_compat"),
         ({"absent": "one"}, "evaluation.absent=one: not one of skip, zero"),
         ({"matching": "many_to_one", "extra": "stego_compat"},
          "evaluation.extra=stego_compat: the release matches with hungarian only, not many_to_one"),

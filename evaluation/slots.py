@@ -93,7 +93,8 @@ class PictureMeans(Metric):
 class SlotScore(Readout):
     """`val/<name>/*` in percent, means over the pictures whose objects (or classes) are known and of which some are seen:
 
-    `fg_ari` (adjusted Rand index over pixels of objects), `ari` (over all, what is no object being one group),
+    `fg_ari` (adjusted Rand index over pixels of objects; where a picture has a single one, 1 if a group holds all of it,
+    else 0), `fg_ari_several` (the same of pictures with two objects and more), `ari` (over all, what is no object being one group),
     `mbo_i` and `miou_i` (objects one by one: best overlap, and with each group for one object at most), `mbo_c` (object
     classes, pieces of one class together). Pixels that two objects share, and crowds, count in none of those of objects.
     """
@@ -106,10 +107,11 @@ class SlotScore(Readout):
         self.name, self.find = name, find
         self.groups = (name,)
         self.classes = object_classes(meta, []) if meta.has_labels else ()
-        self.means = PictureMeans("fg_ari", "ari", "mbo_i", "miou_i", "mbo_c")
+        self.means = PictureMeans("fg_ari", "fg_ari_several", "ari", "mbo_i", "miou_i", "mbo_c")
 
     def see(self, model: Any, batch: Mapping[str, Any], codes: Tensor) -> dict[str, Tensor]:
         groups = self.find(model, batch)
+        self.means.update()  # torchmetrics warns of a metric that has seen nothing
         nothing = [None] * len(groups)
         known = batch.get("instances", nothing), batch.get("instances.crowd", nothing), batch.get("label", nothing)
         for own, valid, masks, crowd, label in zip(groups, batch["valid"], *known, strict=True):
@@ -128,8 +130,11 @@ class SlotScore(Readout):
             return
         inside = objects.any(0) & counted
         truth = torch.where(objects.any(0), 1 + objects.int().argmax(0), 0)
+        foreground = adjusted_rand(groups[inside], truth[inside])
+        if len(found) > 1:
+            self.means.update(fg_ari_several=foreground)
         self.means.update(
-            fg_ari=adjusted_rand(groups[inside], truth[inside]),
+            fg_ari=foreground,
             ari=adjusted_rand(groups[counted], truth[counted]),
             mbo_i=best_overlap(found),
             miou_i=matched_overlap(found),

@@ -46,9 +46,11 @@ SMALL_OF = {
     "method.rounds.steps": "4", "method.detector.width": "16", "method.detector.hidden": "32",
     "method.detector.mask_width": "16", "method.detector.proposals": "32", "method.detector.test_proposals": "24",
     "method.detector.boxes": "16", "method.detector.anchors": "32", "method.detector.most": "5",
-    "backbone.create.width": "4", "backbone.freeze_norms": "true",
+    "method.slot_dim": "16", "method.decoder.mlp.hidden": "[32, 32, 32]",
+    "backbone.create.width": "4", "backbone.freeze_norms": "true", "backbone.cache_features": "false",
 }  # fmt: skip
-"""Keys made small where a method, or the backbone that it is at home with, has them. Drop path and dropout are off: a
+"""Keys made small where a method, or the backbone that it is at home with, has them. No features are kept: half
+precision would show in the digits of `eval`. Drop path and dropout are off: a
 library draws them. Batch norms are held: two processes on CPUs see half the batch each. At their own rate the
 transformers of HSG make rounding grow: segments change groups after a few steps."""
 

@@ -127,12 +127,13 @@ class Dinosaur(UnsupervisedSegmenter):
 
     @torch.no_grad()
     def _watched(self, found: Grouped) -> dict[str, Tensor]:
-        """For the log: how much of the features' spread over the batch is told, how many slots win any patch, and how
-        sure the masks are."""
-        spread = (found.tokens - found.tokens.mean((0, 1))).square().mean()
-        entropy = torch.special.entr(found.masks).sum(1).mean() / math.log(max(2, found.masks.shape[1]))
+        """For the log, means over pictures: the share of the features' spread inside a picture that is told, how many
+        slots win any patch, and how undecided the masks are (1: all slots explain all patches alike)."""
+        spread = (found.tokens - found.tokens.mean(1, keepdim=True)).square().mean((1, 2))
+        left = (real(found.told) - found.tokens).square().mean((1, 2))
+        entropy = torch.special.entr(real(found.masks)).sum(1).mean() / math.log(found.masks.shape[1])
         return {
-            "told": 1 - (real(found.told) - found.tokens).square().mean() / spread.clamp(min=1e-12),
+            "told": 1 - (left / spread.clamp(min=1e-12)).mean(),
             "used": (~empty_slots(found.masks)).sum(1).float().mean(),
             "entropy": entropy,
         }

@@ -33,7 +33,7 @@ class MLPDecoder(nn.Module):
         placed = slots.unsqueeze(2) + self.positions_at(grid)
         hidden = self.layers[:-1](placed)
         last = self.layers[-1]
-        logits = F.linear(hidden, last.weight[-1:], last.bias[-1:]).squeeze(3)
+        logits = F.linear(hidden, last.weight[-1:]).squeeze(3)  # their bias would shift all slots alike
         with exact(slots.device):
             masks = real(logits).softmax(1)
             mixed = torch.einsum("bkp,bkpd->bpd", masks, real(hidden))

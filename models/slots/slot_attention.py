@@ -59,7 +59,8 @@ class SlotAttention(nn.Module):
     def __init__(self, channels: int, dim: int, iterations: int = 3, eps: float = 1e-8) -> None:
         super().__init__()
         self.iterations, self.eps, self.scale = iterations, eps, dim**-0.5
-        self.norm_tokens, self.norm_slots = nn.LayerNorm(channels), nn.LayerNorm(dim)
+        self.norm_tokens = nn.LayerNorm(channels)
+        self.norm_slots = nn.LayerNorm(dim, bias=False)  # one would shift the logits of all slots alike
         self.to_query = nn.Linear(dim, dim, bias=False)
         self.to_key = nn.Linear(channels, dim, bias=False)
         self.to_value = nn.Linear(channels, dim, bias=False)

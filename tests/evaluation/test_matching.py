@@ -181,6 +181,33 @@ def test_partition_is_by_class_and_not_by_cluster():
         matching.partition(scores, {"x": [4]})
 
 
+REST = np.array([[6, 1, 0], [5, 4, 1], [0, 2, 3], [9, 0, 1]])
+"""Clusters 0 and 3 lie on class 0."""
+
+
+def test_a_background_that_takes_part_in_no_matching_is_what_other_classes_leave():
+    """By number cluster 3 would be class 0 itself, and cluster 0 the one left over, for a background or not."""
+    found = matching.score(REST, "hungarian_iou", "rest")
+    assert found.mapping.tolist() == [0, 1, 2, 0]
+    assert found.iou[0] == pytest.approx(100 * 15 / (20 + 17 - 15))
+    with_it = matching.score(REST, "hungarian_iou", "background", background=1)
+    assert with_it.mapping.tolist() == [1, 1, 2, 0]
+    assert matching.score(REST, "hungarian_iou", "rest", background=1).mapping.tolist() == [1, 1, 2, 0]
+    with pytest.raises(ConfigError, match=r"evaluation\.background=3: expected a class id from 0 to 2"):
+        matching.score(REST, extra="rest", background=3)
+
+
+@pytest.mark.parametrize("matched", ["hungarian", "hungarian_iou", "many_to_one", "many_to_one_iou"])
+def test_pixels_without_a_cluster_are_matched_with_nothing(matched):
+    counts = np.array([[5, 1], [1, 2], [90, 80]])
+    dropped = matching.score(counts, matched, "drop", loose=1)
+    assert dropped.mapping.tolist() == [0, 1, -1]
+    assert dropped.acc == pytest.approx(100 * 7 / 179)
+    assert dropped.iou[1] == pytest.approx(100 * 2 / (83 + 3 - 2))
+    assert matching.score(counts, matched, "merge", loose=1).mapping.tolist() == [0, 1, -1]
+    assert matching.score(counts, matched, "background", background=1, loose=1).mapping.tolist() == [0, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [

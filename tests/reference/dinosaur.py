@@ -33,6 +33,8 @@ ATTENTION = {
     "ff_mlp.module.3.": "mlp.2.",
 }
 """Parts of slot attention: the authors' names and ours."""
+WITHOUT = "norm_slots.bias"
+"""It shifts the logits of all slots alike, and so does nothing."""
 INPUTS = {"0.": "norm.", "1.": "layers.0.", "3.": "layers.2."}
 DECODER = {
     "pos_embed": "positions",
@@ -69,8 +71,8 @@ def _ours(name: str, parts: dict[str, str]) -> str:
 
 def _weights(case: Case, parts: dict[str, str]) -> dict[str, Tensor]:
     """The weights of a case of one module, by our names."""
-    given = replay.given(case, WEIGHTS)
-    return {_ours(name.replace("__", "."), parts): value for name, value in given.items()}
+    given = {name.replace("__", "."): value for name, value in replay.given(case, WEIGHTS).items()}
+    return {_ours(name, parts): value for name, value in given.items() if not name.endswith(WITHOUT)}
 
 
 def slot_attention(case: Case) -> Case:
@@ -224,13 +226,14 @@ def training(case: Case) -> Case:
 def _trained(case: Case, run: str) -> Case:
     images = replay.pictures(case["in_images"])
     batches = [replay.batch(part, None) for part in images]
-    begins = f"{replay.INITIAL}{run}."
-    starts = {f"{replay.INITIAL}{_ours(name, PARTS)}": value.numpy() for name, value in replay.given(case, begins).items()}
+    given = replay.given(case, f"{replay.INITIAL}{run}.")
+    names = {_ours(name, PARTS): name for name in given if not name.endswith(WITHOUT)}
+    starts = {f"{replay.INITIAL}{ours}": given[name].numpy() for ours, name in names.items()}
     renamed = {name: value for name, value in case.items() if not name.startswith(replay.INITIAL)} | starts
     width = len(case[f"{replay.VIT}pos_embed"][0, 0])
     renamed |= {f"{replay.VIT}norm.{part}": np.full(width, value, np.float32) for part, value in NORM.items()}
     renamed["cfg_heads"] = case["cfg_vit_heads"]
-    theirs = {_ours(name, PARTS): f"{run}.{name}" for name in replay.given(case, begins)}
+    theirs = {ours: f"{run}.{name}" for ours, name in names.items()}
     noise, found = replay.tensor(case["in_noise"]), []
     group = method.Dinosaur.group
 
@@ -268,7 +271,7 @@ def _trained(case: Case, run: str) -> Case:
             prefix, own = name.split("__")
             if own in theirs:
                 results[f"{prefix}__{theirs[own]}"] = value
-    return {name: value for name, value in results.items() if not name.endswith("norm_slots.bias")}
+    return results
 
 
 def _norm(gradients: dict[str, Tensor], names: dict[str, str]) -> float:

@@ -73,7 +73,7 @@ class WithNoise(Features):
 
 
 class Dinosaur(UnsupervisedSegmenter):
-    """Codes = for each patch, the mean features of the slots that explain it, mixed by their masks."""
+    """Codes = the features of a patch, drawn half the way to those of its group (the paper has no codes of patches)."""
 
     title = "DINOSAUR"
     newest: tuple[Tensor, WithNoise] | None = None
@@ -127,14 +127,15 @@ class Dinosaur(UnsupervisedSegmenter):
 
     @torch.no_grad()
     def _watched(self, found: Grouped) -> dict[str, Tensor]:
-        """For the log, means over pictures: the share of the features' spread inside a picture that is told, how many
-        slots win any patch, and how undecided the masks are (1: all slots explain all patches alike)."""
+        """For the log, means over pictures: the share of the features' spread inside a picture that is told, the effective
+        number of slots by what they explain, and how undecided masks are (1: all slots explain all patches alike)."""
         spread = (found.tokens - found.tokens.mean(1, keepdim=True)).square().mean((1, 2))
         left = (real(found.told) - found.tokens).square().mean((1, 2))
-        entropy = torch.special.entr(real(found.masks)).sum(1).mean() / math.log(found.masks.shape[1])
+        masks = real(found.masks)
+        entropy = torch.special.entr(masks).sum(1).mean() / math.log(masks.shape[1])
         return {
             "told": 1 - (left / spread.clamp(min=1e-12)).mean(),
-            "used": (~empty_slots(found.masks)).sum(1).float().mean(),
+            "used": torch.special.entr(masks.mean(2)).sum(1).exp().mean(),
             "entropy": entropy,
         }
 
@@ -272,10 +273,10 @@ class SlotClusters(nn.Module):
 
 
 def codes_of(found: Grouped) -> Tensor:
-    """[B,C,h,w]: the mean features of the slots, mixed by their masks; detached."""
+    """[B,C,h,w]: a patch's features and the mean ones of the slots that explain it, half of each; detached."""
     masks = real(found.masks.detach())
-    codes = mass_means(masks, found.tokens).transpose(1, 2) @ masks
-    return codes.unflatten(2, found.grid)
+    means = mass_means(masks, found.tokens).transpose(1, 2) @ masks
+    return (found.tokens.transpose(1, 2) + means).div(2).unflatten(2, found.grid)
 
 
 def slot_ids(model: Dinosaur, batch: Mapping[str, Any]) -> Tensor:

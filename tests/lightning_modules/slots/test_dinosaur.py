@@ -58,12 +58,12 @@ def test_groups_of_a_picture_do_not_hang_on_its_batch(images):
     torch.testing.assert_close(method.embed(method.features(images[1:2]))[0], codes[1], rtol=1e-4, atol=1e-4)
 
 
-def test_codes_are_the_mean_features_of_the_slots_mixed_by_their_masks():
+def test_codes_are_features_half_the_way_to_those_of_their_slots():
     tokens = torch.tensor([[[1.0], [3.0], [8.0]]])
     masks = torch.tensor([[[1.0, 0.5, 0.0], [0.0, 0.5, 1.0]]])
     found = dinosaur.Grouped(tokens, tokens, masks, tokens, masks, (1, 3))
     low, high = (1 + 1.5) / 1.5, (1.5 + 8) / 1.5
-    assert dinosaur.codes_of(found)[0, 0, 0].tolist() == pytest.approx([low, (low + high) / 2, high])
+    assert dinosaur.codes_of(found)[0, 0, 0].tolist() == pytest.approx([(1 + low) / 2, (3 + (low + high) / 2) / 2, (8 + high) / 2])
 
 
 def test_a_new_validation_looks_at_the_weights_as_they_are(images):

@@ -1,5 +1,7 @@
 """PASCAL VOC 2012: background and 20 objects; 255, the border of objects, is ignored.
 
+Where the folder SegmentationObject lies beside SegmentationClass, pictures of VOC have their objects one by one.
+
 Evaluated on val (1,449). Trained on train (1,464) or on "train+" (10,582): VOC train with all pictures of the Semantic
 Boundaries Dataset, less VOC val; labels of the latter come from SBD's .mat files.
 """
@@ -10,11 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import DataError, one_of
-from common.spec import ClassMeta
+from common.spec import IGNORE, ClassMeta
+from datamodules.base.instances import Instances
 from datamodules.base.label_map import LabelMap
 from datamodules.base.listed import Entry, ListedSource
 from datamodules.base.official import Check, Facts, OfficialDataModule, Part
-from datamodules.files.reading import UnreadableError, read_label, read_mat
+from datamodules.files.reading import UnreadableError, check_size, read_label, read_mat
 
 NAMES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
@@ -24,6 +27,23 @@ COUNTS = {"train": 1464, "train_plus": 10582, "val": 1449}
 VOC_FOLDERS = ("VOCdevkit/VOC2012", "VOC2012", "TrainVal/VOCdevkit/VOC2012", ".")
 SBD_FOLDERS = ("benchmark_RELEASE/dataset", "SBD/benchmark_RELEASE/dataset", "SBD")
 SBD_LISTS = {"train.txt": 8498, "val.txt": 2857}
+OBJECTS = "SegmentationObject"
+"""Folder of VOC, maps of objects one by one: 0 is nothing, 255 their borders."""
+
+
+class VocSource(ListedSource):
+    """Pictures of VOC and SBD."""
+
+    def instances(self, index: int) -> Instances | None:
+        """The objects of a picture, and their borders as a crowd; None where there is no file of them."""
+        entry = self.entries[index]
+        path = None if entry.label is None else Path(entry.label).parent.with_name(OBJECTS) / f"{entry.id}.png"
+        if path is None or not path.is_file():
+            return None
+        ids = read_label(str(path))
+        check_size(ids, path, np.zeros(self.size(index)), entry.picture)
+        found = Instances.of_map(ids)
+        return Instances(found.masks, np.array([bool((ids[mask] == IGNORE).all()) for mask in found.masks], bool))
 
 
 class PascalVocDataModule(OfficialDataModule):
@@ -102,7 +122,7 @@ class PascalVocDataModule(OfficialDataModule):
                 yield Check(found == count, f"{SBD_FOLDERS[0]}/{name}", f"{found:,} of {count:,} names", remedy)
 
     def make_source(self, entries: list[Entry]) -> ListedSource:
-        return ListedSource(entries, self.label_map(), read_label=read_ids)
+        return VocSource(entries, self.label_map(), read_label=read_ids)
 
     def label_map(self) -> LabelMap:
         return LabelMap({value: value for value in range(len(NAMES))})

@@ -25,7 +25,7 @@ ENTRIES = {
 }
 """Entries of the file that hold the tensors."""
 
-BACKBONES = {(384, 8): "dino_vits8_300ep", (384, 16): "dino_vits16", (768, 8): "dino_vitb8"}
+BACKBONES = {(384, 8): "dino_vits8_300ep", (384, 16): "dino_vits16", (768, 8): "dino_vitb8", (768, 16): "dino_vitb16"}
 """(channels, patch) -> preset. All are DINO transformers of 12 blocks for 224 px."""
 BLOCKS, NATIVE = 12, 224
 

@@ -100,6 +100,13 @@ OF_METHOD = {
         "method.head.hidden=16",
         "evaluation.posthoc.epochs=1",
     ],
+    "dinosaur": [
+        "method.num_clusters=3",
+        "method.slots=4",
+        "method.slot_dim=16",
+        "method.decoder.mlp.hidden=[16]",
+        "method.decoder.transformer.layers=1",
+    ],
     "iic": ["method.over_clusters=9", "method.half_side=2"],
     "slotcon": ["method.crops.size=64", "method.head.hidden=16", "method.dim=8"],
     "leopart": [
@@ -386,7 +393,7 @@ def test_published_figures_are_those_of_the_metrics():
     assert config.published("dino_tiny") == {}
     for name in config.names("experiment"):
         for key, value in config.published(name).items():
-            assert re.fullmatch(r"(cluster|kmeans|own|linear|linear_posthoc|retrieval)(_crf)?/(acc|miou)", key), name
+            assert re.fullmatch(r"(cluster|kmeans|own|regions|linear|linear_posthoc|retrieval)(_crf)?/(acc|miou)", key), name
             assert 0 < value < 100, name
 
 

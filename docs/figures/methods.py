@@ -10,6 +10,7 @@ from common.chance import numpy_generator
 from common.spec import IGNORE
 from datamodules.base.regions import RegionPlan, provide
 from docs.figures import drawing
+from docs.figures.dinosaur import dinosaur
 from docs.figures.drawing import Cell, Grid
 from docs.figures.named_objects import comus, maskdistill
 from docs.figures.objects import maskcontrast
@@ -416,7 +417,8 @@ def cutler() -> Grid:
 FIGURES: dict[str, Callable[[], Grid]] = {
     draw.__name__: draw
     for draw in (
-        acseg, autoregressive, cause, comus, context_prediction, cooccurrence, cutler, deep_spectral, dino, eagle,
+        acseg, autoregressive, cause, comus, context_prediction, cooccurrence, cutler, deep_spectral, dino, dinosaur,
+        eagle,
         hidden_positives, hsg, iic, kmeans_baseline, leopart, maskcontrast, maskdistill, mdc, normalized_cut, picie,
         primaps, segsort, slotcon, smooseg, stego, tokencut, transfgu,
     )

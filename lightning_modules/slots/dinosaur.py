@@ -230,12 +230,15 @@ class Dinosaur(UnsupervisedSegmenter):
 
     @torch.no_grad()
     def fit_own(self) -> None:
-        """k-means of the slots of pictures of `method.own.split`, seen as in evaluation; a collective."""
-        settings, found = self.cfg.method.own, []
-        order = {"order": "shuffled", "limit": settings.pictures} if settings.split == "train" else {}
-        for batch in self.unlabelled_loader(settings.split, geometry="eval", purpose="dinosaur.own", **order):
+        """k-means of the slots of pictures of `method.own.split`; a collective. Training pictures are seen as in training,
+        without flips, so that kept features serve; validation pictures as in evaluation."""
+        settings, found, data = self.cfg.method.own, [], self.trainer.datamodule
+        training = settings.split == "train"
+        seen = {"geometry": data.train_geometry, "order": "shuffled", "limit": settings.pictures} if training else {}
+        for batch in self.unlabelled_loader(settings.split, purpose="dinosaur.own", **seen):
             with self.trainer.precision_plugin.forward_context():
-                grouped = self.grouped(self.features(batch["image"].to(self.device)))
+                features = self.frozen_features(settings.split, batch)
+                grouped = self.grouped(self._with_noise(features, batch["image"]))
             vectors, empty = slot_vectors(grouped.masks, grouped.tokens), empty_slots(grouped.masks)
             found.append(vectors[~empty])
         points = torch.cat(found) if found else torch.zeros(0, self.code_dim, device=self.device)

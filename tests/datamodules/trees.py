@@ -126,6 +126,8 @@ def voc(root: Path) -> Path:
         save(base / "JPEGImages" / f"{name}.jpg", noise(37, 50, seed=i))
         if name not in extra:
             palette_png(base / "SegmentationClass" / f"{name}.png", ids([0, 1, 255, 20], 37, 50))
+            if name in val:
+                palette_png(base / "SegmentationObject" / f"{name}.png", ids([0, 1, 255, 2], 37, 50))
     for stem, names in (("train", train), ("val", val), ("trainval", [*train, *val])):
         lines(base / "ImageSets" / "Segmentation" / f"{stem}.txt", names)
     dataset = root / "benchmark_RELEASE" / "dataset"

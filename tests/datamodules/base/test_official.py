@@ -317,6 +317,18 @@ def test_voc_train_plus(tmp_path):
     )
 
 
+def test_voc_has_objects_one_by_one_where_their_maps_lie_beside_the_labels(tmp_path):
+    found = module("pascal_voc", trees.voc(tmp_path))
+    objects, label = found.source("val").instances(0), found.source("val").read(0)[1]
+    assert objects.crowd.tolist() == [False, False, True]  # the last is the border between objects
+    assert [int(np.unique(label[mask])[0]) for mask in objects.masks] == [1, 20, 255]
+    assert found.source("train").instances(0) is None  # no map
+    assert found.source("train").instances(2) is None  # of SBD
+    save(tmp_path / "VOCdevkit/VOC2012/SegmentationObject/2007_000033.png", np.zeros((3, 3), np.uint8))
+    with pytest.raises(DataError, match=r"2007_000033\.png"):
+        found.source("val").instances(0)
+
+
 # ---- KITTI, CamVid ----
 
 

@@ -231,7 +231,7 @@ def test_wrong_settings(cfg, expected):
 # ---- presets --------------------------------------------------------------------------------------------------------
 
 NAMES = [
-    "densecl_resnet50", "dino_resnet50", "dino_vits16", "dino_vits8", "dino_vits8_300ep", "dino_vitb8",
+    "densecl_resnet50", "dino_resnet50", "dino_vits16", "dino_vits8", "dino_vits8_300ep", "dino_vitb16", "dino_vitb8",
     "dinov2_vitb14_reg", "dinov2_vits14_reg", "dinov3_vits16", "mobilenetv2", "mobilenetv2_coral", "moco_v2_resnet50",
     "net10a", "ordered", "resnet101", "resnet18", "resnet50", "selfpatch_vits16", "swav_resnet50", "tiny",
 ]  # fmt: skip

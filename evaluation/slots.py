@@ -154,7 +154,9 @@ class SlotScore(Readout):
         self.means.reset()
 
     def protocol(self) -> str:
-        return "FG-ARI over pixels of single objects, mBO by the best group, at the size of evaluation; mean of pictures"
+        return (
+            "FG-ARI over pixels of single objects, mBO by the best group, at the size of evaluation; mean of pictures"
+        )
 
 
 class RegionClasses(Readout):

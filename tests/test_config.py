@@ -228,8 +228,10 @@ def test_every_key_that_may_be_null_has_a_type():
 @pytest.mark.parametrize(
     ("phase", "message"),
     [
-        ("optim.head.schedule: cosin", "optim.head.schedule=cosin: not one of constant, cosine, linear, poly, step, "
-         "exponential"),
+        (
+            "optim.head.schedule: cosin",
+            "optim.head.schedule=cosin: not one of constant, cosine, linear, poly, step, exponential",
+        ),
         ("method.kappa: 5, data.interpolation: blurry", "data.interpolation=blurry: not one of "),
     ],
 )

@@ -84,7 +84,9 @@ def test_pictures_are_averaged_and_those_without_an_object_left_out():
     assert item.see(None, batch, None)["slots"] is batch["groups"]
     found = item.compute()
     assert found["mbo_i"] == pytest.approx(100 * ((1 + 3 / 4) / 2 + 1 / 2) / 2)
-    assert found["fg_ari"] == pytest.approx(100 * (adjusted_rand(GROUPS.flatten(), objects[1].long().flatten()) + 1) / 2)
+    assert found["fg_ari"] == pytest.approx(
+        100 * (adjusted_rand(GROUPS.flatten(), objects[1].long().flatten()) + 1) / 2
+    )
     assert found["fg_ari_several"] < found["fg_ari"]  # the last picture shows one object, and one group holds it
     assert found["ari"] < found["fg_ari"]  # of the last picture 0, as all of it is one group
     assert "mbo_c" not in found

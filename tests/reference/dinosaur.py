@@ -207,9 +207,7 @@ class _Rules:
 def lr_schedule(case: Case) -> Case:
     settings = {"warmup_from": 0.0, "drop": float(case["cfg_decay_rate"]), "decay_steps": int(case["cfg_decay_steps"])}
     warmup, steps = int(case["cfg_warmup_steps"]), case["in_steps"].tolist()
-    return {
-        "out_factor": np.array([optim.schedule_factor("exponential", t, 1, warmup, **settings) for t in steps])
-    }
+    return {"out_factor": np.array([optim.schedule_factor("exponential", t, 1, warmup, **settings) for t in steps])}
 
 
 # Whole steps.

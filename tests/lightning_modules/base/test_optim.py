@@ -122,7 +122,14 @@ def test_schedules_at_their_ends(schedule, step, expected):
 
 def test_exponential_decay_begins_behind_a_warm_up_from_nothing():
     """DINOSAUR's: the first step has no rate at all, the rate halves in every `decay_steps`, between them smoothly."""
-    group = {"schedule": "exponential", "warmup": 10, "warmup_from": 0.0, "drop": 0.5, "decay_steps": 20, "base_lr": 2.0}
+    group = {
+        "schedule": "exponential",
+        "warmup": 10,
+        "warmup_from": 0.0,
+        "drop": 0.5,
+        "decay_steps": 20,
+        "base_lr": 2.0,
+    }
     rates = [scheduled(group, step, 100)["lr"] for step in (0, 1, 5, 10, 30, 40, 50)]
     assert rates == pytest.approx([0, 0.2, 1, 2, 1, 2 * 0.5**1.5, 0.5], abs=1e-12)
 

@@ -63,7 +63,9 @@ def test_codes_are_features_half_the_way_to_those_of_their_slots():
     masks = torch.tensor([[[1.0, 0.5, 0.0], [0.0, 0.5, 1.0]]])
     found = dinosaur.Grouped(tokens, tokens, masks, tokens, masks, (1, 3))
     low, high = (1 + 1.5) / 1.5, (1.5 + 8) / 1.5
-    assert dinosaur.codes_of(found)[0, 0, 0].tolist() == pytest.approx([(1 + low) / 2, (3 + (low + high) / 2) / 2, (8 + high) / 2])
+    assert dinosaur.codes_of(found)[0, 0, 0].tolist() == pytest.approx(
+        [(1 + low) / 2, (3 + (low + high) / 2) / 2, (8 + high) / 2]
+    )
 
 
 def test_a_new_validation_looks_at_the_weights_as_they_are(images):

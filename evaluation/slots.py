@@ -91,12 +91,13 @@ class PictureMeans(Metric):
 
 
 class SlotScore(Readout):
-    """`val/<name>/*` in percent, means over the pictures whose objects (or classes) are known and of which some are seen:
+    """`val/<name>/*` in percent, means over the pictures whose objects (or classes) are known and that show some.
 
-    `fg_ari` (adjusted Rand index over pixels of objects; where a picture has a single one, 1 if a group holds all of it,
-    else 0), `fg_ari_several` (the same of pictures with two objects and more), `ari` (over all, what is no object being one group),
-    `mbo_i` and `miou_i` (objects one by one: best overlap, and with each group for one object at most), `mbo_c` (object
-    classes, pieces of one class together). Pixels that two objects share, and crowds, count in none of those of objects.
+    `fg_ari` (adjusted Rand index over pixels of objects; of a picture with a single one 1 if a group holds all of it,
+    else 0), `fg_ari_several` (the same of pictures with two objects and more), `ari` (over all pixels, what is no
+    object being one group), `mbo_i` and `miou_i` (objects one by one: best overlap, and with each group for one object
+    at most), `mbo_c` (object classes, pieces of one class together). Pixels that two objects share, and crowds, count
+    in none of those of objects.
     """
 
     instances = True

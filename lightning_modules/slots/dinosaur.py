@@ -127,8 +127,8 @@ class Dinosaur(UnsupervisedSegmenter):
 
     @torch.no_grad()
     def _watched(self, found: Grouped) -> dict[str, Tensor]:
-        """For the log, means over pictures: the share of the features' spread inside a picture that is told, the effective
-        number of slots by what they explain, and how undecided masks are (1: all slots explain all patches alike)."""
+        """For the log, means over pictures: the share of the features' spread inside a picture that is told, the
+        effective number of slots by what they explain, and how undecided masks are (1: all slots explain all alike)."""
         spread = (found.tokens - found.tokens.mean(1, keepdim=True)).square().mean((1, 2))
         left = (real(found.told) - found.tokens).square().mean((1, 2))
         masks = real(found.masks)
@@ -230,8 +230,8 @@ class Dinosaur(UnsupervisedSegmenter):
 
     @torch.no_grad()
     def fit_own(self) -> None:
-        """k-means of the slots of pictures of `method.own.split`; a collective. Training pictures are seen as in training,
-        without flips, so that kept features serve; validation pictures as in evaluation."""
+        """k-means of the slots of pictures of `method.own.split`; a collective. Training pictures are seen as in
+        training, without flips, so that kept features serve; validation pictures as in evaluation."""
         settings, found, data = self.cfg.method.own, [], self.trainer.datamodule
         training = settings.split == "train"
         seen = {"geometry": data.train_geometry, "order": "shuffled", "limit": settings.pictures} if training else {}
@@ -306,8 +306,8 @@ def step_noise(seed: int, step: int, pictures: int, slots: int, dim: int) -> Ten
 def picture_noise(seed: int, images: Tensor, slots: int, dim: int) -> Tensor:
     """What the slots of pictures [B,3,H,W] in 0..1 begin with outside of training, [B,K,S].
 
-    Keyed by what a picture shows (in 256 steps, padding of zeros left out), so that it is the same in any batch, process
-    and command. Where a program is traced there are no values to key by, and all pictures share one draw.
+    Keyed by what a picture shows (in 256 steps, padding of zeros left out), so that it is the same in any batch,
+    process and command. Where a program is traced there are no values to key by, and all pictures share one draw.
     """
     if torch.compiler.is_exporting():
         draw = torch.randn(1, slots, dim, generator=chance.generator(seed, PROGRAM))

@@ -54,7 +54,7 @@ class DecoderLayer(nn.TransformerDecoderLayer):
         super().__init__(width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
 
     def forward(self, tokens: Tensor, slots: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens [B,P,C], slots [B,K,C], bool [P,P] of what is hidden -> tokens [B,P,C], shares [B,P,K] (mean of heads)."""
+        """tokens [B,P,C], slots [B,K,C], bool [P,P] of what is hidden -> tokens, shares [B,P,K] (mean of heads)."""
         normed = self.norm1(tokens)
         tokens = tokens + self.self_attn(normed, normed, normed, attn_mask=mask, need_weights=False)[0]
         found, shares = self.multihead_attn(self.norm2(tokens), slots, slots)

@@ -1,8 +1,10 @@
 """Slot attention (Locatello et al., NeurIPS 2020), as DINOSAUR (Seitzer et al., ICLR 2023) has it.
 
-B pictures, N patches, C feature channels, K slots of S numbers. Patches are shared among slots (softmax over slots), and
-each slot moves to the mean of what it got, by a GRU and an MLP; some iterations, gradients through all of them.
+B pictures, N patches, C feature channels, K slots of S numbers. Patches are shared among slots (softmax over slots), and each
+slot moves to the mean of what it got, by a GRU and an MLP; some iterations, gradients through all of them.
 """
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from common.precision import exact, real
 def mlp(*widths: int) -> nn.Sequential:
     """Linear layers of these widths with ReLU between them; their biases begin at zero, as in the release."""
     layers: list[nn.Module] = []
-    for number, (inside, outside) in enumerate(zip(widths, widths[1:], strict=False)):
+    for number, (inside, outside) in enumerate(pairwise(widths)):
         layers += [nn.ReLU()] if number else []
         layers.append(nn.Linear(inside, outside))
         nn.init.zeros_(layers[-1].bias)

@@ -53,7 +53,8 @@ def test_every_kind_of_the_foundation_has_a_case():
         "acseg": "modularity_loss",
         "position_debias": "blank_basis rasa",
         "iic": "loss_collapsed loss_uncollapsed match sobel head trunk_narrow",
-        "dinosaur": "slot_attention input_mlp mlp_decoder transformer_decoder ari_mbo semantic_miou lr_schedule training",
+        "dinosaur": "slot_attention input_mlp mlp_decoder transformer_decoder ari_mbo semantic_miou lr_schedule "
+        "training",
         "classic_priors": "context_patches cooccurrence_patches patch_pair context_loss cooccurrence_loss",
         "hsg": "knn_affinity dmon_loss transition_composition group_means transformer_clustering generate_clusters "
         "end_to_end_gradient losses centroid_contrastive gather_prototypes cluster_mapping reorder_image_indices",

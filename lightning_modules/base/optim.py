@@ -115,8 +115,8 @@ def schedule_factor(
 
     Linear warm-up from 1/warmup to 1 comes first, or, as in the releases of SegSort, HSG and DINOSAUR, from
     `warmup_from` at step 0. Then `constant`; `cosine` / `linear` down to zero at `total`; `poly`,
-    (1 - step/total)^power, which the warm-up does not exceed; `step`, times `drop` at each of the `milestones` (shares of `total`, rounded down); or
-    `exponential`, times `drop` in every `decay_steps`, smoothly (DINOSAUR).
+    (1 - step/total)^power, which the warm-up does not exceed; `step`, times `drop` at each of the `milestones` (shares
+    of `total`, rounded down); or `exponential`, times `drop` in every `decay_steps`, smoothly (DINOSAUR).
     """
     rising = 1.0
     if step < warmup:

@@ -1,7 +1,7 @@
 """Slot attention (Locatello et al., NeurIPS 2020), as DINOSAUR (Seitzer et al., ICLR 2023) has it.
 
-B pictures, N patches, C feature channels, K slots of S numbers. Patches are shared among slots (softmax over slots), and each
-slot moves to the mean of what it got, by a GRU and an MLP; some iterations, gradients through all of them.
+B pictures, N patches, C channels of features, K slots of S numbers. A patch is shared among slots (softmax), and
+each slot moves to the mean of what it got, by a GRU and an MLP; some iterations, gradients through all of them.
 """
 
 from itertools import pairwise

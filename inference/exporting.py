@@ -39,6 +39,7 @@ class Segmenter(nn.Module):
         self.model = model
         self.flip = bool(model.cfg.evaluation.flip)
         model.wants_attention = False  # for training alone
+        model.in_program = True
         self.register_buffer("centroids", naming.centroids(model, probe).clone())
         self.reduce = model.kmeans_probe.reduced if probe == "kmeans" else nn.Identity()
 

@@ -63,7 +63,8 @@ class UnsupervisedSegmenter(Evaluated):
     as backbone.frozen says), `exports` (what its weights are, for the card of the export), `headline` (the probe that
     the method's score is read from: `own` where it has classes of its own, else `cluster`, unless it names another),
     `title` (its name in papers), `stands_on` (the method whose codes it begins with, shown in every table),
-    `region_key` (the key of the folder of region files that are there).
+    `region_key` (the key of the folder of region files that are there). `export` sets `in_program` before it traces the
+    method, which then must not look at the values of pictures.
     """
 
     title = ""
@@ -76,6 +77,7 @@ class UnsupervisedSegmenter(Evaluated):
     trains_backbone: bool | None = False
     exports = "the weights"
     region_key = "method.regions.root"
+    in_program = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

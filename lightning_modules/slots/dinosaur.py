@@ -36,8 +36,6 @@ from models.slots.slot_attention import (
 )
 from retrieval import kmeans
 
-PROGRAM = "dinosaur.noise.program"
-"""Purpose of the draw that pictures without a key of their own share, as in an exported program."""
 ITERATIONS = 100
 """Of k-means at most, of slots and of a picture's features."""
 
@@ -97,6 +95,9 @@ class Dinosaur(UnsupervisedSegmenter):
         else:
             self.decoder = TransformerDecoder(dim, channels, own.layers, own.heads)
         self.own = SlotClusters(settings.num_clusters, channels)
+        draws = chance.generator(self.cfg.seed, "dinosaur.noise.program")
+        shared = torch.randn(1, settings.slots, dim, generator=draws)
+        self.register_buffer("shared_noise", shared, persistent=False)  # of features that come without their picture
 
     def param_groups(self) -> list[dict[str, Any]]:
         """One group, since the norm that is clipped is that of all parts together."""
@@ -143,7 +144,7 @@ class Dinosaur(UnsupervisedSegmenter):
 
     def features(self, images: Tensor) -> Features:
         found = super().features(images)
-        return found if self.training else self._with_noise(found, images)
+        return found if self.training or self.in_program else self._with_noise(found, images)
 
     def features_of(self, batch: dict[str, Any], view: str = "image") -> Features:
         images = batch[view]
@@ -159,7 +160,6 @@ class Dinosaur(UnsupervisedSegmenter):
         noise = picture_noise(self.cfg.seed, images, settings.slots, settings.slot_dim)
         return WithNoise(**{part.name: getattr(features, part.name) for part in fields(Features)}, noise=noise)
 
-    @torch.no_grad()
     def grouped(self, features: Features) -> Grouped:
         """The groups of pictures, by the noise of their own; computed once."""
         known = getattr(features, "grouped", None)
@@ -167,9 +167,7 @@ class Dinosaur(UnsupervisedSegmenter):
             return known
         noise = getattr(features, "noise", None)
         if noise is None:
-            size = 1, self.cfg.method.slots, self.cfg.method.slot_dim
-            noise = torch.randn(size, generator=chance.generator(self.cfg.seed, PROGRAM))
-            noise = noise.expand(len(features.map), -1, -1)
+            noise = self.shared_noise.expand(len(features.map), -1, -1)
         found = self.group(features, noise)
         if isinstance(features, WithNoise):
             features.grouped = found
@@ -223,6 +221,8 @@ class Dinosaur(UnsupervisedSegmenter):
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
         self.newest = None  # groups of other weights
+        if "regions" in self.further:
+            self.further["regions"].ready = self.own_fitted
 
     @property
     def own_fitted(self) -> bool:
@@ -307,11 +307,8 @@ def picture_noise(seed: int, images: Tensor, slots: int, dim: int) -> Tensor:
     """What the slots of pictures [B,3,H,W] in 0..1 begin with outside of training, [B,K,S].
 
     Keyed by what a picture shows (in 256 steps, padding of zeros left out), so that it is the same in any batch,
-    process and command. Where a program is traced there are no values to key by, and all pictures share one draw.
+    process and command.
     """
-    if torch.compiler.is_exporting():
-        draw = torch.randn(1, slots, dim, generator=chance.generator(seed, PROGRAM))
-        return draw.expand(len(images), -1, -1)
     draws = []
     for image in (images.detach() * 255).round().to(torch.uint8).cpu().numpy():
         rows, columns = (np.flatnonzero(image.any(axis)) for axis in ((0, 2), (0, 1)))
@@ -323,14 +320,23 @@ def picture_noise(seed: int, images: Tensor, slots: int, dim: int) -> Tensor:
 
 
 def cells(size: Any, stride: int) -> tuple[int, int]:
-    """Rows and columns of patches of training pictures of `data.train_size`."""
+    """Rows and columns of patches of pictures of `data.train_size` or `data.eval_size`."""
     height, width = (size, size) if isinstance(size, int) else size
     return -(-height // stride), -(-width // stride)
 
 
 def check_settings(cfg: Any, backbone: Any) -> None:
     """Raises ConfigError for values that do not go together; what each may be stands in the method's yaml."""
-    settings = cfg.method
+    settings, patches = cfg.method, math.prod(cells(cfg.data.eval_size, min(backbone.strides)))
+    if cfg.data.eval_crop == "keep":
+        raise ConfigError(
+            "data.eval_crop=keep: padding would become patches that slots explain; set data.eval_crop=center or none"
+        )
+    if settings.slots > patches:
+        raise ConfigError(
+            f"method.slots={settings.slots}: a picture of data.eval_size={cfg.data.eval_size} has {patches} patches; "
+            "lower method.slots"
+        )
     heads = settings.decoder.transformer.heads
     if settings.decoder.kind == "transformer" and backbone.dim % heads:
         raise ConfigError(

@@ -40,9 +40,7 @@ class MLPDecoder(nn.Module):
         return F.linear(mixed, last.weight[:-1], last.bias[:-1]), masks
 
     def positions_at(self, grid: tuple[int, int]) -> Tensor:
-        """[1,P,S] at a grid of P patches."""
-        if tuple(grid) == self.grid:
-            return self.positions
+        """[1,P,S] at a grid of P patches; at its own grid they stay as they are."""
         maps = self.positions.transpose(1, 2).unflatten(2, self.grid)
         return F.interpolate(maps, size=tuple(grid), mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
 

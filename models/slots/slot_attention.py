@@ -59,9 +59,7 @@ class SlotAttention(nn.Module):
     sharpness: factor of the logits beside S^-0.5; above 1, slots part the tokens before they have learned to.
     """
 
-    def __init__(
-        self, channels: int, dim: int, iterations: int = 3, eps: float = 1e-8, sharpness: float = 1.0
-    ) -> None:
+    def __init__(self, channels: int, dim: int, iterations: int = 3, eps: float = 1e-8, sharpness: float = 1.0) -> None:
         super().__init__()
         self.iterations, self.eps, self.scale = iterations, eps, sharpness * dim**-0.5
         self.norm_tokens = nn.LayerNorm(channels)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import config
+import run
 from common.errors import ConfigError
 from datamodules.scenes.drawing import META
 from engine import setup
@@ -104,6 +105,15 @@ def test_features_of_nobodys_picture_share_one_draw(images):
 
 
 @pytest.mark.train
+def test_an_exported_program_has_one_draw_for_all_pictures(small_run, tmp_path, images):
+    last = small_run("dinosaur").folder / "checkpoints" / "last.ckpt"
+    assert run.main(["export", f"ckpt={last}", f"output={tmp_path}/s.pt2"]) == 0
+    program = torch.export.load(tmp_path / "s.pt2").module()
+    assert program(images[:1]).shape == (1, 12, 6, 6)
+    assert torch.equal(program(images[:1]), program(images[:1]))
+
+
+@pytest.mark.train
 def test_slots_are_scored_beside_groups_of_the_features_alone(small_run):
     metrics = small_run("dinosaur").metrics
     for name in ("slots", "feature_groups"):
@@ -130,20 +140,20 @@ CHANGES = [
 @pytest.mark.train
 @pytest.mark.parametrize("words", CHANGES, ids=lambda words: words[0].removeprefix("method."))
 def test_every_option_changes_the_training(words, small_run, tmp_path):
-    run = run_small("dinosaur", tmp_path, "with", "trainer.max_steps=4", "evaluation.panels=0", *words)
-    assert losses(run) != losses(small_run("dinosaur"))[:4]
-    assert all(value < 1e3 for value in losses(run))
+    small = run_small("dinosaur", tmp_path, "with", "trainer.max_steps=4", "evaluation.panels=0", *words)
+    assert losses(small) != losses(small_run("dinosaur"))[:4]
+    assert all(value < 1e3 for value in losses(small))
 
 
 @pytest.mark.train
 def test_options_of_the_evaluation_change_it(small_run, tmp_path):
     """Clusters of the scored pictures' own slots, and the map that slot attention itself has."""
     words = "method.own.split=val", "method.own.pictures=null", "method.masks=attention", "method.compare=false"
-    run, plain = run_small("dinosaur", tmp_path, "with", *words), small_run("dinosaur")
-    assert losses(run) == losses(plain)
-    assert run.metrics["val/slots/ari"] != plain.metrics["val/slots/ari"]
-    assert not torch.equal(run.weights["own.centroids"], plain.weights["own.centroids"])
-    assert not [key for key in run.metrics if "feature_groups" in key]
+    other, plain = run_small("dinosaur", tmp_path, "with", *words), small_run("dinosaur")
+    assert losses(other) == losses(plain)
+    assert other.metrics["val/slots/ari"] != plain.metrics["val/slots/ari"]
+    assert not torch.equal(other.weights["own.centroids"], plain.weights["own.centroids"])
+    assert not [key for key in other.metrics if "feature_groups" in key]
 
 
 @pytest.mark.train
@@ -183,6 +193,9 @@ def test_the_decoders_places_are_those_of_the_training_pictures():
         (["method.own.split=val"],
          "method.own.pictures=1000: with method.own.split=val all pictures are clustered, as released; set "
          "method.own.pictures=null"),
+        (["method.slots=37"], "method.slots=37: a picture of data.eval_size=48 has 36 patches; lower method.slots"),
+        (["data.eval_crop=keep"],
+         "data.eval_crop=keep: padding would become patches that slots explain; set data.eval_crop=center or none"),
         (["data.train_crop=keep"],
          "data.train_crop=keep: padding would become patches of the loss; use random or center"),
     ],

@@ -87,7 +87,7 @@ class Dinosaur(UnsupervisedSegmenter):
         self.position = SoftPosition(channels) if soft else nn.Identity()
         self.inputs = InputMLP(channels, dim)
         self.start = SlotStart(dim)
-        self.attention = SlotAttention(dim, dim, settings.iterations, settings.eps, settings.sharpness)
+        self.attention = SlotAttention(dim, dim, settings.iterations, settings.eps)
         own = settings.decoder[settings.decoder.kind]
         if settings.decoder.kind == "mlp":
             grid = cells(self.cfg.data.train_size, min(self.backbone.strides))

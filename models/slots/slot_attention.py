@@ -56,12 +56,11 @@ class SlotAttention(nn.Module):
     sums to 1 over the slots.
 
     eps is added to the map before each slot takes the mean of its tokens; the map that is returned is without it.
-    sharpness: factor of the logits beside S^-0.5; above 1, slots part the tokens before they have learned to.
     """
 
-    def __init__(self, channels: int, dim: int, iterations: int = 3, eps: float = 1e-8, sharpness: float = 1.0) -> None:
+    def __init__(self, channels: int, dim: int, iterations: int = 3, eps: float = 1e-8) -> None:
         super().__init__()
-        self.iterations, self.eps, self.scale = iterations, eps, sharpness * dim**-0.5
+        self.iterations, self.eps, self.scale = iterations, eps, dim**-0.5
         self.norm_tokens = nn.LayerNorm(channels)
         self.norm_slots = nn.LayerNorm(dim, bias=False)  # one would shift the logits of all slots alike
         self.to_query = nn.Linear(dim, dim, bias=False)

@@ -284,7 +284,6 @@ def _words(case: Case, run: str, side: int) -> list[str]:
         "method.slot_dim": int(case["cfg_slot_dim"]),
         "method.iterations": int(case["cfg_iterations"]),
         "method.eps": float(case["cfg_slot_eps"]),
-        "method.sharpness": 1.0,
         "method.decoder.kind": run,
         "method.decoder.mlp.hidden": case["cfg_mlp_hidden"].tolist(),
         "method.decoder.transformer.layers": int(case["cfg_decoder_layers"]),

@@ -130,7 +130,6 @@ def test_slots_are_scored_beside_groups_of_the_features_alone(small_run):
 CHANGES = [
     ["method.slots=3"],
     ["method.iterations=1"],
-    ["method.sharpness=6"],
     ["method.position=soft"],
     ["method.decoder.kind=transformer", "method.decoder.transformer.layers=1"],
     ["optim.slots.decay_steps=2", "optim.slots.warmup=1"],

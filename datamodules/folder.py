@@ -199,10 +199,11 @@ class FolderDataModule(SegmentationDataModule):
         """The pictures of a folder besides those that are evaluated. Raises DataError where there are none."""
         left = _apart(part, val)
         if not left:
+            wanted = "folders to train on in data.train_roots" if part.key.startswith("data.") else "other folders"
             raise DataError(
                 f"{part.key}={part.root}: holds no pictures to train on"
                 + (" besides those it is evaluated on" if part.train else " (images/train is missing or empty)")
-                + "; add pictures, or name folders to train on in data.train_roots"
+                + f"; add pictures, or name {wanted}"
             )
         return left
 

@@ -52,6 +52,8 @@ class ACSeg(UnsupervisedSegmenter):
                 "method.background.score=none"
             )
         self.seeing = self.background or settings.regions.vectors != "mean"
+        if settings.regions.vectors != "mean":
+            self.backbone.check_size(settings.regions.size, "method.regions.size")
         width = found_in.vector_width(self.backbone, settings.regions.vectors)
         self.own = RegionClasses(settings.num_clusters - self.background, width, settings.classes.spherical)
 

@@ -179,6 +179,9 @@ def test_kmeans_is_fitted_on_the_pictures_of_the_data_that_is_evaluated(tmp_path
         other.clustered_source()
     with pytest.raises(ConfigError, match=r"=\['own', 'x'\]: own and trained stand alone; name folders only"):
         fitted_on(module(root), ["own", "x"]).clustered_source()
+    same = str(root / "images" / "val")
+    with pytest.raises(DataError, match=r"holds no pictures to train on besides those .*; add pictures, or name other"):
+        fitted_on(module(root), [same]).clustered_source()
     val = tmp_path / "only"
     save(val / "images" / "val" / "p.png", noise())
     assert module(val, train_roots=roots).clustered_source() == "train"  # it has none of its own

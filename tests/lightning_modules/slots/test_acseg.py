@@ -146,6 +146,9 @@ def test_a_score_of_a_region_is_the_sum_or_the_mean():
         (["generator.heads=3"],
          "method.generator.heads=3: must divide the 320 channels of the features; choose a divisor, or null for the "
          "largest up to 6"),
+        (["regions.vectors=crop", "regions.size=30"],
+         "method.regions.size: pictures of 30 x 30 px do not fit vit_tiny_patch16_224, whose patches are 8 px: height "
+         "and width must be multiples of 8; set method.regions.size to 24 x 24 or 32 x 32"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_go_together_are_refused(words, said):

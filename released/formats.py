@@ -102,7 +102,7 @@ def read(origin: str, path: Path) -> Released:
     if backbone is None:
         raise CheckpointError(
             f"file={path}: {keys.backbone('patch_embed.proj.weight')}: a backbone of {channels} channels and patches "
-            f"of {patch} px; there are presets of those of 384 channels (8 or 16 px) and of 768 (8 px)"
+            f"of {patch} px; there are presets of those of 384 and 768 channels (8 or 16 px)"
         )
     if clusters < classes:
         raise CheckpointError(f"file={path}: {keys.clusters}: {clusters} clusters, fewer than its {classes} classes")

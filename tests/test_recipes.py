@@ -393,7 +393,7 @@ def test_published_figures_are_those_of_the_metrics():
     assert config.published("dino_tiny") == {}
     for name in config.names("experiment"):
         for key, value in config.published(name).items():
-            probe = r"cluster|kmeans|own|regions|overcluster_\d+|linear|linear_posthoc|retrieval"
+            probe = r"cluster|kmeans|own|regions|overcluster_\d+|linear|linear_posthoc|fcn|cbfe|communities|retrieval"
             assert re.fullmatch(rf"({probe})(_crf)?/(acc|miou)", key), name
             assert 0 < value < 100, name
 

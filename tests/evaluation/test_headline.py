@@ -28,7 +28,18 @@ def test_methods_name_their_headline():
     other["cutler"] = "instances"
     other |= dict.fromkeys(("context_prediction", "cooccurrence"), "kmeans")
     own = ("cause", "deep_spectral", "normalized_cut", "primaps", "smooseg", "transfgu")
-    own += ("acseg", "autoregressive", "comus", "iic", "maskcontrast", "maskdistill", "mdc", "picie", "slotcon")
+    own += (
+        "acseg",
+        "autoregressive",
+        "comus",
+        "iic",
+        "maskcontrast",
+        "maskdistill",
+        "mdc",
+        "picie",
+        "slotcon",
+        "dinosaur",
+    )
     assert found == {name: other.get(name, "own" if name in own else "cluster") for name in found}
     assert all(registry.method_class(name).title for name in registry.names())
 

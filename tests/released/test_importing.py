@@ -246,9 +246,9 @@ def test_networks_that_cannot_be_built_are_refused(tmp_path):
         "file=TMP/file: its saved settings have projection_type=None, so its codes are the features themselves; use "
         "method=kmeans_baseline"
     )
-    assert refusal(tmp_path, "hp", files.hp(channels=768)) == (
-        "file=TMP/file: net_model_state_dict.model.patch_embed.proj.weight: a backbone of 768 channels and patches of "
-        "16 px; there are presets of those of 384 channels (8 or 16 px) and of 768 (8 px)"
+    assert refusal(tmp_path, "hp", files.hp(channels=192)) == (
+        "file=TMP/file: net_model_state_dict.model.patch_embed.proj.weight: a backbone of 192 channels and patches of "
+        "16 px; there are presets of those of 384 and 768 channels (8 or 16 px)"
     )
     assert refusal(tmp_path, "stego", files.stego(extra=-1)) == (
         "file=TMP/file: state_dict.cluster_probe.clusters: 2 clusters, fewer than its 3 classes"

@@ -257,8 +257,8 @@ class KMeansProbe(nn.Module):
         """The mean and the principal directions of unit codes [n,D] of all ranks; whiten: each divided by the standard
         deviation along it. A collective."""
         mean, axes = whitening.principal_of_all_ranks(codes, len(self.axes), whiten)
-        self.mean.copy_(mean)
-        self.axes.copy_(axes)
+        self.mean.copy_(distributed.broadcast(mean))
+        self.axes.copy_(distributed.broadcast(axes))  # signs of eigenvectors are each machine's own
 
     def reduced(self, codes: Tensor) -> Tensor:
         """What k-means sees of codes [B,D,h,w]: [B,R,h,w], of the codes' own length, so that products with unit

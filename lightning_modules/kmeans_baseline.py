@@ -37,6 +37,11 @@ class KMeansBaseline(KeyFeatures):
         settings = self.cfg.method
         self.kind = settings.features
         self.build_keys(settings.blocks if self.kind == "keys" else 0)
+        if self.kind in ("colour", "sift") and self.cfg.backbone.debias != "none":
+            raise ConfigError(
+                f"backbone.debias={self.cfg.backbone.debias}: nothing is taken out of method.features={self.kind}, "
+                "which the backbone does not make; set backbone.debias=none"
+            )
         width = {"colour": self.backbone.in_channels, "sift": 128}.get(self.kind, self.feature_dim)
         self.code_dim = settings.whitening or width
         if self.code_dim > width:

@@ -54,3 +54,14 @@ def test_the_grid_of_sift_is_a_setting(tmp_path):
     assert model.embed(model.features(torch.rand(1, 3, 48, 48))).shape == (1, 128, 5, 5)
     with pytest.raises(ConfigError, match=r"method\.sift\.side=4: must be at least 8"):
         config.compose(small_words("kmeans_baseline", "method.sift.side=4"))
+
+
+def test_features_that_no_backbone_makes_have_no_places_to_take_out():
+    words = small_words("kmeans_baseline", "method.features=colour", "backbone.debias=blank")
+    cfg, data = setup.build_data(config.compose(words))
+    with pytest.raises(ConfigError) as error:
+        setup.build_model(cfg, data.meta)
+    assert str(error.value) == (
+        "backbone.debias=blank: nothing is taken out of method.features=colour, which the backbone does not make; set "
+        "backbone.debias=none"
+    )

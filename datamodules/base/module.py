@@ -94,6 +94,7 @@ class SegmentationDataModule(L.LightningDataModule):
         self.foreign = {split: ForeignIds(split) for split in ("train", "val")}
         self._stores: dict[tuple[str, Geometry], DecodedStore] = {}
         self._sources: dict[str, Source] = {}
+        self._clustered: dict[tuple[str, ...], str | Source] = {}
         self.train_geometry = Geometry.from_config(self.data, "train")
         self.eval_geometry = Geometry.from_config(self.data, "eval")
 
@@ -148,13 +149,15 @@ class SegmentationDataModule(L.LightningDataModule):
         """The pictures whose codes the k-means of the protocol is fitted on (`evaluation.kmeans.roots`): the own ones
         of the data that is evaluated, those trained on, or those of given folders. Raises ConfigError, DataError."""
         key, roots = "evaluation.kmeans.roots", list(self.cfg.evaluation.kmeans.roots)
-        if roots in (["own"], ["trained"]):
-            return self.own_source() if roots == ["own"] else "train"
-        if {"own", "trained"} & set(roots):
+        if roots == ["trained"]:
+            return "train"
+        alone = roots == ["own"]
+        if not alone and {"own", "trained"} & set(roots):
             raise ConfigError(f"{key}={roots}: own and trained stand alone; name folders only, or one of the two")
-        if "below" not in self._sources:
-            self._sources["below"] = self.source_below(roots, key)
-        return self._sources["below"]
+        if (*roots,) not in self._clustered:  # folders are walked once
+            self.setup()
+            self._clustered[(*roots,)] = self.own_source() if alone else self.source_below(roots, key)
+        return self._clustered[(*roots,)]
 
     def clustered_count(self) -> int:
         """How many pictures `clustered_source` has."""

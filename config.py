@@ -42,8 +42,8 @@ THIS_MACHINE = ("cache.dir", "run.dir", "run.name", "run.resume", "run.overwrite
 """Where files are written is this machine's to say: what a checkpoint holds of these keys is not followed."""
 
 IN_PHASES = ("method.", "optim.", "data.")
-COLON = "write a space behind a colon and quote the whole word: 'key={name: value}'"
 """Beginnings of the keys that a phase may change."""
+COLON = "write a space behind a colon and quote the whole word: 'key={name: value}'"
 
 
 class Known(dict[str, Any]):

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from common import chance, distributed
 from common.spec import ClassMeta
 from evaluation import readout
-from evaluation.matching import Scores
 from evaluation.metrics import SegmentationScore
-from evaluation.readouts import Readout
+from evaluation.readouts import LabelledReadout
 
 
 class FCNProbe(nn.Module):
@@ -95,7 +94,7 @@ class FCNProbe(nn.Module):
         return torch.cat([readout.predict(self(codes[rows]), size) for rows in self.blocks(codes, grid)])
 
 
-class FCNReadout(Readout):
+class FCNReadout(LabelledReadout):
     """`evaluation.fcn.*` at work; ready once its probe is trained (`engine/fitting.py`), which checkpoints keep."""
 
     name = "fcn"
@@ -121,17 +120,8 @@ class FCNReadout(Readout):
         """Read out with this probe from now on."""
         self.probe = probe.requires_grad_(False)
 
-    def see(self, model: Any, batch: Mapping[str, Any], codes: Tensor) -> dict[str, Tensor]:
-        found = self.probe.predict(codes, tuple(batch["image"].shape[-2:]))
-        if "label" in batch:
-            self.score.update(found, batch["label"])
-        return {self.name: found}
-
-    def compute(self) -> Scores:
-        return self.score.compute()
-
-    def reset(self) -> None:
-        self.score.reset()
+    def classes_of(self, batch: Mapping[str, Any], codes: Tensor) -> Tensor:
+        return self.probe.predict(codes, tuple(batch["image"].shape[-2:]))
 
     def protocol(self) -> str:
         own = self.settings

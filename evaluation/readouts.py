@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from evaluation.matching import Scores
+from evaluation.metrics import SegmentationScore
 
 
 class Readout(ABC, nn.Module):
@@ -50,3 +51,25 @@ class Readout(ABC, nn.Module):
     def protocols(self) -> dict[str, str]:
         """The same by row of the tables."""
         return {self.name: self.protocol()}
+
+
+class LabelledReadout(Readout):
+    """One that learned classes from labels of training pictures: its id maps are scored as classes."""
+
+    score: SegmentationScore
+
+    @abstractmethod
+    def classes_of(self, batch: Mapping[str, Any], codes: Tensor) -> Tensor:
+        """The class of every pixel, [B,H,W], of a validation batch with codes [B,D,h,w]."""
+
+    def see(self, model: Any, batch: Mapping[str, Any], codes: Tensor) -> dict[str, Tensor]:
+        found = self.classes_of(batch, codes)
+        if "label" in batch:
+            self.score.update(found, batch["label"])
+        return {self.name: found}
+
+    def compute(self) -> Scores:
+        return self.score.compute()
+
+    def reset(self) -> None:
+        self.score.reset()

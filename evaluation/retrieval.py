@@ -14,9 +14,8 @@ from torch import Tensor
 from common.errors import ConfigError
 from common.spec import ClassMeta
 from evaluation import readout
-from evaluation.matching import Scores
 from evaluation.metrics import SegmentationScore
-from evaluation.readouts import Readout
+from evaluation.readouts import LabelledReadout
 from grouping.segments import at_cells, majority_labels, prototypes, segment_sizes, sort_pixels, sorting
 from retrieval.voting import nearest_labels, vote
 
@@ -31,7 +30,7 @@ class SegmentBank:
     """int64 [M]"""
 
 
-class SegmentRetrieval(Readout):
+class SegmentRetrieval(LabelledReadout):
     """The keys `evaluation.retrieval.*` at work; ready as soon as it has a bank. `policy`: see `SegmentationScore`.
 
     Raises ConfigError for values it cannot run with.
@@ -52,17 +51,8 @@ class SegmentRetrieval(Readout):
     def ready(self) -> bool:
         return self.bank is not None
 
-    def see(self, model: Any, batch: Mapping[str, Any], codes: Tensor) -> dict[str, Tensor]:
-        found = self.predict(codes, batch["valid"])
-        if "label" in batch:
-            self.score.update(found, batch["label"])
-        return {self.name: found}
-
-    def compute(self) -> Scores:
-        return self.score.compute()
-
-    def reset(self) -> None:
-        self.score.reset()
+    def classes_of(self, batch: Mapping[str, Any], codes: Tensor) -> Tensor:
+        return self.predict(codes, batch["valid"])
 
     def protocol(self) -> str:
         own = self.settings

@@ -12,6 +12,7 @@ from engine import setup
 from models.backbone import Backbone
 from models.debias import removal
 from tests.conftest import run_small
+from tests.test_ddp import expect_equal, run_two
 
 
 def made(*words):
@@ -126,3 +127,11 @@ def test_every_score_of_a_method_is_of_the_features_without_places(tmp_path):
         for kind in ("none", "blank")
     )  # fmt: skip
     assert not torch.equal(one.weights["head.linear.weight"], two.weights["head.linear.weight"])
+
+
+@pytest.mark.ddp
+def test_two_processes_take_out_the_planes_of_one(tmp_path):
+    one = run_small("smooseg", tmp_path / "one", "one", "backbone.debias=rasa")
+    two = run_two("smooseg", tmp_path, "backbone.debias=rasa")
+    assert bool(one.weights["backbone.debias.fitted"])
+    expect_equal(two, one)

@@ -5,9 +5,11 @@ there is no attention) and carry no gradient. The released code multiplies an N_
 tensor; here only the nine weights of a patch are kept, and mixing is nine shifted additions.
 """
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,9 +20,12 @@ from common.errors import ConfigError
 OFFSETS = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1))
 """The neighbourhood in the order of the last axis of the weights; entry 4 is the patch itself."""
 
+LOW, HIGH = 0.1, 0.9
+"""Quantiles of a row that its scores are clamped to."""
+
 _ROUNDING = 1e-5
 _CHUNK = 1 << 22
-"""Attention entries handled at a time. torch.quantile refuses more than 16 million."""
+"""Attention entries handled at a time."""
 
 
 def neighbourhood(h: int, w: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -39,19 +44,35 @@ def _neighbourhood(h: int, w: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def row_attention(scores: Tensor, sigma: float = 28.0) -> Tensor:
+def row_attention(scores: Tensor, sigma: float = 28.0, columns: Tensor | None = None) -> Tensor:
     """Attention [..., rows, N_p] of raw scores (rows = query): clamp, softmax, times sigma, cut below the row's mean.
 
     Each row is clamped to its own 10 % and 90 % quantiles (linear interpolation). `sigma` is a constant of the release,
-    whatever the size of the map (hynnsk/HP). float32, no gradient.
+    whatever the size of the map (hynnsk/HP). float32, no gradient; a row with a NaN is NaN.
+
+    columns: int64 [..., rows, k], the entries of each row that are wanted, in the place of all N_p.
     """
-    scores = scores.float()
-    levels = torch.tensor([0.1, 0.9], device=scores.device)
-    low, high = torch.quantile(scores, levels, dim=-1, keepdim=True)
-    attention = scores.clamp(low, high).softmax(-1).mul_(sigma)
+    scores = scores.detach().float()
+    ordered = _ascending(scores)
+    last = ordered.shape[-1] - 1
+    below, above = math.floor(LOW * last), math.floor(HIGH * last)
+    low, high = (
+        torch.lerp(ordered[..., at, None], ordered[..., min(at + 1, last), None], level * last - at)
+        for at, level in ((below, LOW), (above, HIGH))
+    )
+    high = torch.where(ordered[..., -1:].isnan(), torch.nan, high)
+    # A row's sum does not hang on its order: what is clamped are so many ends of the ordered row.
+    total = (ordered[..., below + 1 : above + 1] - high).exp_().sum(-1, keepdim=True)
+    total += (below + 1) * (low - high).exp_() + (last - above)
+    wanted = scores if columns is None else scores.gather(-1, columns)
+    attention = wanted.clamp(low, high).sub_(high).exp_().mul_(sigma / total)
     # Less by more than rounding: the equal entries of a flat row must not all fall below their own mean.
-    limit = attention.mean(-1, keepdim=True).mul_(1.0 - _ROUNDING)
-    return attention.masked_fill_(attention < limit, 0.0)
+    return attention.masked_fill_(attention < sigma / (last + 1) * (1.0 - _ROUNDING), 0.0)
+
+
+def _ascending(scores: Tensor) -> Tensor:
+    """Rows in ascending order, NaN last. On CPUs numpy has vector instructions for it; torch orders indices as well."""
+    return torch.from_numpy(np.sort(scores.numpy(), -1)) if scores.device.type == "cpu" else scores.sort(-1).values
 
 
 @torch.no_grad()
@@ -92,8 +113,12 @@ def affinity_weights(features: Tensor, sigma: float = 28.0, spread: float = 1.0)
     # Cosines near 1 are told apart by less than half precision resolves, so no autocast.
     def picture_rows() -> Iterator[Iterator[Tensor]]:
         for picture in F.normalize(features.float().flatten(2), dim=1).transpose(1, 2):
-            scale = spread / _cosine_spread(picture)
-            yield ((picture[rows] @ picture.T).mul_(scale) for rows in _row_chunks(h * w))
+            products = picture @ picture.T if h * w * h * w <= _CHUNK else None  # else made in parts, and not kept
+            scale = spread / _cosine_spread(picture, picture.T @ picture if products is None else products)
+            if products is not None:
+                yield iter([products.mul_(scale)])
+            else:
+                yield ((picture[rows] @ picture.T).mul_(scale) for rows in _row_chunks(h * w))
 
     with torch.autocast(features.device.type, enabled=False):
         return _near_weights(picture_rows(), (h, w), sigma, features.device)
@@ -150,17 +175,18 @@ def _row_chunks(cells: int) -> Iterator[slice]:
 
 
 def _near_weights(pictures: Iterator[Iterator[Tensor]], grid: tuple[int, int], sigma: float, device) -> Tensor:
-    """Full attention rows a chunk at a time, of which the nine near entries are kept."""
+    """The nine near entries of attention rows, a chunk of full rows of scores at a time."""
     index, valid = neighbourhood(*grid, device)
     weights = []
     for rows in pictures:
         for scores, part in zip(rows, _row_chunks(len(index)), strict=True):
-            weights.append(row_attention(scores, sigma).gather(1, index[part]).mul_(valid[part]))
+            weights.append(row_attention(scores, sigma, index[part]).mul_(valid[part]))
     return torch.cat(weights).reshape(-1, len(index), 9)
 
 
-def _cosine_spread(rows: Tensor) -> Tensor:
-    """Standard deviation of all pairwise products of unit rows [n,C], from C x C moments instead of n x n products."""
-    mean = rows.mean(0).square().sum()
-    second = (rows.T @ rows).div_(len(rows)).square().sum()
+def _cosine_spread(rows: Tensor, moments: Tensor) -> Tensor:
+    """Standard deviation of all pairwise products of unit rows [n,C]; moments: their n x n or C x C products, which
+    have one sum of squares. In float64, as two near numbers are subtracted."""
+    mean = rows.mean(0).double().square().sum()
+    second = torch.linalg.vector_norm(moments, dim=1).double().square().sum() / len(rows) ** 2
     return (second - mean.square()).clamp_min(1e-12).sqrt()

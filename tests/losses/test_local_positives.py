@@ -67,6 +67,31 @@ def test_rows_are_cut_below_their_mean():
     torch.testing.assert_close(attention, dense_attention(maps(20, 30, dtype=torch.float32)))
 
 
+def test_entries_of_a_row_are_those_of_the_whole_row():
+    scores = maps(3, 20, 31, dtype=torch.float32)
+    scores[0, 4, 5] = -torch.inf
+    columns = torch.randint(31, (3, 20, 4), generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(row_attention(scores, 28.0, columns), row_attention(scores).gather(-1, columns))
+    torch.testing.assert_close(row_attention(scores[0]), dense_attention(scores[0]))
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 10, 11, 12])
+def test_short_rows_and_equal_scores(columns):
+    scores = maps(6, columns, dtype=torch.float32)
+    scores[1], scores[2, : columns // 2] = 3.0, -1.0
+    found = row_attention(scores)
+    torch.testing.assert_close(found[1], torch.full((columns,), 28.0 / columns))
+    torch.testing.assert_close(found[[0, 3, 4, 5]], dense_attention(scores[[0, 3, 4, 5]]))
+
+
+def test_a_row_with_a_nan_is_nan():
+    scores = maps(3, 20, dtype=torch.float32)
+    scores[1, 4] = torch.nan
+    found = row_attention(scores)
+    assert found[1].isnan().all()
+    assert found[[0, 2]].isfinite().all()
+
+
 def test_chunks_of_rows_do_not_matter(monkeypatch):
     logits, features = maps(2, 2, 13, 13, dtype=torch.float32), maps(2, 8, 3, 4, dtype=torch.float32)
     whole = attention_weights(logits, 1, (3, 4)), affinity_weights(features)

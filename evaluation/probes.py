@@ -83,23 +83,27 @@ class LinearProbe(nn.Module):
 class _UpsampledCrossEntropy(torch.autograd.Function):
     """Sum of the cross-entropy over the pixels with a target >= 0, in blocks of pictures.
 
-    The gradient is taken block by block in the forward pass and kept at patch resolution, so neither the upsampled
-    logits nor their log-softmax of a whole batch are ever held.
+    The gradient, softmax less one-hot target, is taken block by block in the forward pass and kept at patch resolution,
+    so neither the upsampled logits nor their log-softmax of a whole batch are ever held. Upsampling and its transpose
+    are products with one matrix a side, on a CPU several times faster than torch's kernels and equal up to rounding.
     """
 
     @staticmethod
     def forward(ctx, logits: Tensor, target: Tensor) -> Tensor:
-        size = target.shape[-2:]
         want = ctx.needs_input_grad[0]
         total, gradients = logits.new_zeros(()), []
-        blocks = readout.picture_blocks(logits.detach(), size)
-        for block, wanted in zip(blocks, target.split([len(part) for part in blocks]), strict=True):
-            with torch.enable_grad():
-                leaf = block.detach().requires_grad_(want)
-                part = F.cross_entropy(readout.upsample(leaf, size), wanted, ignore_index=-1, reduction="sum")
-            total += part.detach()
-            if want:
-                gradients += torch.autograd.grad(part, leaf)
+        blocks = readout.picture_blocks(logits, target.shape[-2:])
+        with exact(logits.device):
+            sides = zip(logits.shape[-2:], target.shape[-2:], strict=True)
+            rows, columns = (readout.upsampling(source, wanted, logits) for source, wanted in sides)
+            for block, wanted in zip(blocks, target.split([len(part) for part in blocks]), strict=True):
+                log_probs = readout.stretched(block, rows, columns).log_softmax(1)
+                counted, wanted = (wanted >= 0).unsqueeze(1), wanted.clamp(min=0).unsqueeze(1)
+                chosen = log_probs.gather(1, wanted)
+                total -= torch.where(counted, chosen, 0.0).sum()
+                if want:
+                    slopes = log_probs.exp_().scatter_(1, wanted, chosen.expm1()).mul_(counted)
+                    gradients.append(readout.stretched(slopes, rows.T, columns.T))
         if want:
             ctx.save_for_backward(torch.cat(gradients))
         return total

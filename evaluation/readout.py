@@ -155,6 +155,20 @@ def interpolation(source: int, target: int, like: Tensor) -> tuple[Tensor, Tenso
     return first, (first + 1).clamp(max=source - 1), 1 - high, high
 
 
+def upsampling(source: int, target: int, like: Tensor) -> Tensor:
+    """Bilinear upsampling along one axis as a matrix [target,source], the identity for equal sizes."""
+    first, second, low, high = interpolation(source, target, like)
+    places = torch.arange(source, device=like.device)
+    return low[:, None] * (first[:, None] == places) + high[:, None] * (second[:, None] == places)
+
+
+def stretched(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """rows @ maps @ columns^T: [B,K,h,w] with two matrices of `upsampling`, or their transposes. Square ones are left
+    out."""
+    maps = maps if columns.shape[0] == columns.shape[1] else torch.matmul(maps, columns.T)
+    return maps if rows.shape[0] == rows.shape[1] else torch.matmul(rows, maps)
+
+
 def valid_patches(valid: Tensor, grid: tuple[int, int]) -> Tensor:
     """Patches that lie for half or more on the picture and not on padding: bool [B,H,W] -> bool [B,h,w]."""
     return F.adaptive_avg_pool2d(valid[:, None].float(), grid)[:, 0] >= 0.5

@@ -43,6 +43,16 @@ def test_linear_loss_and_gradients_are_the_released_ones(monkeypatch, per_block)
         assert torch.allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [(5, 7), (5, 21), (15, 7), (4, 3), (64, 9)])
+def test_linear_loss_of_labels_of_any_size(size):
+    probe, codes, label = LinearProbe(6, 4, seed=1), draw(2, 6, 5, 7), labels(2, *size)
+    loss, expected = probe.loss(codes, label), naive_linear_loss(probe, codes, label, 4)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    wanted = torch.autograd.grad(expected, probe.parameters())
+    for a, b in zip(torch.autograd.grad(loss, probe.parameters()), wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
 def test_linear_loss_leaves_out_padding():
     probe, codes, label = LinearProbe(6, 4), draw(2, 6, 4, 4), labels(2, 16, 16)
     valid = torch.ones(2, 16, 16, dtype=torch.bool)

@@ -109,10 +109,13 @@ class HiddenPositives(UnsupervisedSegmenter):
         frozen = features.concat()
         self._renew_pool(step)
         codes = self.head(frozen, self._head_masks("head", frozen))
-        momentum_codes = self.momentum_head(frozen, self._head_masks("momentum", frozen))
+        lam = lambda_schedule(step, settings.lambda_warmup, self.total_steps)
+        kinds = settings.positives
+        # Beside the other kind those of weight 0 change nothing, so nothing is computed for them.
+        counts = kinds.specific and (lam > 0 or not kinds.agnostic)
+        momentum_codes = self._momentum_codes(frozen) if counts else None
         self.momentum_head.update(settings.ema)
 
-        lam = lambda_schedule(step, settings.lambda_warmup, self.total_steps)
         z = self.projection(codes)
         parts: dict[str, Any] = {"lambda": lam}
         total = parts["contrastive"] = self._contrastive(features, frozen, codes, momentum_codes, z, lam)
@@ -126,7 +129,7 @@ class HiddenPositives(UnsupervisedSegmenter):
         return Loss(total, {name: torch.as_tensor(value).detach() for name, value in parts.items()}, codes=codes)
 
     def _contrastive(
-        self, features: Features, frozen: Tensor, codes: Tensor, momentum_codes: Tensor, z: Tensor, lam: float
+        self, features: Features, frozen: Tensor, codes: Tensor, momentum_codes: Tensor | None, z: Tensor, lam: float
     ) -> Tensor:
         settings = self.cfg.method
         z_mix = None
@@ -170,13 +173,19 @@ class HiddenPositives(UnsupervisedSegmenter):
             self._said.add(way)
             log.info(f"contrastive loss, {line}")
 
-    def _selection(self, frozen: Tensor, momentum_codes: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """What positives are chosen by: kind -> unit rows of these pictures [N,C] and their thresholds [N]."""
+    def _momentum_codes(self, frozen: Tensor) -> Tensor:
+        return self.momentum_head(frozen, self._head_masks("momentum", frozen))
+
+    def _selection(self, frozen: Tensor, momentum_codes: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
+        """What positives are chosen by: kind -> unit rows of these pictures [N,C] and their thresholds [N].
+
+        momentum_codes: None leaves the task-specific kind out.
+        """
         kinds = {}
         if self.cfg.method.positives.agnostic:
             rows = unit_rows(self._dropped("features", frozen))
             kinds["agnostic"] = rows, thresholds(rows, self.pool.agnostic_rows())
-        if self.cfg.method.positives.specific:
+        if momentum_codes is not None:
             rows = unit_rows(self._dropped("momentum_out", momentum_codes))
             kinds["specific"] = rows, thresholds(rows, self.pool.specific_rows())
         return kinds
@@ -202,7 +211,7 @@ class HiddenPositives(UnsupervisedSegmenter):
         row, column = cell(place, grids[0])
         anchor = int(inside.flatten()[: row * frozen.shape[3] + column].sum())
         symmetric, found = self.cfg.method.positives.symmetric, []
-        momentum_codes = self.momentum_head(frozen, self._head_masks("momentum", frozen))
+        momentum_codes = self._momentum_codes(frozen) if self.cfg.method.positives.specific else None
         for kind, (rows, limits) in self._selection(frozen, momentum_codes).items():
             rows, limits = rows[inside.flatten()], limits[inside.flatten()]
             mask = torch.zeros_like(inside)

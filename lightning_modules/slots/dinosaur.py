@@ -91,7 +91,7 @@ class Dinosaur(UnsupervisedSegmenter):
         own = settings.decoder[settings.decoder.kind]
         if settings.decoder.kind == "mlp":
             grid = cells(self.cfg.data.train_size, min(self.backbone.strides))
-            self.decoder = MLPDecoder(dim, channels, grid, list(own.hidden))
+            self.decoder = MLPDecoder(dim, channels, grid, list(own.hidden), own.shares, own.init)
         else:
             self.decoder = TransformerDecoder(dim, channels, own.layers, own.heads)
         self.own = SlotClusters(settings.num_clusters, channels)
@@ -112,7 +112,7 @@ class Dinosaur(UnsupervisedSegmenter):
         grid, tokens = tuple(maps.shape[-2:]), maps.flatten(2).transpose(1, 2)
         seen = self.inputs(self.position(maps).flatten(2).transpose(1, 2))
         slots, attention = self.attention(seen, self.start(noise.to(tokens)))
-        told, masks = self.decoder(slots, tokens, grid)
+        told, masks = self.decoder(slots, tokens, grid, attention)
         chosen = attention if self.cfg.method.masks == "attention" else masks
         return Grouped(tokens, slots, attention, told, chosen, grid)
 
@@ -337,8 +337,14 @@ def check_settings(cfg: Any, backbone: Any) -> None:
             f"method.slots={settings.slots}: a picture of data.eval_size={cfg.data.eval_size} has {patches} patches; "
             "lower method.slots"
         )
+    kind, shares = settings.decoder.kind, settings.decoder.mlp.shares
+    if (kind, shares, settings.masks) == ("mlp", "attention", "attention"):
+        raise ConfigError(
+            "method.masks=attention: with method.decoder.mlp.shares=attention the decoder's masks are that map already; "
+            "set method.masks=decoder, or method.decoder.mlp.shares=said"
+        )
     heads = settings.decoder.transformer.heads
-    if settings.decoder.kind == "transformer" and backbone.dim % heads:
+    if kind == "transformer" and backbone.dim % heads:
         raise ConfigError(
             f"method.decoder.transformer.heads={heads}: must divide the {backbone.dim} channels of the features of "
             f"{backbone.name}; set another number of heads"

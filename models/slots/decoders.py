@@ -11,8 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.errors import one_of
 from common.precision import exact, real
 from models.slots.slot_attention import mlp
+
+
+SHARES = ("said", "attention")
+"""How much of a patch a slot of the MLP explains: what the MLP says, as released, or what slot attention took of the
+patch. The first needs slots that know their shape, which takes far longer to learn than where a slot lies."""
+INITS = ("torch", "he")
+"""Weights of the MLP: torch's linear layers, as released, through which the slots' part shrinks; or at the scale that
+keeps its size (He et al., ICCV 2015)."""
 
 
 class MLPDecoder(nn.Module):
@@ -21,23 +30,38 @@ class MLPDecoder(nn.Module):
     The last layer is affine and shares sum to 1, so the mixture is taken before it: equal, and K times cheaper.
     """
 
-    def __init__(self, dim: int, channels: int, grid: tuple[int, int], hidden: Sequence[int]) -> None:
-        """grid: rows and columns of patches; at another grid the positions are interpolated."""
+    def __init__(
+        self, dim: int, channels: int, grid: tuple[int, int], hidden: Sequence[int], shares: str = "said",
+        init: str = "torch",
+    ) -> None:  # fmt: skip
+        """grid: rows and columns of patches; at another grid the positions are interpolated. shares, init: see SHARES
+        and INITS. Raises ConfigError for unknown words."""
         super().__init__()
-        self.grid = tuple(grid)
+        one_of("method.decoder.mlp.shares", shares, SHARES)
+        one_of("method.decoder.mlp.init", init, INITS)
+        self.grid, self.said = tuple(grid), shares == "said"
         self.positions = nn.Parameter(torch.randn(1, grid[0] * grid[1], dim) * 0.02)
-        self.layers = mlp(dim, *hidden, channels + 1)
+        self.layers = mlp(dim, *hidden, channels + self.said)
+        if init == "he":
+            for layer in self.layers[::2]:
+                nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
 
-    def forward(self, slots: Tensor, target: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """slots [B,K,S]; `target` [B,P,C] is not looked at; grid: rows and columns of the P patches."""
+    def forward(
+        self, slots: Tensor, target: Tensor, grid: tuple[int, int], attention: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """slots [B,K,S]; `target` [B,P,C] is not looked at; grid: rows and columns of the P patches; attention [B,K,P]:
+        slot attention's map, which is read where it is the shares."""
         placed = slots.unsqueeze(2) + self.positions_at(grid)
         hidden = self.layers[:-1](placed)
         last = self.layers[-1]
-        logits = F.linear(hidden, last.weight[-1:]).squeeze(3)  # their bias would shift all slots alike
+        weight, bias = last.weight, last.bias
+        if self.said:
+            logits = F.linear(hidden, weight[-1:]).squeeze(3)  # their bias would shift all slots alike
+            weight, bias = weight[:-1], bias[:-1]
         with exact(slots.device):
-            masks = real(logits).softmax(1)
+            masks = real(logits).softmax(1) if self.said else real(attention)
             mixed = torch.einsum("bkp,bkpd->bpd", masks, real(hidden))
-        return F.linear(mixed, last.weight[:-1], last.bias[:-1]), masks
+        return F.linear(mixed, weight, bias), masks
 
     def positions_at(self, grid: tuple[int, int]) -> Tensor:
         """[1,P,S] at a grid of P patches; at its own grid they stay as they are."""
@@ -75,8 +99,10 @@ class TransformerDecoder(nn.Module):
         layer = DecoderLayer(channels, heads)
         self.layers = nn.ModuleList(copy.deepcopy(layer) for _ in range(layers))
 
-    def forward(self, slots: Tensor, target: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """slots [B,K,S], features [B,P,C] that are told; `grid` is not looked at."""
+    def forward(
+        self, slots: Tensor, target: Tensor, grid: tuple[int, int], attention: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """slots [B,K,S], features [B,P,C] that are told; the rest is not looked at."""
         before = torch.cat([self.first.expand(len(target), -1, -1), target[:, :-1].detach()], dim=1)
         tokens, slots = self.inputs(before), self.memory(slots)
         count = target.shape[1]

@@ -286,6 +286,7 @@ def _words(case: Case, run: str, side: int) -> list[str]:
         "method.eps": float(case["cfg_slot_eps"]),
         "method.decoder.kind": run,
         "method.decoder.mlp.hidden": case["cfg_mlp_hidden"].tolist(),
+        "method.decoder.mlp.shares": "said",
         "method.decoder.transformer.layers": int(case["cfg_decoder_layers"]),
         "method.decoder.transformer.heads": int(case["cfg_decoder_heads"]),
         "optim.slots.lr": float(case["cfg_lr_peak"]),

@@ -132,6 +132,8 @@ CHANGES = [
     ["method.iterations=1"],
     ["method.position=soft"],
     ["method.decoder.kind=transformer", "method.decoder.transformer.layers=1"],
+    ["method.decoder.mlp.shares=said"],
+    ["method.decoder.mlp.init=torch"],
     ["optim.slots.decay_steps=2", "optim.slots.warmup=1"],
 ]
 
@@ -146,13 +148,20 @@ def test_every_option_changes_the_training(words, small_run, tmp_path):
 
 @pytest.mark.train
 def test_options_of_the_evaluation_change_it(small_run, tmp_path):
-    """Clusters of the scored pictures' own slots, and the map that slot attention itself has."""
-    words = "method.own.split=val", "method.own.pictures=null", "method.masks=attention", "method.compare=false"
+    """Clusters of the scored pictures' own slots, and no groups of the features alone."""
+    words = "method.own.split=val", "method.own.pictures=null", "method.compare=false"
     other, plain = run_small("dinosaur", tmp_path, "with", *words), small_run("dinosaur")
     assert losses(other) == losses(plain)
-    assert other.metrics["val/slots/ari"] != plain.metrics["val/slots/ari"]
     assert not torch.equal(other.weights["own.centroids"], plain.weights["own.centroids"])
     assert not [key for key in other.metrics if "feature_groups" in key]
+
+
+def test_groups_are_what_slots_took_or_what_the_decoder_says(images):
+    said = "method.decoder.mlp.shares=said"
+    for words, attended in (((), True), ((said,), False), ((said, "method.masks=attention"), True)):
+        method = model(*words)
+        found = method.grouped(method.features(images))
+        assert torch.equal(found.masks, found.attention) == attended
 
 
 @pytest.mark.train
@@ -193,6 +202,9 @@ def test_the_decoders_places_are_those_of_the_training_pictures():
          "method.own.pictures=1000: with method.own.split=val all pictures are clustered, as released; set "
          "method.own.pictures=null"),
         (["method.slots=37"], "method.slots=37: a picture of data.eval_size=48 has 36 patches; lower method.slots"),
+        (["method.masks=attention"],
+         "method.masks=attention: with method.decoder.mlp.shares=attention the decoder's masks are that map already; "
+         "set method.masks=decoder, or method.decoder.mlp.shares=said"),
         (["data.eval_crop=keep"],
          "data.eval_crop=keep: padding would become patches that slots explain; set data.eval_crop=center or none"),
         (["data.train_crop=keep"],

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from common.errors import ConfigError
 from models.slots.decoders import MLPDecoder, TransformerDecoder
 from models.slots.slot_attention import (
     InputMLP,
@@ -91,6 +92,33 @@ def test_the_mixture_before_the_last_layer_is_that_of_what_slots_say(draws):
     shares = each[..., -1:].softmax(1)
     torch.testing.assert_close(masks, shares.squeeze(3))
     torch.testing.assert_close(told, (shares * each[..., :-1]).sum(1))
+
+
+def test_shares_of_slots_are_what_attention_took_of_a_patch(draws):
+    module = MLPDecoder(8, 5, (3, 3), [12, 12], shares="attention")
+    slots = torch.randn(2, 4, 8, generator=draws)
+    attention = torch.randn(2, 4, 9, generator=draws).softmax(1).requires_grad_()
+    told, masks = module(slots, torch.zeros(2, 9, 5), (3, 3), attention)
+    each = module.layers(slots.unsqueeze(2) + module.positions)
+    assert torch.equal(masks, attention)
+    torch.testing.assert_close(told, (attention.unsqueeze(3) * each).sum(1))
+    told.square().sum().backward()
+    assert attention.grad.abs().sum() > 0
+
+
+def test_what_a_slot_says_keeps_its_size_through_the_layers(draws):
+    values, sizes = torch.randn(1, 4, 256, generator=draws), {}
+    for init in ("torch", "he"):
+        module = MLPDecoder(256, 256, (2, 2), [256, 256], shares="attention", init=init)
+        sizes[init] = module(values, torch.zeros(1, 4, 256), (2, 2), torch.eye(4)[None])[0].std().item()
+    assert sizes["torch"] < 0.3
+    assert 0.8 < sizes["he"] < 2
+
+
+@pytest.mark.parametrize("key", ["shares", "init"])
+def test_unknown_words_of_the_mlp_are_refused(key):
+    with pytest.raises(ConfigError, match=f"method.decoder.mlp.{key}=some: not one of"):
+        MLPDecoder(8, 5, (2, 2), [4], **{key: "some"})
 
 
 def test_positions_are_interpolated_to_another_grid(draws):

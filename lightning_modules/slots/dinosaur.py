@@ -340,8 +340,8 @@ def check_settings(cfg: Any, backbone: Any) -> None:
     kind, shares = settings.decoder.kind, settings.decoder.mlp.shares
     if (kind, shares, settings.masks) == ("mlp", "attention", "attention"):
         raise ConfigError(
-            "method.masks=attention: with method.decoder.mlp.shares=attention the decoder's masks are that map already; "
-            "set method.masks=decoder, or method.decoder.mlp.shares=said"
+            "method.masks=attention: with method.decoder.mlp.shares=attention the decoder's masks are that map "
+            "already; set method.masks=decoder, or method.decoder.mlp.shares=said"
         )
     heads = settings.decoder.transformer.heads
     if kind == "transformer" and backbone.dim % heads:

@@ -15,7 +15,6 @@ from common.errors import one_of
 from common.precision import exact, real
 from models.slots.slot_attention import mlp
 
-
 SHARES = ("said", "attention")
 """How much of a patch a slot of the MLP explains: what the MLP says, as released, or what slot attention took of the
 patch. The first needs slots that know their shape, which takes far longer to learn than where a slot lies."""

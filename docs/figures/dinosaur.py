@@ -14,7 +14,7 @@ PICTURES = [0, 7, 13]
 
 def dinosaur() -> Grid:
     """Slots, as many groups of the features alone, classes of the slots, and what is there."""
-    seen = trained("dinosaur", "trainer.max_steps=600")
+    seen = trained("dinosaur", "trainer.max_steps=1500")
     batch, source = seen.batch("val", PICTURES), seen.data.source("val")
     own = read(seen, batch["image"])[1]["own"]
     with torch.inference_mode():

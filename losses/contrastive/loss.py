@@ -47,7 +47,7 @@ def random_candidates(
     generator = chance.generator(seed, "candidates", step, *([part] if part else []), device=device)
     chosen = torch.empty(cells, total, dtype=torch.bool, device=device)
     for part in chosen.split(max(1, _DRAWS // total)):
-        part.copy_(torch.rand(part.shape, generator=generator, device=device) < rho)
+        part.copy_(torch.rand(part.shape, generator=generator, device=device).lt_(rho))  # faster than into booleans
     return chosen
 
 

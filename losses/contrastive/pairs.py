@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,9 @@ _SHAPES = {"cpu": (256, 2048)}
 _SHAPE = 1024, 1 << 16
 """Elsewhere, where few large steps are better than many small ones."""
 _SUM = 2.0**-22
+
+_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Whole numbers of so many bytes."""
 
 TO_SECOND, TO_FIRST = 1, 2
 """Bits of a pair for the first kind of positives: its second patch is one of its first, and the other way round; the
@@ -81,7 +85,8 @@ def find_pairs(
             if most is not None and count > most:
                 return None
     first, second, bits = (torch.cat(parts) for parts in zip(*found, strict=True))
-    order = (first * len(rows) + second).argsort()
+    order = ordered(second, len(rows))
+    order = order[ordered(first[order], len(rows))]
     pairs = Pairs(first[order], second[order], bits[order])
     return _decided(pairs, kinds, anchors, symmetric) if half else pairs
 
@@ -93,6 +98,25 @@ def pair_products(rows: Tensor, first: Tensor, second: Tensor, anchors: slice) -
     zeros = rows.new_zeros(len(first))
     pattern = torch.sparse_csr_tensor(crow, second, zeros, shape, check_invariants=False)
     return torch.sparse.sampled_addmm(pattern, rows[anchors], rows.T, beta=0.0).values()
+
+
+def places(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column of the entries of [h,w] that are not 0, row by row. On CPUs numpy passes over runs of zeros some
+    three times as fast as torch; -0.0 counts there."""
+    if values.device.type != "cpu":
+        return values.nonzero(as_tuple=True)
+    bits = values.contiguous().view(_WHOLE[values.element_size()]).numpy()
+    at = torch.from_numpy(np.flatnonzero(bits != 0))
+    row = at // values.shape[1]
+    return row, at - row * values.shape[1]
+
+
+def ordered(index: Tensor, total: int) -> Tensor:
+    """The stable order of an index of 0..total-1. On CPUs numpy sorts 16 bits by their digits, some five times as fast
+    as torch sorts 64 by comparing."""
+    if index.device.type != "cpu" or total > 1 << 16:
+        return index.argsort(stable=True)
+    return torch.from_numpy(np.argsort(index.numpy().astype(np.uint16), kind="stable"))
 
 
 def run_starts(index: Tensor, total: int) -> Tensor:
@@ -142,15 +166,9 @@ def _positives(
 
 
 def _nonzero(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, column and value (uint8) of the entries of [h,w] that are not 0. Sought eight bytes at a time: few are."""
-    together = 8 // codes.element_size() if codes.shape[1] % (8 // codes.element_size()) == 0 else 1
-    if together == 1:
-        row, column = codes.nonzero(as_tuple=True)
-        return row, column, codes[row, column].to(torch.uint8)
-    row, group = codes.view(torch.int64).nonzero(as_tuple=True)
-    values = codes.unflatten(1, (-1, together))[row, group]
-    at, lane = values.nonzero(as_tuple=True)
-    return row[at], group[at] * together + lane, values[at, lane].to(torch.uint8)
+    """Row, column and value (uint8) of the entries of [h,w] that are not 0."""
+    row, column = places(codes)
+    return row, column, codes[row, column].to(torch.uint8)
 
 
 # ---------------------------------------------------------------- the sieve

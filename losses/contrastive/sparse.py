@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from losses.contrastive.pairs import Pairs, find_pairs, pair_products, run_starts
+from losses.contrastive.pairs import Pairs, find_pairs, ordered, pair_products, places, run_starts
 from losses.contrastive.plan import Plan
 from losses.contrastive.positives import row_blocks
 
-_GATHER_BYTES = {"cpu": 1 << 20, "cuda": 256 << 20}
-"""Rows that are gathered at a time: on a CPU they stay in a core's cache."""
+_GATHER_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+"""Rows that are gathered at a time: on a CPU they stay in its last cache, and are many enough for a call to pay."""
 _SUM_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 """Rows of a gradient that are summed at a time."""
 
@@ -134,7 +134,7 @@ class _Pattern:
             self.columns = torch.arange(len(like), device=like.device)
             self.starts = torch.zeros_like(self.counts)
             return
-        rows, self.columns = plan.candidates.nonzero(as_tuple=True)
+        rows, self.columns = places(plan.candidates)
         offsets = run_starts(rows, plan.cells)
         self.starts, self.counts = offsets[:-1], offsets.diff()
 
@@ -170,15 +170,15 @@ class _Ends:
         start, stop = plan.anchors.start, plan.anchors.stop
         count = len(pairs.first)
         rows, columns = torch.cat([pairs.first, pairs.second]), torch.cat([pairs.second, pairs.first])
-        order = rows.argsort(stable=True)
+        order = ordered(rows, total)
         self.columns, self.offsets = columns[order], run_starts(rows, total)
         rows = rows[order]
-        self.pair = order % max(1, count)
+        back = order >= count
+        self.pair = torch.where(back, order - count, order)
         place = torch.empty_like(order)
         place[order] = torch.arange(2 * count, device=order.device)
         self.places = place[:count], place[count:]
         """Where a pair's two entries are."""
-        back = order >= count
         bits = pairs.bits[self.pair]
         kinds = range(len(plan.present))
         self.marks = [torch.where(back, bits >> (2 * kind + 1), bits >> (2 * kind)) & 1 != 0 for kind in kinds]
@@ -188,7 +188,8 @@ class _Ends:
         if plan.candidates is None:
             inside = torch.zeros_like(inside)
         else:
-            inside = inside & ~plan.candidates[rows % plan.cells, self.columns]
+            positions = torch.arange(plan.cells, device=rows.device).repeat(total // plan.cells)
+            inside = inside & ~plan.candidates[positions[rows], self.columns]
         self.inside = inside
         """Whether it is in this one's denominator by that alone: not among the candidates."""
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from losses.contrastive import pairs, positive_mask
-from losses.contrastive.pairs import find_pairs, pair_products
+from losses.contrastive.pairs import find_pairs, ordered, pair_products, places
 from tests.losses.contrastive.test_ways import smooth
 
 TOTAL = 324
@@ -120,3 +120,17 @@ def test_thresholds_that_nothing_or_everything_passes(half):
     for limit, count in ((torch.inf, 0), (-torch.inf, TOTAL * (TOTAL - 1) // 2), (torch.nan, 0)):
         found = find_pairs([(rows, rows.new_full((TOTAL,), limit))], slice(0, TOTAL), True, half=half)
         assert len(found.first) == count
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float32, torch.float64, torch.int64])
+@pytest.mark.parametrize("share", [0.0, 0.05, 1.0])
+def test_places_are_those_of_the_entries_that_are_not_zero(dtype, share):
+    values = (torch.rand(13, 21, generator=torch.Generator().manual_seed(0)) < share).to(dtype)
+    for part in (values, values[:, 3:10], values.T):
+        assert all(torch.equal(a, b) for a, b in zip(places(part), part.nonzero(as_tuple=True), strict=True))
+
+
+@pytest.mark.parametrize("total", [70, 1 << 16, 1 << 17])
+def test_an_index_is_ordered_with_equal_ones_as_they_come(total):
+    index = torch.randint(total - 60, total, (500,), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ordered(index, total), index.argsort(stable=True))

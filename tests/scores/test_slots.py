@@ -4,10 +4,10 @@ import pytest
 
 from tests.support.scores import score
 
-SEVERAL = (22.5, 28.5)
+SEVERAL = (20.5, 28.0)
 """val/slots/fg_ari_several, mean of seeds 0, 1, 2, as recorded; see docs/results.md."""
-LEARNED = 5.0
-"""Points that it must lose where slots learn nothing."""
+LEARNED = 8.0
+"""Points that it must lose where slots learn nothing. Measured: 15."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 

@@ -64,7 +64,7 @@ def test_the_sparse_loss_counts_as_its_formula_says():
         for width in (dim, dim, channels, dim)
     )
     limit = torch.full((total,), 0.8)
-    settings = {"cells": cells, "temperature": 0.8, "lam": 0.5, "contrast": "sparse"}
+    settings = {"cells": cells, "temperature": 0.8, "lam": 0.5, "contrast": "sparse", "block_bytes": 1 << 20}
     chosen = contrastive.random_candidates(0, 0, cells, total, rho)
     with scaling.counter() as seen:
         contrastive.ghp_contrastive(
